@@ -1,0 +1,213 @@
+"""The plain modules: ordinary children under timm's names, and a forward that is fused where that gives the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from effnet_fast.nn.fused import (
+    BlockParts,
+    ConvNormAct,
+    FusedBlock,
+    SqueezeExciteParts,
+    activation_name,
+    has_hooks,
+    squeeze_excite_parts,
+    why_not_activation,
+    why_not_fused,
+)
+from effnet_fast.nn.padding import check_padding, pad
+from effnet_fast.scaling.config import BlockConfig
+
+NormLayer = Callable[[int], nn.Module]
+ActLayer = Callable[[], nn.Module]
+
+
+def conv2d(in_channels: int, out_channels: int, kernel: int, stride: int, padding: str, groups: int = 1) -> nn.Conv2d:
+    """A convolution without bias; for "same" its zeros come from the run-time size, so it has none of its own."""
+    own = kernel // 2 if padding == "symmetric" else 0
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, own, groups=groups, bias=False)
+
+
+class StochasticDepth(nn.Module):
+    """Drop the whole branch of an image with probability ``drop_prob`` and scale the kept ones (arXiv 1603.09382); x [N, ...]."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        if not 0 <= drop_prob < 1:
+            raise ValueError(f"StochasticDepth: drop_prob is {drop_prob!r}; a probability in [0, 1) would do")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = 1 - self.drop_prob
+        return x * x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:g}"
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate computed from all channels' means (arXiv 1709.01507); x [N, C, H, W]."""
+
+    def __init__(self, channels: int, squeezed: int, act_layer: ActLayer) -> None:
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(channels, squeezed, 1)
+        self.act1 = act_layer()
+        self.conv_expand = nn.Conv2d(squeezed, channels, 1)
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.conv_expand(self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))))
+
+
+class MBConv(FusedBlock, nn.Module):
+    """Mobile inverted bottleneck (arXiv 1801.04381) with squeeze-excite: expand 1x1, depthwise kxk, gate, project 1x1.
+
+    x [N, in, H, W] -> [N, out, H', W'], H' = ceil(H / stride). With no expansion (MBConv1) there is no expand convolution, and the
+    children bear the names that timm gives that case.
+    """
+
+    def __init__(self, config: BlockConfig, norm_layer: NormLayer, act_layer: ActLayer, padding: str) -> None:
+        super().__init__()
+        check_padding("MBConv", padding)
+        self.padding, self.residual, self.expands = padding, config.residual, config.expands
+        channels = config.expanded_channels
+        depthwise = conv2d(channels, channels, config.kernel_size, config.stride, padding, groups=channels)
+        project = conv2d(channels, config.out_channels, 1, 1, padding)
+        gate = SqueezeExcite(channels, config.se_channels, act_layer) if config.se_channels else nn.Identity()
+        if self.expands:
+            self.conv_pw = conv2d(config.in_channels, channels, 1, 1, padding)
+            self.bn1, self.act1 = norm_layer(channels), act_layer()
+            self.conv_dw, self.bn2, self.act2 = depthwise, norm_layer(channels), act_layer()
+            self.se, self.conv_pwl, self.bn3 = gate, project, norm_layer(config.out_channels)
+        else:
+            self.conv_dw, self.bn1, self.act1 = depthwise, norm_layer(channels), act_layer()
+            self.se, self.conv_pw, self.bn2 = gate, project, norm_layer(config.out_channels)
+        self.drop_path = StochasticDepth(config.drop_path)
+
+    def forward_children(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.expands:
+            x = self.act1(self.bn1(self.conv_pw(x)))
+            x = self.act2(self.bn2(self.conv_dw(pad(self.conv_dw, self.padding, x))))
+            x = self.bn3(self.conv_pwl(self.se(x)))
+        else:
+            x = self.act1(self.bn1(self.conv_dw(pad(self.conv_dw, self.padding, x))))
+            x = self.bn2(self.conv_pw(self.se(x)))
+        return self.drop_path(x) + shortcut if self.residual else x
+
+    def parts(self) -> BlockParts | str:
+        activation = activation_name(self.act1) or ""
+        if self.expands:
+            expand = ConvNormAct(self.conv_pw, self.bn1, activation)  # type: ignore[arg-type]
+            depthwise = ConvNormAct(self.conv_dw, self.bn2, activation, self.padding)  # type: ignore[arg-type]
+            project = ConvNormAct(self.conv_pwl, self.bn3)  # type: ignore[arg-type]
+            reason = why_not_fused(expand) or why_not_activation(self.act2)
+            if activation_name(self.act2) != activation:
+                reason = reason or "the block's two activations differ"
+        else:
+            expand, reason = None, None
+            depthwise = ConvNormAct(self.conv_dw, self.bn1, activation, self.padding)  # type: ignore[arg-type]
+            project = ConvNormAct(self.conv_pw, self.bn2)  # type: ignore[arg-type]
+        reason = reason or why_not_activation(self.act1)
+        reason = reason or why_not_fused(depthwise, "depthwise") or why_not_fused(project, "pointwise")
+        squeeze_excite = None
+        if type(self.se) is not nn.Identity:
+            squeeze_excite = _squeeze_excite_parts(self.se)
+        if isinstance(squeeze_excite, str):
+            return reason or squeeze_excite
+        if has_hooks(self.se) or has_hooks(self.drop_path):
+            reason = reason or "a hook sits on a child"
+        return reason or BlockParts(expand, depthwise, squeeze_excite, project, self.residual, _drops(self.drop_path))
+
+
+class FusedMBConv(FusedBlock, nn.Module):
+    """EfficientNetV2's block (arXiv 2104.00298): a dense kxk convolution expands, a 1x1 projects; x [N, in, H, W].
+
+    With no expansion the kxk convolution is all there is, and its activation comes before the residual.
+    """
+
+    def __init__(self, config: BlockConfig, norm_layer: NormLayer, act_layer: ActLayer, padding: str) -> None:
+        super().__init__()
+        check_padding("FusedMBConv", padding)
+        self.padding, self.residual, self.expands = padding, config.residual, config.expands
+        if self.expands:
+            self.conv_exp = conv2d(config.in_channels, config.expanded_channels, config.kernel_size, config.stride, padding)
+            self.bn1, self.act1 = norm_layer(config.expanded_channels), act_layer()
+            self.conv_pwl = conv2d(config.expanded_channels, config.out_channels, 1, 1, padding)
+            self.bn2 = norm_layer(config.out_channels)
+        else:
+            self.conv = conv2d(config.in_channels, config.out_channels, config.kernel_size, config.stride, padding)
+            self.bn1, self.act1 = norm_layer(config.out_channels), act_layer()
+        self.drop_path = StochasticDepth(config.drop_path)
+
+    def forward_children(self, x: Tensor) -> Tensor:
+        shortcut, first = x, self.conv_exp if self.expands else self.conv
+        x = self.act1(self.bn1(first(pad(first, self.padding, x))))
+        if self.expands:
+            x = self.bn2(self.conv_pwl(x))
+        return self.drop_path(x) + shortcut if self.residual else x
+
+    def parts(self) -> BlockParts | str:
+        first = self.conv_exp if self.expands else self.conv
+        dense = ConvNormAct(first, self.bn1, activation_name(self.act1) or "", self.padding)  # type: ignore[arg-type]
+        reason = why_not_activation(self.act1) or why_not_fused(dense)
+        expand, project = None, dense
+        if self.expands:
+            expand, project = dense, ConvNormAct(self.conv_pwl, self.bn2)  # type: ignore[arg-type]
+            reason = reason or why_not_fused(project)
+        if has_hooks(self.drop_path):
+            reason = reason or "a hook sits on a child"
+        return reason or BlockParts(expand, None, None, project, self.residual, _drops(self.drop_path))
+
+
+def _drops(module: nn.Module) -> bool:
+    return module.training and not (isinstance(module, StochasticDepth) and module.drop_prob == 0)
+
+
+def _squeeze_excite_parts(module: nn.Module) -> SqueezeExciteParts | str:
+    if type(module) is not SqueezeExcite:
+        return f"the squeeze-excite was replaced by {type(module).__name__}"
+    if type(module.gate) is not nn.Sigmoid or has_hooks(module.gate):
+        return "the gate of the squeeze-excite was replaced or has a hook"
+    reason = why_not_activation(module.act1)
+    return reason or squeeze_excite_parts(module.conv_reduce, module.conv_expand, activation_name(module.act1))
+
+
+def set_padding(module: nn.Module, padding: str) -> None:
+    """Change how every block of ours inside ``module`` pads: weights trained under one padding want that one."""
+    check_padding("set_padding", padding)
+    for block in module.modules():
+        if isinstance(block, (MBConv, FusedMBConv)):
+            block.padding = padding
+            for child in block.children():
+                if isinstance(child, nn.Conv2d):
+                    set_conv_padding(child, padding)
+
+
+def set_conv_padding(conv: nn.Conv2d, padding: str) -> None:
+    """Give one convolution the zeros of its own that ``padding`` leaves to it."""
+    own = conv.kernel_size[0] // 2 if padding == "symmetric" else 0
+    conv.padding = (own, own)
+    conv._reversed_padding_repeated_twice = [own] * 4
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module) -> None:
+    """Initialise in place as the paper's code: convolutions N(0, 2 / fan_out), fan_out = k * k * out / groups; linear layers
+    U(-1, 1) / sqrt(out); norms one and zero."""
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            fan_out = child.kernel_size[0] * child.kernel_size[1] * child.out_channels // child.groups
+            nn.init.normal_(child.weight, 0.0, (2.0 / fan_out) ** 0.5)
+        elif isinstance(child, nn.Linear):
+            bound = child.out_features**-0.5
+            nn.init.uniform_(child.weight, -bound, bound)
+        elif isinstance(child, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)) and child.weight is not None:
+            nn.init.ones_(child.weight)
+        if isinstance(getattr(child, "bias", None), nn.Parameter):
+            nn.init.zeros_(child.bias)  # type: ignore[arg-type]

@@ -1,0 +1,239 @@
+"""The fused forward of a block, as a function of its PARTS.
+
+A block (ours, or a peer library's) hands over its convolutions, norms and activation as :class:`BlockParts`;
+:func:`run_block` runs them through the ops. :class:`FusedBlock` is the mixin that chooses, at every call, between that and running
+the block's children one by one, which is exact in every case and is what training, tracing and export see.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from effnet_fast import ops
+from effnet_fast.nn.padding import pad, sides
+from effnet_fast.ops.backends import note
+
+NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Identity: "identity"}
+
+
+class ConvNormAct(NamedTuple):
+    """A convolution without bias, its norm, the name of its activation, and how it pads.
+
+    padding: "symmetric" (as ``conv.padding`` says), "same" (TensorFlow's), or fixed zeros (top, bottom, left, right).
+    """
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+    activation: str = "identity"
+    padding: str | tuple[int, int, int, int] = "symmetric"
+
+
+class SqueezeExciteParts(NamedTuple):
+    """The two 1x1 convolutions of a squeeze-excite, and the activation between them; a sigmoid makes the gate."""
+
+    reduce: nn.Conv2d
+    expand: nn.Conv2d
+    activation: str
+
+
+class BlockParts(NamedTuple):
+    """What a fused block is made of. Absent parts are None; ``drops``: stochastic depth is in effect now."""
+
+    expand: ConvNormAct | None
+    depthwise: ConvNormAct | None
+    squeeze_excite: SqueezeExciteParts | None
+    project: ConvNormAct
+    residual: bool
+    drops: bool = False
+
+
+def activation_name(module: nn.Module | None) -> str | None:
+    """The ops' name of an activation module, or None for one that they do not have."""
+    return _ACTIVATIONS.get(type(module))  # type: ignore[arg-type]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` would do more than its own forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def why_not_activation(module: nn.Module | None) -> str | None:
+    """Why ``module`` is not an activation of the ops, or None."""
+    if activation_name(module) is None:
+        return f"an activation is {module}: the ops have {', '.join(ops.ACTIVATIONS)}"
+    return "a hook sits on an activation" if has_hooks(module) else None  # type: ignore[arg-type]
+
+
+def why_not_fused(
+    part: ConvNormAct,
+    role: str = "dense",
+    norms: tuple[type[nn.Module], ...] = NORMS,
+    conv_type: type[nn.Conv2d] = nn.Conv2d,
+) -> str | None:
+    """Why the children of ``part`` are not what the ops compute, or None.
+
+    role       "dense", "depthwise" or "pointwise" (1x1 with stride 1, which takes the gate)
+    norms      types whose evaluation is a batch norm's
+    conv_type  a peer's subclass of Conv2d whose forward is a Conv2d's after padding as ``part.padding`` says
+    """
+    conv, norm = part.conv, part.norm
+    if not isinstance(conv, nn.Conv2d) or "forward" in conv.__dict__ or type(conv).forward is not conv_type.forward:
+        return f"a convolution is a {type(conv).__name__}"
+    if conv._parameters.get("weight") is None:
+        return "a convolution is parametrized or pruned"
+    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or tuple(conv.dilation) != (1, 1):
+        return f"a convolution is {conv}: only bias-free, undilated ones with zeros as padding are fused"
+    wrong_shape = _why_not_shape(part, role)
+    if wrong_shape is not None:
+        return wrong_shape
+    if type(norm) not in norms or norm.running_mean is None:
+        return f"a norm is a {type(norm).__name__}: not a batch norm with running statistics"
+    return "a hook sits on a child" if has_hooks(conv) or has_hooks(norm) else None
+
+
+def _why_not_shape(part: ConvNormAct, role: str) -> str | None:
+    conv, kernel, stride = part.conv, tuple(part.conv.kernel_size), tuple(part.conv.stride)
+    groups = conv.in_channels if role == "depthwise" else 1
+    if conv.groups != groups or (role == "depthwise" and conv.out_channels != conv.in_channels):
+        return f"a {role} convolution has {conv.groups} groups, {conv.in_channels} channels in and {conv.out_channels} out"
+    pointwise = kernel == (1, 1) and stride == (1, 1)
+    if stride[0] != stride[1] or (role == "pointwise" and not pointwise):
+        return f"a {role} convolution has kernel size {kernel} and stride {stride}"
+    if part.padding == "same" and (stride[0] > 2 or min(kernel) < stride[0]):
+        return f"a convolution pads to the same size over kernel size {kernel} and stride {stride}"
+    own_zeros = tuple(conv.padding) != (0, 0)
+    fixed_zeros = not isinstance(part.padding, str) and part.padding != (0, 0, 0, 0)
+    if (own_zeros and (pointwise or part.padding != "symmetric")) or (fixed_zeros and pointwise):
+        return f"a convolution with kernel size {kernel} pads by {tuple(conv.padding)}"
+    return None
+
+
+def squeeze_excite_parts(
+    reduce: nn.Module, expand: nn.Module, activation: str | None, conv_type: type[nn.Conv2d] = nn.Conv2d
+) -> SqueezeExciteParts | str:
+    """The parts of a squeeze-excite (the caller has checked its activation and gate), or why the ops do not compute it."""
+    for conv in (reduce, expand):
+        if not isinstance(conv, nn.Conv2d) or type(conv).forward is not conv_type.forward or has_hooks(conv):
+            return "a convolution of the squeeze-excite was replaced or has a hook"
+        shape = tuple(conv.kernel_size), tuple(conv.stride), conv.groups
+        if shape != ((1, 1), (1, 1), 1) or tuple(conv.padding) != (0, 0) or conv._parameters.get("weight") is None:
+            return f"a convolution of the squeeze-excite is {conv}"
+    return SqueezeExciteParts(reduce, expand, activation or "")  # type: ignore[arg-type]
+
+
+def is_traced(x: Any) -> bool:
+    """Whether plain aten must be seen: fx, jit.trace, torch.export and both ONNX exporters, and torch.func's transforms."""
+    return (
+        isinstance(x, fx.Proxy)
+        or torch.jit.is_tracing()
+        or torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def why_plain(x: Any, parts: BlockParts) -> str | None:
+    """Why this call must run the children one by one, or None."""
+    if is_traced(x):
+        return "the model is being traced, exported or transformed"
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        return "the input is not a batch of float images"
+    convs = [part for part in (parts.expand, parts.depthwise, parts.project) if part is not None]
+    if any(part.norm.training for part in convs) or (parts.drops and parts.residual):
+        return "training mode: batch statistics or stochastic depth"
+    if torch.is_grad_enabled():
+        modules = [module for part in convs for module in part[:2]]
+        if parts.squeeze_excite is not None:
+            modules += parts.squeeze_excite[:2]
+        if x.requires_grad or any(p is not None and p.requires_grad for m in modules for p in m._parameters.values()):
+            return "a gradient is asked for"
+    return None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast would compute in; the ops take half x beside float32 weights."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def norm_of(module: nn.BatchNorm2d) -> ops.Norm:
+    """A batch norm's tensors, as the ops take them."""
+    return ops.Norm(module.weight, module.bias, module.running_mean, module.running_var, module.eps)  # type: ignore[arg-type]
+
+
+def run_conv(part: ConvNormAct, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    """A dense or 1x1 convolution with all that surrounds it, as one op."""
+    conv, norm = part.conv, norm_of(part.norm)
+    if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
+        return ops.pointwise_conv_bn_act(x, conv.weight, norm, gate=gate, residual=residual, activation=part.activation)
+    zeros = sides(conv, part.padding, x) if isinstance(part.padding, str) else part.padding
+    return ops.conv_bn_act(
+        x, conv.weight, norm, stride=conv.stride[0], padding=zeros, activation=part.activation, residual=residual
+    )
+
+
+def run_block(parts: BlockParts, x: Tensor) -> Tensor:
+    """expand | depthwise + squeeze | gate | project (+ residual): at most four ops, nothing between them."""
+    shortcut = x if parts.residual else None
+    if parts.expand is not None:
+        x = run_conv(parts.expand, x)
+    gate = None
+    if parts.depthwise is not None:
+        conv, padding, squeeze_excite = parts.depthwise.conv, parts.depthwise.padding, parts.squeeze_excite
+        x, partial = ops.depthwise_conv_bn_act(
+            x,
+            conv.weight,
+            norm_of(parts.depthwise.norm),
+            stride=conv.stride[0],
+            padding=sides(conv, padding, x) if isinstance(padding, str) else padding,
+            activation=parts.depthwise.activation,
+            squeeze=squeeze_excite is not None,
+        )
+        if squeeze_excite is not None:
+            reduce, expand = squeeze_excite.reduce, squeeze_excite.expand
+            gate = ops.squeeze_excite_gate(
+                partial,
+                x.shape[2] * x.shape[3],
+                reduce.weight,
+                reduce.bias,
+                expand.weight,
+                expand.bias,
+                activation=squeeze_excite.activation,
+            )
+    return run_conv(parts.project, x, residual=shortcut, gate=gate)
+
+
+class FusedBlock:
+    """Mixin over an ``nn.Module`` block: the fused forward where it gives the children's result, the children elsewhere.
+
+    A subclass gives ``parts()`` (or the reason why it has none) and ``forward_children``.
+    """
+
+    def parts(self) -> BlockParts | str:
+        raise NotImplementedError
+
+    def forward_children(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts = self.parts()
+        reason = parts if isinstance(parts, str) else why_plain(x, parts)
+        if isinstance(parts, str) or reason is not None:
+            note(f"children one by one: {reason}")
+            return self.forward_children(x, *args, **kwargs)
+        return run_block(parts, autocast(x))
+
+
+def conv_norm_act(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, padding: str, x: Tensor) -> Tensor:
+    """A stem or head: one op where :class:`FusedBlock` would fuse, else ``act(norm(conv(x)))``."""
+    part = ConvNormAct(conv, norm, activation_name(act) or "", padding)  # type: ignore[arg-type]
+    reason = why_not_activation(act) or why_not_fused(part) or why_plain(x, BlockParts(None, None, None, part, False))
+    if reason is not None:
+        note(f"children one by one: {reason}")
+        return act(norm(conv(pad(conv, padding, x))))  # type: ignore[no-any-return]
+    return run_conv(part, autocast(x))

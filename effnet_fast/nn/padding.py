@@ -1,0 +1,40 @@
+"""How a convolution pads: symmetrically, or as TensorFlow's SAME from the run-time size."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PADDINGS = ("symmetric", "same")
+
+
+def same_sides(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after, so that the output has ceil(size / stride) pixels; the odd one goes after.
+
+    For kernel >= stride the total is never negative, so no ``max`` is needed and a traced size stays symbolic; in this form the
+    output's size simplifies to (size - 1) // stride + 1, as with symmetric padding.
+    """
+    total = stride * ((size - 1) // stride) + kernel - size if stride > 1 else kernel - 1
+    return total // 2, total - total // 2
+
+
+def sides(conv: nn.Conv2d, padding: str, x: Tensor) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of ``conv`` over ``x``; ``conv.padding`` says it for "symmetric"."""
+    if padding == "symmetric":
+        top, left = conv.padding  # type: ignore[misc]
+        return top, top, left, left  # type: ignore[return-value]
+    vertical = same_sides(x.shape[2], conv.kernel_size[0], conv.stride[0])
+    return *vertical, *same_sides(x.shape[3], conv.kernel_size[1], conv.stride[1])
+
+
+def pad(conv: nn.Conv2d, padding: str, x: Tensor) -> Tensor:
+    """``x`` with the zeros that ``conv`` does not add itself."""
+    if padding == "symmetric" or conv.kernel_size == (1, 1):
+        return x
+    top, bottom, left, right = sides(conv, padding, x)
+    return F.pad(x, (left, right, top, bottom))
+
+
+def check_padding(who: str, padding: str) -> None:
+    if padding not in PADDINGS:
+        raise ValueError(f"{who}: padding is {padding!r}; one of {', '.join(PADDINGS)} would do")

@@ -1,0 +1,151 @@
+"""Which backend runs an op: an ordered list of kernels, each with a reason why it cannot run, or none.
+
+The table is filled once, at import. A choice looks only at dtype and device; it is made above the dispatcher, so that
+``torch.compile(fullgraph=True)`` sees one op and nothing of how it was chosen.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("native", "triton", "reference")  # best first
+ENVIRONMENT = "EFFNET_FAST_BACKEND"
+
+
+class Kernel(NamedTuple):
+    """One op on one backend. ``can_run(x)`` gives None, or why it cannot take this ``x``."""
+
+    backend: str
+    overload: Any
+    can_run: Callable[[torch.Tensor], str | None]
+
+
+class Choice(NamedTuple):
+    """What :func:`choose` decided: the backend that runs ``op`` and, for each other one, the reason why it does not."""
+
+    op: str
+    backend: str
+    refused: dict[str, str]
+
+
+class _State(threading.local):
+    requested: str | None = None
+    strict: bool = False
+    trace: list[Choice | str] | None = None
+
+
+_KERNELS: dict[str, list[Kernel]] = {}
+_STATE = _State()
+
+
+def register(op: str, backend: str, overload: Any, can_run: Callable[[torch.Tensor], str | None]) -> None:
+    """Add a kernel to the table. Called by each op's folder at import."""
+    _KERNELS.setdefault(op, []).append(Kernel(backend, overload, can_run))
+    _KERNELS[op].sort(key=lambda kernel: BACKENDS.index(kernel.backend))
+
+
+def always(x: torch.Tensor) -> str | None:
+    """``can_run`` of the reference kernels."""
+    return None
+
+
+def choose(op: str, x: torch.Tensor) -> Any:
+    """The overload of ``op`` that runs for ``x``: the asked-for backend if it can, else the best that can.
+
+    Raises RuntimeError where the asked-for backend cannot run and the request was strict.
+    """
+    kernels = _KERNELS[op]
+    if _STATE.requested is not None:
+        kernels = sorted(kernels, key=lambda kernel: kernel.backend != _STATE.requested)
+    chosen = None
+    refused = {backend: "no kernel of this op" for backend in BACKENDS}
+    for kernel in kernels:
+        reason = kernel.can_run(x)
+        if reason is None and chosen is None:
+            chosen = kernel
+        refused[kernel.backend] = reason or "another backend comes first"
+        if chosen is not None and _STATE.trace is None:
+            break
+    assert chosen is not None  # every op has a reference kernel, and that one always runs
+    if _STATE.strict and chosen.backend != _STATE.requested:
+        raise RuntimeError(
+            f"{op}: backend {_STATE.requested!r} was asked for strictly and cannot run: {refused[_STATE.requested or '']}"
+        )
+    if _STATE.trace is not None:
+        refused.pop(chosen.backend)
+        _STATE.trace.append(Choice(op, chosen.backend, refused))
+    return chosen.overload
+
+
+def note(line: str) -> None:
+    """Tell a running :func:`tracing` why no op is called here."""
+    if _STATE.trace is not None:
+        _STATE.trace.append(line)
+
+
+@contextmanager
+def tracing() -> Iterator[list[Choice | str]]:
+    """Collect every choice made inside, in order."""
+    before, _STATE.trace = _STATE.trace, []
+    try:
+        yield _STATE.trace
+    finally:
+        _STATE.trace = before
+
+
+def reasons(device: str = "cpu") -> dict[str, dict[str, str | None]]:
+    """For each backend and op: None where a float32 tensor on ``device`` can run there, else why not."""
+    probe = torch.empty(0, device="meta")
+    table: dict[str, dict[str, str | None]] = {}
+    for backend in BACKENDS:
+        table[backend] = {}
+        for op, kernels in _KERNELS.items():
+            kernel = next((kernel for kernel in kernels if kernel.backend == backend), None)
+            table[backend][op] = "no kernel of this op" if kernel is None else kernel.can_run(_Probe(probe.dtype, device))  # type: ignore[arg-type]
+    return table
+
+
+class _Probe:
+    """Stands for a tensor of a dtype on a device that this machine may not have."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.dtype, self.device = dtype, torch.device(device)
+
+
+@contextmanager
+def backend(name: str, strict: bool = False) -> Iterator[None]:
+    """Ask for a backend inside the ``with``, in this thread.
+
+    It runs every op that has a kernel for it there; with ``strict=True`` an op that has none raises RuntimeError with the reason.
+    A backend that has no kernel at all on this machine raises at once.
+    """
+    _check_request(name)
+    before = _STATE.requested, _STATE.strict
+    _STATE.requested, _STATE.strict = name, strict
+    try:
+        yield
+    finally:
+        _STATE.requested, _STATE.strict = before
+
+
+def _check_request(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is not a backend; one of {', '.join(BACKENDS)} would do")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    refusals = [reason for device in devices for reason in reasons(device)[name].values()]
+    if all(reason is not None for reason in refusals):
+        raise RuntimeError(f"backend: {name!r} cannot run any op on this machine: {'; '.join(sorted(set(refusals)))}")  # type: ignore[type-var, arg-type]
+
+
+def read_environment() -> None:
+    """Take ``EFFNET_FAST_BACKEND`` as the request of every thread. Called once, when all kernels are registered."""
+    name = os.environ.get(ENVIRONMENT)
+    if name:
+        _check_request(name)
+        _State.requested = name

@@ -1,0 +1,73 @@
+"""conv_bn_act: a dense k x k convolution with its norm, activation and residual: the stem, and EfficientNetV2's FusedMBConv."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effnet_fast.ops import backends
+from effnet_fast.ops.common import (
+    NORM_SCHEMA,
+    Norm,
+    check_conv,
+    check_like_output,
+    check_window,
+    conv_flops,
+    empty_output,
+    output_size,
+)
+from effnet_fast.ops.conv import reference
+from effnet_fast.ops.library import define
+
+NAME = "conv_bn_act"
+
+
+def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, residual, stride, padding, activation):  # type: ignore[no-untyped-def]
+    return empty_output(x, weight, stride, padding)
+
+
+def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return conv_flops(x_shape, weight_shape, out_shape)
+
+
+define(
+    NAME,
+    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? residual, int stride, SymInt[] padding, str activation) -> Tensor",
+    reference=reference.conv_bn_act,
+    fake=_fake,
+    flops=_flops,
+)
+backends.register(NAME, "reference", torch.ops.effnet_fast.conv_bn_act.reference, backends.always)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm,
+    *,
+    stride: int,
+    padding: Sequence[int],
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(norm(conv(x))) + residual``, one group.
+
+    x         [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
+    weight    [K, C, k, k]
+    padding   (top, bottom, left, right), zeros
+    residual  [N, K, H', W'] in x's dtype
+    returns   [N, K, H', W'] channels_last in x's dtype
+
+    No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
+    """
+    check_conv(NAME, x, weight, norm, activation, weight.shape[1])
+    check_window(NAME, x, weight.shape[2:], stride, padding)
+    if residual is not None:
+        top, bottom, left, right = padding
+        height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
+        width = output_size(x.shape[3], weight.shape[3], stride, left, right)
+        check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
+    overload = backends.choose(NAME, x)
+    return overload(x, weight, *norm, residual, stride, padding, activation)  # type: ignore[no-any-return]

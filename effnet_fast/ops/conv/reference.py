@@ -1,0 +1,24 @@
+"""conv_bn_act in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from effnet_fast.ops.common import Norm, conv_norm_act
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_mean: Tensor,
+    norm_var: Tensor,
+    norm_eps: float,
+    residual: Tensor | None,
+    stride: int,
+    padding: list[int],
+    activation: str,
+) -> Tensor:
+    norm = Norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps)
+    return conv_norm_act(x, weight, norm, stride, padding, 1, activation, residual)

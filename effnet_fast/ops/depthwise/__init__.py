@@ -1,0 +1,55 @@
+"""depthwise_conv_bn_act: a depthwise convolution, its norm and activation, and the squeeze's partial sums, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effnet_fast.ops import backends
+from effnet_fast.ops.common import NORM_SCHEMA, Norm, accumulator, check_conv, check_window, conv_flops, empty_output
+from effnet_fast.ops.depthwise import reference
+from effnet_fast.ops.library import define
+
+NAME = "depthwise_conv_bn_act"
+
+
+def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, squeeze):  # type: ignore[no-untyped-def]
+    y = empty_output(x, weight, stride, padding)
+    return y, y.new_empty((x.shape[0], 1 if squeeze else 0, weight.shape[0]), dtype=accumulator(x.dtype))
+
+
+def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return conv_flops(x_shape, weight_shape, out_shape[0])
+
+
+define(
+    NAME,
+    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[] padding, str activation, bool squeeze) -> (Tensor y, Tensor partial)",
+    reference=reference.depthwise_conv_bn_act,
+    fake=_fake,
+    flops=_flops,
+)
+backends.register(NAME, "reference", torch.ops.effnet_fast.depthwise_conv_bn_act.reference, backends.always)
+
+
+def depthwise_conv_bn_act(
+    x: Tensor, weight: Tensor, norm: Norm, *, stride: int, padding: Sequence[int], activation: str, squeeze: bool
+) -> tuple[Tensor, Tensor]:
+    """``y = activation(norm(depthwise_conv(x)))`` and, with ``squeeze``, the sums that squeeze-excite needs.
+
+    x        [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
+    weight   [C, 1, k, k], of any of these dtypes (used in x's)
+    padding  (top, bottom, left, right), zeros, need not be symmetric
+    returns  y [N, C, H', W'] channels_last in x's dtype; partial [N, P, C] fp32: sums of the stored y over P disjoint pieces of
+             the image that cover it (P = 0 without ``squeeze``)
+
+    No gradient: see effnet_fast.nn for when modules use it. Raises ValueError or TypeError, naming the argument, on bad input.
+    """
+    check_conv(NAME, x, weight, norm, activation, weight.shape[0])
+    if weight.shape[1] != 1:
+        raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [C, 1, k, k] would do")
+    check_window(NAME, x, weight.shape[2:], stride, padding)
+    overload = backends.choose(NAME, x)
+    return overload(x, weight, *norm, stride, padding, activation, squeeze)  # type: ignore[no-any-return]

@@ -1,0 +1,29 @@
+"""The compiled module ``effnet_fast._C``, loaded once; importing it registers the ``.native`` kernels with torch."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+MINIMUM_TORCH = (2, 11)  # the stable-ABI version that setup.py compiles for
+
+
+def _load() -> tuple[str | None, bool]:
+    version = torch.__version__.split("+")[0]
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
+        return f"torch {version} is older than the {'.'.join(map(str, MINIMUM_TORCH))} that the compiled module needs", False
+    try:
+        module = importlib.import_module("effnet_fast._C")
+    except ModuleNotFoundError:
+        return "the compiled module effnet_fast._C was not built", False
+    except ImportError as error:
+        return f"the compiled module effnet_fast._C cannot be loaded: {str(error).splitlines()[0]}", False
+    return None, bool(module.CUDA_KERNELS)
+
+
+#: Why the compiled module cannot be used, in one sentence; None if it is loaded.
+REASON: str | None
+#: Whether the compiled module was built with CUDA kernels.
+CUDA_KERNELS: bool
+REASON, CUDA_KERNELS = _load()

@@ -1,0 +1,53 @@
+"""pointwise_conv_bn_act: a 1x1 convolution with the gate multiplied into its input, its norm, activation and residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effnet_fast.ops import backends
+from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_like_output, conv_flops, empty_output
+from effnet_fast.ops.library import define
+from effnet_fast.ops.pointwise import reference
+
+NAME = "pointwise_conv_bn_act"
+
+
+def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation):  # type: ignore[no-untyped-def]
+    return empty_output(x, weight, 1, (0, 0, 0, 0))
+
+
+def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return conv_flops(x_shape, weight_shape, out_shape)
+
+
+define(
+    NAME,
+    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? gate, Tensor? residual, str activation) -> Tensor",
+    reference=reference.pointwise_conv_bn_act,
+    fake=_fake,
+    flops=_flops,
+)
+backends.register(NAME, "reference", torch.ops.effnet_fast.pointwise_conv_bn_act.reference, backends.always)
+
+
+def pointwise_conv_bn_act(
+    x: Tensor, weight: Tensor, norm: Norm, *, gate: Tensor | None = None, residual: Tensor | None = None, activation: str
+) -> Tensor:
+    """``activation(norm(conv1x1(x * gate))) + residual``: the expand, project and head convolutions.
+
+    x         [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
+    weight    [K, C, 1, 1]
+    gate      [N, C] fp32, from squeeze_excite_gate
+    residual  [N, K, H, W] in x's dtype
+    returns   [N, K, H, W] channels_last in x's dtype
+
+    No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
+    """
+    check_conv(NAME, x, weight, norm, activation, weight.shape[1])
+    if weight.shape[2] != 1 or weight.shape[3] != 1:
+        raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [K, C, 1, 1] would do")
+    check_like_output(NAME, "gate", gate, (x.shape[0], x.shape[1]), x)
+    check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]), x)
+    overload = backends.choose(NAME, x)
+    return overload(x, weight, *norm, gate, residual, activation)  # type: ignore[no-any-return]

@@ -1,0 +1,88 @@
+"""squeeze_excite_gate: from the depthwise kernel's partial sums to the gate (arXiv 1709.01507, equations 2 and 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effnet_fast.ops import backends, native
+from effnet_fast.ops.common import ACTIVATIONS, check_no_gradient
+from effnet_fast.ops.library import define
+from effnet_fast.ops.squeeze_excite import reference
+
+NAME = "squeeze_excite_gate"
+
+
+def _fake(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation):  # type: ignore[no-untyped-def]
+    return partial.new_empty((partial.shape[0], partial.shape[2]))
+
+
+def _flops(partial_shape, count, reduce_shape, reduce_bias, expand_shape, *args, out_shape, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * partial_shape[0] * (reduce_shape[0] * reduce_shape[1] + expand_shape[0] * expand_shape[1])
+
+
+define(
+    NAME,
+    "(Tensor partial, SymInt count, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias,"
+    " str activation) -> Tensor",
+    reference=reference.squeeze_excite_gate,
+    fake=_fake,
+    flops=_flops,
+    overloads=("native",),
+)
+
+
+def _native_can_run(partial: Tensor) -> str | None:
+    if native.REASON is not None:
+        return native.REASON
+    if partial.device.type == "cuda" and not native.CUDA_KERNELS:
+        return "the compiled module was built without CUDA kernels"
+    if partial.device.type not in ("cpu", "cuda"):
+        return f"no native kernel for device {partial.device.type!r}"
+    return None if partial.dtype == torch.float32 else f"partial sums are {partial.dtype}; the native kernel takes float32"
+
+
+backends.register(NAME, "native", torch.ops.effnet_fast.squeeze_excite_gate.native, _native_can_run)
+backends.register(NAME, "reference", torch.ops.effnet_fast.squeeze_excite_gate.reference, backends.always)
+
+
+def squeeze_excite_gate(
+    partial: Tensor,
+    count: int,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    *,
+    activation: str,
+) -> Tensor:
+    """``sigmoid(expand(activation(reduce(sum(partial) / count))))``.
+
+    partial        [N, P, C] fp32 (fp64 where x was): sums over P pieces of the image, added in order
+    count          H * W, the pixels that were summed
+    reduce_weight  [R, C, 1, 1], reduce_bias [R]; expand_weight [C, R, 1, 1], expand_bias [C]; fp32, bf16, fp16 or fp64
+    returns        gate [N, C] in partial's dtype
+
+    No gradient. Raises ValueError, naming the argument, on bad input.
+    """
+    check_no_gradient(NAME, partial, reduce_weight, expand_weight)
+    channels = partial.shape[-1]
+    if partial.dim() != 3 or partial.shape[1] < 1:
+        raise ValueError(f"{NAME}: partial is {tuple(partial.shape)}; [N, P, C] with P >= 1 would do")
+    if count < 1:
+        raise ValueError(f"{NAME}: count is {count}; the number of pixels summed, >= 1, would do")
+    if reduce_weight.dim() != 4 or reduce_weight.shape[1] != channels:
+        raise ValueError(f"{NAME}: reduce_weight is {tuple(reduce_weight.shape)}; [R, {channels}, 1, 1] would do")
+    if expand_weight.dim() != 4 or expand_weight.shape[:2] != (channels, reduce_weight.shape[0]):
+        raise ValueError(
+            f"{NAME}: expand_weight is {tuple(expand_weight.shape)}; [{channels}, {reduce_weight.shape[0]}, 1, 1] would do"
+        )
+    if reduce_weight.device != partial.device or expand_weight.device != partial.device:
+        raise ValueError(
+            f"{NAME}: partial is on {partial.device}, the weights on {reduce_weight.device} and {expand_weight.device}; one device"
+            " would do"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{NAME}: activation is {activation!r}; one of {', '.join(ACTIVATIONS)} would do")
+    overload = backends.choose(NAME, partial)
+    return overload(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)  # type: ignore[no-any-return]

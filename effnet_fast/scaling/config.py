@@ -1,0 +1,316 @@
+"""What a network is, as data: stages before scaling, and the concrete net that scaling gives.
+
+Nothing here knows a tensor or a device. ``BaseNet`` is a table like Table 1 of the EfficientNet paper (arXiv 1905.11946);
+``BaseNet.scaled(depth, width, resolution)`` applies the multipliers and the rounding rules and returns a ``NetConfig``, from
+which the models, the cost model and the checkpoint layouts are all derived.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+OPERATORS = ("mbconv", "fused_mbconv")
+
+
+def round_channels(channels: float, width: float = 1.0, divisor: int = 8, limit: float = 0.9) -> int:
+    """Scale a channel count and round it to a multiple of ``divisor``.
+
+    ``max(divisor, int(width * channels + divisor / 2) // divisor * divisor)``, one divisor more where that fell below ``limit``
+    times the exact value (the rule of the EfficientNet V1 code; V2 has ``limit=0``).
+    """
+    exact = channels * width
+    rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < limit * exact else rounded
+
+
+def round_layers(layers: int, depth: float = 1.0) -> int:
+    """Scale a stage's layer count: ``ceil(layers * depth)``."""
+    return math.ceil(layers * depth)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A run of like blocks: one row of the paper's Table 1.
+
+    operator      "mbconv" (expand 1x1, depthwise, squeeze-excite, project 1x1) or "fused_mbconv" (expand kxk, project 1x1)
+    kernel_size   of the depthwise (or fused) convolution
+    stride        of the stage's first block; the others have stride 1
+    expand_ratio  expanded channels over the block's input channels; 1 means no expansion
+    out_channels  of every block
+    layers        blocks in the stage
+    se_ratio      squeeze channels over the block's *input* channels; 0 means no squeeze-excite
+    """
+
+    operator: str
+    kernel_size: int
+    stride: int
+    expand_ratio: int
+    out_channels: int
+    layers: int
+    se_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.operator not in OPERATORS:
+            raise ValueError(f"StageConfig: operator is {self.operator!r}; one of {', '.join(OPERATORS)} would do")
+        for name in ("kernel_size", "stride", "expand_ratio", "out_channels", "layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"StageConfig: {name} is {value!r}; a whole number >= 1 would do")
+        if self.kernel_size % 2 == 0 or self.stride > 2:
+            raise ValueError(
+                f"StageConfig: kernel_size {self.kernel_size}, stride {self.stride}; an odd kernel and stride 1 or 2 would do"
+            )
+        if not 0 <= self.se_ratio <= 1:
+            raise ValueError(f"StageConfig: se_ratio is {self.se_ratio!r}; a number from 0 to 1 would do")
+        if self.se_ratio and self.operator == "fused_mbconv":
+            raise ValueError(f"StageConfig: se_ratio is {self.se_ratio!r}; fused_mbconv has no squeeze-excite, so 0 would do")
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One block with every channel count settled. ``stage`` and ``layer`` count from 0; ``index`` counts over the whole net."""
+
+    stage: int
+    layer: int
+    index: int
+    operator: str
+    kernel_size: int
+    stride: int
+    in_channels: int
+    expanded_channels: int
+    out_channels: int
+    se_channels: int
+    drop_path: float
+
+    @property
+    def expands(self) -> bool:
+        return self.expanded_channels != self.in_channels
+
+    @property
+    def residual(self) -> bool:
+        return self.stride == 1 and self.in_channels == self.out_channels
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    """A concrete network: what the builder builds and the cost model counts.
+
+    resolution   the side of the square image the net is meant for, pixels (any size runs)
+    dropout      probability before the classifier
+    drop_path    stochastic depth: block i of N is dropped, per image, with probability ``drop_path * i / N``
+    padding      "symmetric" ((k-1)/2 on each side) or "same" (TensorFlow's, from the run-time size)
+    """
+
+    name: str
+    stages: tuple[StageConfig, ...]
+    stem_channels: int
+    head_channels: int
+    resolution: int
+    dropout: float = 0.2
+    drop_path: float = 0.2
+    activation: str = "silu"
+    padding: str = "symmetric"
+    bn_eps: float = 1e-5
+    bn_momentum: float = 0.1
+    in_channels: int = 3
+    num_classes: int = 1000
+
+    def blocks(self) -> Iterator[BlockConfig]:
+        """Every block in order, with the channels that flow through it."""
+        total = sum(stage.layers for stage in self.stages)
+        channels, index = self.stem_channels, 0
+        for number, stage in enumerate(self.stages):
+            for layer in range(stage.layers):
+                yield BlockConfig(
+                    stage=number,
+                    layer=layer,
+                    index=index,
+                    operator=stage.operator,
+                    kernel_size=stage.kernel_size,
+                    stride=stage.stride if layer == 0 else 1,
+                    in_channels=channels,
+                    expanded_channels=channels * stage.expand_ratio,
+                    out_channels=stage.out_channels,
+                    se_channels=max(1, int(channels * stage.se_ratio)) if stage.se_ratio else 0,
+                    drop_path=self.drop_path * index / total,
+                )
+                channels, index = stage.out_channels, index + 1
+
+
+@dataclass(frozen=True)
+class BaseNet:
+    """A network before scaling, and the rounding rules that its authors scale it by.
+
+    fixed_ends   the Lite rule: stem and head keep their width, the first and last stage their depth
+    round_limit  see :func:`round_channels`
+    """
+
+    name: str
+    stages: tuple[StageConfig, ...]
+    stem_channels: int
+    head_channels: int
+    resolution: int
+    activation: str = "silu"
+    fixed_ends: bool = False
+    round_limit: float = 0.9
+
+    def scaled(
+        self,
+        depth: float = 1.0,
+        width: float = 1.0,
+        resolution: int | None = None,
+        name: str | None = None,
+        **settings: float | str,
+    ) -> NetConfig:
+        """The net with depth and width multiplied, at ``resolution`` pixels (default: the base's own).
+
+        ``settings`` are further ``NetConfig`` fields (dropout, padding, bn_eps, ...).
+        """
+        for label, value in (("depth", depth), ("width", width)):
+            if not isinstance(value, (int, float)) or not (0 < value < math.inf):
+                raise ValueError(f"{self.name}.scaled: {label} is {value!r}; a finite multiplier > 0 would do")
+        pixels = self.resolution if resolution is None else resolution
+        if not isinstance(pixels, int) or pixels < 1:
+            raise ValueError(f"{self.name}.scaled: resolution is {pixels!r}; a whole number of pixels >= 1 would do")
+
+        def channels(count: int, end: bool = False) -> int:
+            return count if end and self.fixed_ends else round_channels(count, width, limit=self.round_limit)
+
+        last = len(self.stages) - 1
+        stages = tuple(
+            StageConfig(
+                stage.operator,
+                stage.kernel_size,
+                stage.stride,
+                stage.expand_ratio,
+                channels(stage.out_channels),
+                stage.layers if self.fixed_ends and number in (0, last) else round_layers(stage.layers, depth),
+                stage.se_ratio,
+            )
+            for number, stage in enumerate(self.stages)
+        )
+        return NetConfig(
+            name=name or self.name,
+            stages=stages,
+            stem_channels=channels(self.stem_channels, end=True),
+            head_channels=channels(self.head_channels, end=True),
+            resolution=pixels,
+            activation=self.activation,
+            **settings,  # type: ignore[arg-type]
+        )
+
+
+def _stages(*rows: tuple[str, int, int, int, int, int, float]) -> tuple[StageConfig, ...]:
+    """Rows of (operator, kernel, stride, expand, out channels, layers, se_ratio)."""
+    return tuple(StageConfig(*row) for row in rows)
+
+
+# EfficientNet, Table 1.
+B0 = BaseNet(
+    "efficientnet_b0",
+    _stages(
+        ("mbconv", 3, 1, 1, 16, 1, 0.25),
+        ("mbconv", 3, 2, 6, 24, 2, 0.25),
+        ("mbconv", 5, 2, 6, 40, 2, 0.25),
+        ("mbconv", 3, 2, 6, 80, 3, 0.25),
+        ("mbconv", 5, 1, 6, 112, 3, 0.25),
+        ("mbconv", 5, 2, 6, 192, 4, 0.25),
+        ("mbconv", 3, 1, 6, 320, 1, 0.25),
+    ),
+    stem_channels=32,
+    head_channels=1280,
+    resolution=224,
+)
+
+# EfficientNet-Lite: no squeeze-excite, ReLU6, ends not scaled.
+LITE0 = BaseNet(
+    "efficientnet_lite0",
+    tuple(StageConfig(s.operator, s.kernel_size, s.stride, s.expand_ratio, s.out_channels, s.layers) for s in B0.stages),
+    stem_channels=32,
+    head_channels=1280,
+    resolution=224,
+    activation="relu6",
+    fixed_ends=True,
+)
+
+# EfficientNetV2 (arXiv 2104.00298), Table 4 for S; M, L, XL and the base nets from the authors' release.
+V2_B0 = BaseNet(
+    "efficientnetv2_b0",
+    _stages(
+        ("fused_mbconv", 3, 1, 1, 16, 1, 0),
+        ("fused_mbconv", 3, 2, 4, 32, 2, 0),
+        ("fused_mbconv", 3, 2, 4, 48, 2, 0),
+        ("mbconv", 3, 2, 4, 96, 3, 0.25),
+        ("mbconv", 3, 1, 6, 112, 5, 0.25),
+        ("mbconv", 3, 2, 6, 192, 8, 0.25),
+    ),
+    stem_channels=32,
+    head_channels=1280,
+    resolution=224,
+    round_limit=0.0,
+)
+V2_S = BaseNet(
+    "efficientnetv2_s",
+    _stages(
+        ("fused_mbconv", 3, 1, 1, 24, 2, 0),
+        ("fused_mbconv", 3, 2, 4, 48, 4, 0),
+        ("fused_mbconv", 3, 2, 4, 64, 4, 0),
+        ("mbconv", 3, 2, 4, 128, 6, 0.25),
+        ("mbconv", 3, 1, 6, 160, 9, 0.25),
+        ("mbconv", 3, 2, 6, 256, 15, 0.25),
+    ),
+    stem_channels=24,
+    head_channels=1280,
+    resolution=384,
+    round_limit=0.0,
+)
+V2_M = BaseNet(
+    "efficientnetv2_m",
+    _stages(
+        ("fused_mbconv", 3, 1, 1, 24, 3, 0),
+        ("fused_mbconv", 3, 2, 4, 48, 5, 0),
+        ("fused_mbconv", 3, 2, 4, 80, 5, 0),
+        ("mbconv", 3, 2, 4, 160, 7, 0.25),
+        ("mbconv", 3, 1, 6, 176, 14, 0.25),
+        ("mbconv", 3, 2, 6, 304, 18, 0.25),
+        ("mbconv", 3, 1, 6, 512, 5, 0.25),
+    ),
+    stem_channels=24,
+    head_channels=1280,
+    resolution=480,
+    round_limit=0.0,
+)
+V2_L = BaseNet(
+    "efficientnetv2_l",
+    _stages(
+        ("fused_mbconv", 3, 1, 1, 32, 4, 0),
+        ("fused_mbconv", 3, 2, 4, 64, 7, 0),
+        ("fused_mbconv", 3, 2, 4, 96, 7, 0),
+        ("mbconv", 3, 2, 4, 192, 10, 0.25),
+        ("mbconv", 3, 1, 6, 224, 19, 0.25),
+        ("mbconv", 3, 2, 6, 384, 25, 0.25),
+        ("mbconv", 3, 1, 6, 640, 7, 0.25),
+    ),
+    stem_channels=32,
+    head_channels=1280,
+    resolution=480,
+    round_limit=0.0,
+)
+V2_XL = BaseNet(
+    "efficientnetv2_xl",
+    _stages(
+        ("fused_mbconv", 3, 1, 1, 32, 4, 0),
+        ("fused_mbconv", 3, 2, 4, 64, 8, 0),
+        ("fused_mbconv", 3, 2, 4, 96, 8, 0),
+        ("mbconv", 3, 2, 4, 192, 16, 0.25),
+        ("mbconv", 3, 1, 6, 256, 24, 0.25),
+        ("mbconv", 3, 2, 6, 512, 32, 0.25),
+        ("mbconv", 3, 1, 6, 640, 8, 0.25),
+    ),
+    stem_channels=32,
+    head_channels=1280,
+    resolution=512,
+    round_limit=0.0,
+)
