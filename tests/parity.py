@@ -23,7 +23,8 @@ def calibrate(model: nn.Module, size: tuple[int, int] = (64, 64), channels: int 
 
     Fresh statistics (0 and 1) let the activations die out, and random ones let the image move the logits by 3e-4 or less: either
     way any two nets agree. One train-mode pass sets them, a perturbation makes mean, var, weight and bias all matter, and two
-    images must then give logits at least 10 % apart.
+    images must then give logits at least 10 % apart. A channel that hardly varied is not scaled up by its tiny variance: such a net
+    is chaotic, and fp32 itself loses digits in it. ``size`` is the one that the comparison will use, for the same reason.
     """
     generator = torch.Generator().manual_seed(0)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -46,6 +47,7 @@ def calibrate(model: nn.Module, size: tuple[int, int] = (64, 64), channels: int 
         norm.momentum = momentum
         norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn(norm.num_features, generator=generator)
         norm.running_var *= torch.empty(norm.num_features).uniform_(0.8, 1.25, generator=generator)
+        norm.running_var.clamp_(min=0.1 * norm.running_var.mean().item())
     for drop, p in drops.items():
         drop.p = p
     model.eval()

@@ -1,0 +1,75 @@
+// The only door to torch: its stable ABI, under short names, and the checks every op makes of its arguments.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "../common/activation.h"
+#include "../common/dtype.h"
+
+namespace effnet_fast::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Throws the message made of `parts`, which names the op and the argument.
+template <typename... Parts> void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+  bool same = t.dim() == int64_t(shape.size());
+  int64_t i = 0;
+  for (const int64_t size : shape) same = same && t.size(i++) == size;
+  std::string expected;
+  for (const int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  check(same, op, ": ", name, " has shape ", shape_text(t), ", expected [", expected, "]");
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  check(t.is_cuda() == like.is_cuda() && t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), op, ": ",
+        name, " is on another device than the first argument");
+}
+
+inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::fp32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::fp16;
+    default: break;
+  }
+  check(false, op, ": ", name, " must be float32, bfloat16 or float16");
+  return DType::fp32;
+}
+
+inline Activation activation_of(const char* op, const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "relu") return Activation::relu;
+  if (name == "relu6") return Activation::relu6;
+  check(name == "identity", op, ": activation must be silu, relu, relu6 or identity, got '", name, "'");
+  return Activation::identity;
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// The current stream of torch on that CUDA device, a cudaStream_t.
+void* current_cuda_stream(int32_t device);
+
+}  // namespace effnet_fast::binding

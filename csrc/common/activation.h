@@ -1,0 +1,23 @@
+// Activations in fp32, chosen at run time: outside inner loops a switch costs nothing.
+#pragma once
+#include <cmath>
+
+#include "dtype.h"
+
+namespace effnet_fast {
+
+enum class Activation { identity, silu, relu, relu6, sigmoid };
+
+// Comparisons are written so that NaN stays NaN.
+EFFNET_HOST_DEVICE float activate(Activation activation, float v) {
+  switch (activation) {
+    case Activation::identity: break;
+    case Activation::silu: return v / (1.f + expf(-v));
+    case Activation::relu: return v < 0.f ? 0.f : v;
+    case Activation::relu6: return v < 0.f ? 0.f : v > 6.f ? 6.f : v;
+    case Activation::sigmoid: return 1.f / (1.f + expf(-v));
+  }
+  return v;
+}
+
+}  // namespace effnet_fast

@@ -1,0 +1,121 @@
+// Vectors of W floats for the CPU kernels, as GCC and Clang vector types: the instruction set is that of the function they are
+// inlined into. A kernel is written once as an EFFNET_INLINE template over W and instantiated by EFFNET_PER_ISA.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "activation.h"
+
+#define EFFNET_INLINE inline __attribute__((always_inline))
+
+namespace effnet_fast::simd {
+
+// Types of W lanes. Members of a template, because an alias template would drop the attribute.
+template <int W> struct Lanes {
+  typedef float Float __attribute__((vector_size(W * 4)));
+  typedef int32_t Int __attribute__((vector_size(W * 4)));
+  typedef uint16_t Half __attribute__((vector_size(W * 2)));
+};
+template <int W> using Float = typename Lanes<W>::Float;
+template <int W> using Int = typename Lanes<W>::Int;
+
+template <int W> EFFNET_INLINE Float<W> load(const float* p) {
+  Float<W> v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <int W> EFFNET_INLINE Int<W> load_bits(const void* p) {
+  typename Lanes<W>::Half bits;
+  memcpy(&bits, p, sizeof(bits));
+  return __builtin_convertvector(bits, Int<W>);
+}
+template <int W> EFFNET_INLINE Float<W> load(const bf16* p) { return (Float<W>)(load_bits<W>(p) << 16); }
+template <int W> EFFNET_INLINE Float<W> load(const fp16* p) {  // to_float(fp16), lane by lane
+  const Int<W> bits = load_bits<W>(p), magnitude = (bits & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
+  const Int<W> normal = magnitude + (112 << 23) + ((exponent == 0x0f800000) & (112 << 23));
+  const Float<W> offset = (Float<W>)(Int<W>{} + (113 << 23));
+  const Int<W> subnormal = (Int<W>)((Float<W>)(magnitude + (113 << 23)) - offset);
+  const Int<W> is_subnormal = exponent == 0;
+  return (Float<W>)((is_subnormal & subnormal) | (~is_subnormal & normal) | (bits & 0x8000) << 16);
+}
+template <int W> EFFNET_INLINE void store(float* p, Float<W> v) { memcpy(p, &v, sizeof(v)); }
+
+template <int W> EFFNET_INLINE float sum(Float<W> v) {
+  if constexpr (W == 1) {
+    return v[0];
+  } else {
+    Float<W / 2> half[2];
+    memcpy(half, &v, sizeof(v));
+    return sum<W / 2>(half[0] + half[1]);
+  }
+}
+
+template <int W> EFFNET_INLINE Float<W> select(Int<W> mask, Float<W> yes, Float<W> no) {
+  return (Float<W>)((mask & (Int<W>)yes) | (~mask & (Int<W>)no));
+}
+
+// e^v within 2 ulp for v in [-87.3, 88.3]; infinity above, e^-87.3 below, NaN stays NaN. e^v = 2^n e^r with |r| <= ln2 / 2.
+template <int W> EFFNET_INLINE Float<W> exp(Float<W> v) {
+  const Float<W> zero{}, low = zero - 87.3f, high = zero + 88.3f, infinity = zero + INFINITY;
+  const Int<W> overflows = v > high;
+  v = select<W>(v < low, low, v);
+  v = select<W>(overflows, high, v);
+  const float round = 12582912.f;  // 1.5 * 2^23: adding it leaves n in the low bits of the significand
+  const Float<W> shifted = v * 1.44269504f + round, n = shifted - round;
+  const Float<W> r = (v - n * 0.693359375f) - n * -2.12194440e-4f;
+  Float<W> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  return select<W>(overflows, infinity, p * (Float<W>)(((Int<W>)shifted + 127) << 23));
+}
+
+template <int W> EFFNET_INLINE Float<W> activate(Activation activation, Float<W> v) {
+  const Float<W> zero{};
+  switch (activation) {
+    case Activation::identity: break;
+    case Activation::silu: return v / (exp<W>(-v) + 1.f);
+    case Activation::relu: return select<W>(v < zero, zero, v);
+    case Activation::relu6: return select<W>(v < zero, zero, select<W>(v > zero + 6.f, zero + 6.f, v));
+    case Activation::sigmoid: return 1.f / (exp<W>(-v) + 1.f);
+  }
+  return v;
+}
+
+// Floats in a vector of the best instruction set of this machine.
+inline int width() {
+#if defined(__x86_64__)
+  static const int width = [] {
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 4;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx512 ? 16 : 8;
+  }();
+  return width;
+#else
+  return 4;
+#endif
+}
+
+}  // namespace effnet_fast::simd
+
+// Defines `void name parameters`, which calls body<simd::width()> arguments compiled for AVX-512 (16), AVX2 (8) or the
+// compiler's baseline (4: an SSE or NEON register).
+#if defined(__x86_64__)
+#define EFFNET_PER_ISA(name, parameters, body, arguments)                                                                      \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void name##_avx512 parameters { body<16> arguments; } \
+  __attribute__((target("avx2,fma"))) void name##_avx2 parameters { body<8> arguments; }                                       \
+  void name##_baseline parameters { body<4> arguments; }                                                                       \
+  void name parameters {                                                                                                       \
+    switch (simd::width()) {                                                                                                   \
+      case 16: return name##_avx512 arguments;                                                                                 \
+      case 8: return name##_avx2 arguments;                                                                                    \
+      default: return name##_baseline arguments;                                                                               \
+    }                                                                                                                          \
+  }
+#else
+#define EFFNET_PER_ISA(name, parameters, body, arguments) \
+  void name parameters { body<4> arguments; }
+#endif

@@ -1,0 +1,58 @@
+"""Compound scaling: base nets, the law and the published table that scale them, what the result costs and how that grows.
+
+No nn.Module and no device in here: ``CompoundScaling().at(4)`` gives a ``NetConfig``, ``Cost.of(config)`` its exact parameters,
+MACs, activations, memory and bytes moved; ``multiplier_growth``, ``compound_growth`` and ``thresholds`` tell how they change.
+"""
+
+from effnet_fast.scaling.coefficients import DROP_PATH, PUBLISHED, Coefficients
+from effnet_fast.scaling.config import (
+    B0,
+    LITE0,
+    V2_B0,
+    V2_L,
+    V2_M,
+    V2_S,
+    V2_XL,
+    BaseNet,
+    BlockConfig,
+    NetConfig,
+    StageConfig,
+    round_channels,
+    round_layers,
+)
+from effnet_fast.scaling.cost import Cost, InferenceMemory, Layer, TrainingMemory, layers
+from effnet_fast.scaling.growth import Growth, Threshold, compound_growth, multiplier_growth, thresholds
+from effnet_fast.scaling.law import CompoundScaling, Constraint, NearestNet, ScaledNet
+
+__all__ = [
+    "B0",
+    "DROP_PATH",
+    "LITE0",
+    "PUBLISHED",
+    "V2_B0",
+    "V2_L",
+    "V2_M",
+    "V2_S",
+    "V2_XL",
+    "BaseNet",
+    "BlockConfig",
+    "Coefficients",
+    "CompoundScaling",
+    "Constraint",
+    "Cost",
+    "Growth",
+    "InferenceMemory",
+    "Layer",
+    "NearestNet",
+    "NetConfig",
+    "ScaledNet",
+    "StageConfig",
+    "Threshold",
+    "TrainingMemory",
+    "compound_growth",
+    "layers",
+    "multiplier_growth",
+    "round_channels",
+    "round_layers",
+    "thresholds",
+]

@@ -1,0 +1,27 @@
+// The CPU kernel under the sanitizers, as on a machine whose vectors have $EMULATED_WIDTH floats, with a thread pool that runs
+// its ranges one after another, last first.
+#include <cstdlib>
+#include <cstring>
+
+namespace emulated {
+inline bool supports(const char* feature) {
+  const int width = std::atoi(std::getenv("EMULATED_WIDTH"));
+  return std::strncmp(feature, "avx512", 6) == 0 ? width >= 16 : width >= 8;
+}
+}  // namespace emulated
+
+#define __builtin_cpu_supports(feature) emulated::supports(feature)
+#include "kernels.h"
+#include "squeeze_excite/squeeze_excite_cpu.cpp"
+
+namespace effnet_fast {
+int thread_count() { return 3; }
+void parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  const int64_t size = std::max((count + 2) / 3, grain);
+  for (int64_t begin = (count - 1) / size * size; begin >= 0; begin -= size) body(begin, std::min(begin + size, count), context);
+}
+}  // namespace effnet_fast
+
+void emulated::squeeze_excite_gate_cpu(const effnet_fast::squeeze_excite::GateParams& p) {
+  effnet_fast::squeeze_excite::gate_cpu(p);
+}
