@@ -35,7 +35,9 @@ def depthwise_shapes() -> list[Case]:
         config = FAMILY[name]
         size = (config.resolution + 1) // 2
         for block in config.blocks():
-            found[Case(1, block.expanded_channels, size, size, block.kernel_size, block.stride, symmetric(block.kernel_size))] = None
+            found[Case(1, block.expanded_channels, size, size, block.kernel_size, block.stride, symmetric(block.kernel_size))] = (
+                None
+            )
             size = (size + block.stride - 1) // block.stride
     return list(found)
 

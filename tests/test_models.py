@@ -98,7 +98,8 @@ def test_gradients_agree_with_timm(name, training):
     assert largest(grads[2]["x"]) > 1e-4
     if training:
         statistics = [
-            torch.cat([b.flatten() for n, b in net.named_buffers() if n.endswith(("mean", "var"))]) for net in (ours, theirs, double)
+            torch.cat([b.flatten() for n, b in net.named_buffers() if n.endswith(("mean", "var"))])
+            for net in (ours, theirs, double)
         ]
         assert_2x(*statistics, "running statistics")
 
@@ -229,9 +230,7 @@ def test_frozen_batch_norm_inside_training():
             module.eval()
     with torch.no_grad():
         plain = {row.name for row in effnet_fast.explain(model, torch.zeros(2, 3, 32, 32)) if row.plain}
-    assert plain == {
-        f"blocks.{b.stage}.{b.layer}" for b in model.config.blocks() if b.residual and b.drop_path
-    }
+    assert plain == {f"blocks.{b.stage}.{b.layer}" for b in model.config.blocks() if b.residual and b.drop_path}
 
 
 def test_stochastic_depth_is_per_row_and_linear():

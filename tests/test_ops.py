@@ -12,7 +12,7 @@ import effnet_fast
 from effnet_fast import ops
 from effnet_fast.ops import backends
 
-O = torch.ops.effnet_fast
+OPS = torch.ops.effnet_fast
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SOME = [case for case in cases.REDUCED if case in cases.nasty()] + cases.REDUCED[len(cases.nasty()) :: 6]
 
@@ -63,7 +63,7 @@ def test_depthwise(case, dtype):
     torch.manual_seed(0)
     x = torch.randn(case.images, case.channels, case.height, case.width).to(dtype)
     weight, n = torch.randn(case.channels, 1, case.kernel, case.kernel), norm(case.channels)
-    args = dict(stride=case.stride, padding=case.padding)
+    args = {"stride": case.stride, "padding": case.padding}
     for activation in ops.ACTIVATIONS:
         y, partial = ops.depthwise_conv_bn_act(x, weight, n, activation=activation, squeeze=True, **args)
         plain = plain_conv(x, weight, n, **args, groups=case.channels, activation=activation)
@@ -83,7 +83,7 @@ def test_strides_do_not_matter(how):
     torch.manual_seed(0)
     x, n = torch.randn(2, 24, 9, 7), norm(24)
     w3, w1 = torch.randn(24, 1, 3, 3), torch.randn(24, 24, 1, 1)
-    args = dict(stride=2, padding=(1, 1, 0, 1), activation="silu")
+    args = {"stride": 2, "padding": (1, 1, 0, 1), "activation": "silu"}
     y, partial = ops.depthwise_conv_bn_act(x, w3, n, squeeze=True, **args)
     y2, partial2 = ops.depthwise_conv_bn_act(strided(x, how), strided(w3, how), n, squeeze=True, **args)
     torch.testing.assert_close(y2, y)
@@ -181,13 +181,13 @@ def test_flop_formulas():
     }
     for op, flops in expected.items():
         with FlopCounterMode(display=False) as counter:
-            getattr(O, op).reference(*_example(op, torch.float32, 2))
+            getattr(OPS, op).reference(*_example(op, torch.float32, 2))
         assert counter.get_total_flops() == flops, op
 
 
 X, W, N = torch.ones(2, 16, 8, 8), torch.ones(16, 1, 3, 3), norm(16)
 PW = torch.ones(8, 16, 1, 1)
-GOOD = dict(stride=1, padding=(1, 1, 1, 1), activation="silu", squeeze=True)
+GOOD = {"stride": 1, "padding": (1, 1, 1, 1), "activation": "silu", "squeeze": True}
 BAD = [
     (lambda: ops.depthwise_conv_bn_act(X[:, :8], W, N, **GOOD), ValueError, "weight has 16 channels, x has 8"),
     (lambda: ops.depthwise_conv_bn_act(X[0], W, N, **GOOD), ValueError, "x has 3 dimensions"),
@@ -248,7 +248,7 @@ def test_strict_request_names_the_reason():
         pytest.skip(backends.reasons()["native"]["squeeze_excite_gate"])
     half = torch.zeros(1, 1, 16, dtype=torch.float64)
     with effnet_fast.backend("native"):
-        assert backends.choose("squeeze_excite_gate", half) is O.squeeze_excite_gate.reference
+        assert backends.choose("squeeze_excite_gate", half) is OPS.squeeze_excite_gate.reference
     with effnet_fast.backend("native", strict=True), pytest.raises(RuntimeError, match="takes float32"):
         backends.choose("squeeze_excite_gate", half)
 

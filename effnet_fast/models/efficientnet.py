@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,15 @@ from effnet_fast.nn.blocks import (
 from effnet_fast.nn.fused import conv_norm_act, is_traced
 from effnet_fast.scaling.config import NetConfig
 
-_BLOCKS = {"mbconv": MBConv, "fused_mbconv": FusedMBConv}
+_BLOCKS: dict[str, type[nn.Module]] = {"mbconv": MBConv, "fused_mbconv": FusedMBConv}
 _ACTIVATIONS: dict[str, ActLayer] = {"silu": nn.SiLU, "relu": nn.ReLU, "relu6": nn.ReLU6, "identity": nn.Identity}
 POOLS = ("avg", "max", "avgmax", "")
+
+
+def _layers(config: NetConfig, norm_layer: NormLayer | None, act_layer: ActLayer | None) -> tuple[NormLayer, ActLayer]:
+    """The factories of a net's layers. A model keeps none: a user's lambda would not pickle."""
+    batch_norm = partial(nn.BatchNorm2d, eps=config.bn_eps, momentum=config.bn_momentum)
+    return norm_layer or batch_norm, act_layer or _ACTIVATIONS[config.activation]
 
 
 class Trunk(nn.Module):
@@ -42,12 +49,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpointing = False
-        act = act_layer or _ACTIVATIONS[config.activation]
-
-        def batch_norm(channels: int) -> nn.Module:
-            return nn.BatchNorm2d(channels, eps=config.bn_eps, momentum=config.bn_momentum)
-
-        norm = norm_layer or batch_norm
+        norm, act = _layers(config, norm_layer, act_layer)
         self.conv_stem = conv2d(config.in_channels, config.stem_channels, 3, 2, config.padding)
         self.bn1, self.act1 = norm(config.stem_channels), act()
         stages: list[list[nn.Module]] = [[] for _ in config.stages]
@@ -55,7 +57,6 @@ class Trunk(nn.Module):
             stages[block.stage].append(_BLOCKS[block.operator](block, norm, act, config.padding))
         self.blocks = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
         self.feature_info = FeatureInfo(config)
-        self._norm, self._act = norm, act
 
     def forward_stem(self, x: Tensor) -> Tensor:
         if not is_traced(x):
@@ -65,14 +66,16 @@ class Trunk(nn.Module):
 
     def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         for block in stage.children():
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)  # type: ignore[assignment]
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    def set_weights_convention(self, padding: str | None = None, bn_eps: float | None = None, bn_momentum: float | None = None) -> None:
+    def set_weights_convention(
+        self, padding: str | None = None, bn_eps: float | None = None, bn_momentum: float | None = None
+    ) -> None:
         """Adopt the padding, eps or momentum that some weights were trained under."""
         given = {"padding": padding, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
         self.config = replace(self.config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
@@ -114,7 +117,8 @@ class EfficientNet(Trunk):
         self.num_classes, self.num_features = config.num_classes, config.head_channels
         self.head_hidden_size = self.num_features
         self.conv_head = conv2d(config.stages[-1].out_channels, config.head_channels, 1, 1, config.padding)
-        self.bn2, self.act2 = self._norm(config.head_channels), self._act()
+        norm, act = _layers(config, norm_layer, act_layer)
+        self.bn2, self.act2 = norm(config.head_channels), act()
         self.default_cfg: dict[str, Any] = {}
         self._set_head(config.num_classes, global_pool)
         init_weights(self)

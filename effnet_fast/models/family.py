@@ -34,9 +34,7 @@ def _config(name: str) -> NetConfig:
 def _tf_config(name: str) -> NetConfig:
     """The form whose weights were trained in TensorFlow: SAME padding and a batch norm eps of 1e-3."""
     base, width, depth, resolution, dropout = _ROWS[name]
-    return base.scaled(
-        depth, width, resolution, f"tf_{name}", dropout=dropout, drop_path=DROP_PATH, padding="same", bn_eps=1e-3
-    )
+    return base.scaled(depth, width, resolution, f"tf_{name}", dropout=dropout, drop_path=DROP_PATH, padding="same", bn_eps=1e-3)
 
 
 FAMILY: dict[str, NetConfig] = {

@@ -68,14 +68,14 @@ def explain(model: nn.Module, x: torch.Tensor, grad: bool = False) -> Explanatio
             handle.remove()
 
     rows: list[BlockExplanation] = []
-    name, ops, plain = "", [], None  # type: str, list[Choice], str | None
+    current, ops, plain = "", [], None  # type: str, list[Choice], str | None
     for entry in [*trace, "block "]:
         if isinstance(entry, Choice):
             ops.append(entry)
         elif entry.startswith("block "):
             if ops or plain:
-                rows.append(BlockExplanation(name or ("stem" if not rows else "head"), tuple(ops), plain))
-            name, ops, plain = entry.removeprefix("block "), [], None
+                rows.append(BlockExplanation(current or ("stem" if not rows else "head"), tuple(ops), plain))
+            current, ops, plain = entry.removeprefix("block "), [], None
         else:
             plain = entry
     return Explanation(rows)

@@ -235,5 +235,5 @@ def conv_norm_act(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, padding: str
     reason = why_not_activation(act) or why_not_fused(part) or why_plain(x, BlockParts(None, None, None, part, False))
     if reason is not None:
         note(f"children one by one: {reason}")
-        return act(norm(conv(pad(conv, padding, x))))  # type: ignore[no-any-return]
+        return act(norm(conv(pad(conv, padding, x))))
     return run_conv(part, autocast(x))

@@ -21,8 +21,9 @@ def same_sides(size: int, kernel: int, stride: int) -> tuple[int, int]:
 def sides(conv: nn.Conv2d, padding: str, x: Tensor) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of ``conv`` over ``x``; ``conv.padding`` says it for "symmetric"."""
     if padding == "symmetric":
-        top, left = conv.padding  # type: ignore[misc]
-        return top, top, left, left  # type: ignore[return-value]
+        assert not isinstance(conv.padding, str)  # "valid" and "same" never come here
+        top, left = conv.padding
+        return top, top, left, left
     vertical = same_sides(x.shape[2], conv.kernel_size[0], conv.stride[0])
     return *vertical, *same_sides(x.shape[3], conv.kernel_size[1], conv.stride[1])
 

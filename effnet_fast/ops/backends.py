@@ -64,7 +64,7 @@ def choose(op: str, x: torch.Tensor) -> Any:
     if _STATE.requested is not None:
         kernels = sorted(kernels, key=lambda kernel: kernel.backend != _STATE.requested)
     chosen = None
-    refused = {backend: "no kernel of this op" for backend in BACKENDS}
+    refused = dict.fromkeys(BACKENDS, "no kernel of this op")
     for kernel in kernels:
         reason = kernel.can_run(x)
         if reason is None and chosen is None:
@@ -101,13 +101,13 @@ def tracing() -> Iterator[list[Choice | str]]:
 
 def reasons(device: str = "cpu") -> dict[str, dict[str, str | None]]:
     """For each backend and op: None where a float32 tensor on ``device`` can run there, else why not."""
-    probe = torch.empty(0, device="meta")
+    probe: Any = _Probe(torch.float32, device)
     table: dict[str, dict[str, str | None]] = {}
     for backend in BACKENDS:
         table[backend] = {}
         for op, kernels in _KERNELS.items():
             kernel = next((kernel for kernel in kernels if kernel.backend == backend), None)
-            table[backend][op] = "no kernel of this op" if kernel is None else kernel.can_run(_Probe(probe.dtype, device))  # type: ignore[arg-type]
+            table[backend][op] = "no kernel of this op" if kernel is None else kernel.can_run(probe)
     return table
 
 
@@ -140,7 +140,7 @@ def _check_request(name: str) -> None:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     refusals = [reason for device in devices for reason in reasons(device)[name].values()]
     if all(reason is not None for reason in refusals):
-        raise RuntimeError(f"backend: {name!r} cannot run any op on this machine: {'; '.join(sorted(set(refusals)))}")  # type: ignore[type-var, arg-type]
+        raise RuntimeError(f"backend: {name!r} cannot run any op on this machine: {'; '.join(sorted(set(refusals)))}")  # type: ignore[arg-type]
 
 
 def read_environment() -> None:

@@ -43,7 +43,14 @@ def activate_(y: Tensor, activation: str) -> Tensor:
 
 
 def conv_norm_act(
-    x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: Sequence[int], groups: int, activation: str, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm,
+    stride: int,
+    padding: Sequence[int],
+    groups: int,
+    activation: str,
+    residual: Tensor | None,
 ) -> Tensor:
     """The reference of every convolution op: what PyTorch's own modules compute, channels_last out."""
     top, bottom, left, right = padding

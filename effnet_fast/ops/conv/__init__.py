@@ -24,11 +24,11 @@ from effnet_fast.ops.library import define
 NAME = "conv_bn_act"
 
 
-def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, residual, stride, padding, activation):  # type: ignore[no-untyped-def]
+def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, residual, stride, padding, activation):
     return empty_output(x, weight, stride, padding)
 
 
-def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
     return conv_flops(x_shape, weight_shape, out_shape)
 
 
@@ -70,4 +70,4 @@ def conv_bn_act(
         width = output_size(x.shape[3], weight.shape[3], stride, left, right)
         check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
     overload = backends.choose(NAME, x)
-    return overload(x, weight, *norm, residual, stride, padding, activation)  # type: ignore[no-any-return]
+    return overload(x, weight, *norm, residual, stride, padding, activation)

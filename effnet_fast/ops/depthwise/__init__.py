@@ -15,18 +15,19 @@ from effnet_fast.ops.library import define
 NAME = "depthwise_conv_bn_act"
 
 
-def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, squeeze):  # type: ignore[no-untyped-def]
+def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, squeeze):
     y = empty_output(x, weight, stride, padding)
     return y, y.new_empty((x.shape[0], 1 if squeeze else 0, weight.shape[0]), dtype=accumulator(x.dtype))
 
 
-def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
     return conv_flops(x_shape, weight_shape, out_shape[0])
 
 
 define(
     NAME,
-    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[] padding, str activation, bool squeeze) -> (Tensor y, Tensor partial)",
+    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[] padding, str activation, bool squeeze)"
+    " -> (Tensor y, Tensor partial)",
     reference=reference.depthwise_conv_bn_act,
     fake=_fake,
     flops=_flops,
@@ -52,4 +53,4 @@ def depthwise_conv_bn_act(
         raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [C, 1, k, k] would do")
     check_window(NAME, x, weight.shape[2:], stride, padding)
     overload = backends.choose(NAME, x)
-    return overload(x, weight, *norm, stride, padding, activation, squeeze)  # type: ignore[no-any-return]
+    return overload(x, weight, *norm, stride, padding, activation, squeeze)

@@ -13,11 +13,11 @@ from effnet_fast.ops.pointwise import reference
 NAME = "pointwise_conv_bn_act"
 
 
-def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation):  # type: ignore[no-untyped-def]
+def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation):
     return empty_output(x, weight, 1, (0, 0, 0, 0))
 
 
-def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
     return conv_flops(x_shape, weight_shape, out_shape)
 
 
@@ -50,4 +50,4 @@ def pointwise_conv_bn_act(
     check_like_output(NAME, "gate", gate, (x.shape[0], x.shape[1]), x)
     check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]), x)
     overload = backends.choose(NAME, x)
-    return overload(x, weight, *norm, gate, residual, activation)  # type: ignore[no-any-return]
+    return overload(x, weight, *norm, gate, residual, activation)

@@ -13,11 +13,11 @@ from effnet_fast.ops.squeeze_excite import reference
 NAME = "squeeze_excite_gate"
 
 
-def _fake(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation):  # type: ignore[no-untyped-def]
+def _fake(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation):
     return partial.new_empty((partial.shape[0], partial.shape[2]))
 
 
-def _flops(partial_shape, count, reduce_shape, reduce_bias, expand_shape, *args, out_shape, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops(partial_shape, count, reduce_shape, reduce_bias, expand_shape, *args, out_shape, **kwargs) -> int:
     return 2 * partial_shape[0] * (reduce_shape[0] * reduce_shape[1] + expand_shape[0] * expand_shape[1])
 
 
@@ -85,4 +85,4 @@ def squeeze_excite_gate(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{NAME}: activation is {activation!r}; one of {', '.join(ACTIVATIONS)} would do")
     overload = backends.choose(NAME, partial)
-    return overload(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)  # type: ignore[no-any-return]
+    return overload(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)
