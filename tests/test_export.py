@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import calibrate, images
 from torch import fx
 
 import effnet_fast
+from effnet_fast.benchmark import calibrate, images
 from effnet_fast.models import EfficientNet, create_model, efficientnet
 from effnet_fast.nn import MBConv
 from effnet_fast.scaling.config import BaseNet, StageConfig

@@ -8,10 +8,10 @@ import cases  # noqa: F401  (the table imports the family: a broken row fails he
 import pytest
 import timm
 import torch
-from parity import calibrate, images
 from tolerance import assert_2x, largest
 
 import effnet_fast
+from effnet_fast.benchmark import calibrate, images
 from effnet_fast.models import FAMILY, create_model, efficientnet, list_models
 from effnet_fast.nn import MBConv
 from effnet_fast.nn.fused import FusedBlock
@@ -108,12 +108,13 @@ def test_gradients_agree_with_timm(name, training):
 def test_agrees_with_torchvision(name):
     import torchvision
 
-    from effnet_fast.weights import layouts
+    from effnet_fast.weights import key_map
 
     torch.manual_seed(0)
     theirs = calibrate(getattr(torchvision.models, name)(), (64, 83))
     ours = create_model(name.replace("_v2_", "v2_")).eval()
-    ours.load_state_dict(layouts.to_timm(theirs.state_dict(), ours.config))
+    state = theirs.state_dict()
+    ours.load_state_dict({key: state[other] for key, other in key_map(ours.config, "torchvision").items()})
     eps = theirs.features[0][1].eps
     ours.set_weights_convention(bn_eps=eps)
     double = copy.deepcopy(theirs).double()
@@ -213,10 +214,11 @@ def test_a_changed_block_runs_its_children(what):
             torch.testing.assert_close(block(y), block.forward_children(y))
 
 
-def test_hooks_on_the_block_fire_in_the_fused_path():
+def test_hooks_on_blocks_and_stages_fire_in_the_fused_path():
     model = efficientnet(depth=0.5, width=0.5).eval()
-    _hook.calls = 0
-    model.blocks[2][0].register_forward_hook(_hook)
+    _hook.calls = -2
+    for module in (model.blocks[2][0], model.blocks[2], model.blocks):
+        module.register_forward_hook(_hook)
     with torch.no_grad():
         assert effnet_fast.explain(model, torch.zeros(1, 3, 32, 32))[3].plain is None
     assert _hook.calls == 1

@@ -25,6 +25,7 @@ from effnet_fast.nn.blocks import (
 )
 from effnet_fast.nn.fused import conv_norm_act, is_traced
 from effnet_fast.scaling.config import NetConfig
+from effnet_fast.weights import default_cfg
 
 _BLOCKS: dict[str, type[nn.Module]] = {"mbconv": MBConv, "fused_mbconv": FusedMBConv}
 _ACTIVATIONS: dict[str, ActLayer] = {"silu": nn.SiLU, "relu": nn.ReLU, "relu6": nn.ReLU6, "identity": nn.Identity}
@@ -65,8 +66,10 @@ class Trunk(nn.Module):
         return conv_norm_act(self.conv_stem, self.bn1, self.act1, self.config.padding, x)
 
     def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and self.training):
+            return stage(x)
         for block in stage.children():
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
+            x = checkpoint(block, x, use_reentrant=False)
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -119,7 +122,7 @@ class EfficientNet(Trunk):
         self.conv_head = conv2d(config.stages[-1].out_channels, config.head_channels, 1, 1, config.padding)
         norm, act = _layers(config, norm_layer, act_layer)
         self.bn2, self.act2 = norm(config.head_channels), act()
-        self.default_cfg: dict[str, Any] = {}
+        self.default_cfg = default_cfg(config)
         self._set_head(config.num_classes, global_pool)
         init_weights(self)
 
@@ -150,8 +153,11 @@ class EfficientNet(Trunk):
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, num_features, H/32, W/32] (rounded up): everything before the pool."""
         x = self.forward_stem(x)
-        for stage in self.blocks:
-            x = self.forward_stage(stage, x)
+        if self.grad_checkpointing:
+            for stage in self.blocks:
+                x = self.forward_stage(stage, x)
+        else:
+            x = self.blocks(x)
         return conv_norm_act(self.conv_head, self.bn2, self.act2, "symmetric", x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -216,7 +222,7 @@ class EfficientNetFeatures(Trunk):
         super().__init__(config, norm_layer, act_layer)
         self.out_indices = take_indices("features_only: out_indices", out_indices, len(self.feature_info))
         self.feature_info = FeatureInfo(config, self.out_indices)
-        self.default_cfg: dict[str, Any] = {}
+        self.default_cfg = default_cfg(config)
         init_weights(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -107,7 +107,6 @@ def _build(config: NetConfig, pretrained: bool | str, arguments: dict[str, Any])
         )
     else:
         model = EfficientNet(built, **{key: arguments[key] for key in _CLASSIFIER_ARGUMENTS if key in arguments})
-    model.default_cfg = weights.default_cfg(built)
     if pretrained:
         weights.load_pretrained(model, pretrained)
     if arguments.get("checkpoint_path"):

@@ -1,4 +1,4 @@
-"""Comparisons of whole nets that are not vacuous."""
+"""Untrained networks that can be compared: statistics like a trained one's, and images that they tell apart."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ def calibrate(model: nn.Module, size: tuple[int, int] = (64, 64), channels: int 
     """Give a randomly initialised net running statistics like a trained one's, in place; returns it in eval mode.
 
     Fresh statistics (0 and 1) let the activations die out, and random ones let the image move the logits by 3e-4 or less: either
-    way any two nets agree. One train-mode pass sets them, a perturbation makes mean, var, weight and bias all matter, and two
-    images must then give logits at least 10 % apart. A channel that hardly varied is not scaled up by its tiny variance: such a net
-    is chaotic, and fp32 itself loses digits in it. ``size`` is the one that the comparison will use, for the same reason.
+    way any two nets agree. One train-mode pass sets them, and a perturbation keeps mean and variance from being exactly that
+    pass's. A channel that hardly varied is not scaled up by its tiny variance: such a net is chaotic, and fp32 itself loses digits
+    in it. ``size`` is the one that the comparison will use, for the same reason.
+
+    Raises RuntimeError where two images give logits less than 10 % apart, or logits that died out or exploded.
     """
     generator = torch.Generator().manual_seed(0)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     drops = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
     for norm in norms:
-        norm.weight.uniform_(0.1, 0.5, generator=generator)
-        norm.bias.uniform_(-0.3, 0.3, generator=generator)
+        norm.weight.uniform_(0.1, 0.3, generator=generator)
+        norm.bias.uniform_(-0.1, 0.1, generator=generator)
     for drop in drops:
         drop.p = 0.0
     momenta = [norm.momentum for norm in norms]
@@ -45,8 +47,9 @@ def calibrate(model: nn.Module, size: tuple[int, int] = (64, 64), channels: int 
     model(images(8, size, channels, seed=0))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn(norm.num_features, generator=generator)
-        norm.running_var *= torch.empty(norm.num_features).uniform_(0.8, 1.25, generator=generator)
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean += 0.03 * norm.running_var.sqrt() * torch.randn(norm.num_features, generator=generator)
+        norm.running_var *= torch.empty(norm.num_features).uniform_(0.95, 1.05, generator=generator)
         norm.running_var.clamp_(min=0.1 * norm.running_var.mean().item())
     for drop, p in drops.items():
         drop.p = p
@@ -54,5 +57,9 @@ def calibrate(model: nn.Module, size: tuple[int, int] = (64, 64), channels: int 
     out = model(images(2, size, channels))
     if isinstance(out, Tensor):
         a, b = out
-        assert (a - b).abs().max() >= 0.1 * out.abs().max(), "the comparison would be vacuous: two images give the same logits"
+        scale = out.abs().max().item()
+        if not (a - b).abs().max().item() >= 0.1 * scale:
+            raise RuntimeError("calibrate: two images give the same logits, to 10 %: a comparison would be vacuous")
+        if not 1e-3 < scale < 100:
+            raise RuntimeError(f"calibrate: logits of {scale:.2g}: activations die out or explode, and any rounding with them")
     return model

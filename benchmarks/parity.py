@@ -1,0 +1,111 @@
+"""How far the family's logits are from timm's and torchvision's, and both from float64.
+
+    python -m benchmarks.parity --out benchmarks/results/parity.json
+
+The networks are untrained, with calibrated running statistics (effnet_fast.benchmark); both sides hold the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import effnet_fast
+from effnet_fast.benchmark import calibrate, images
+from effnet_fast.weights import key_map
+
+CASES = [
+    ("timm", "efficientnet_b0", (224, 224)),
+    ("timm", "efficientnet_b4", (129, 171)),
+    ("timm", "efficientnet_b5", (160, 160)),
+    ("timm", "tf_efficientnet_b3", (150, 147)),
+    ("timm", "efficientnetv2_s", (160, 160)),
+    ("timm", "efficientnet_lite0", (224, 224)),
+    ("torchvision", "efficientnet_b0", (224, 224)),
+    ("torchvision", "efficientnet_b5", (160, 160)),
+    ("torchvision", "efficientnetv2_s", (129, 171)),
+]
+IMAGES = 8
+
+
+def peer_of(library: str, name: str, ours: nn.Module) -> nn.Module:
+    """The peer's network with our weights."""
+    if library == "timm":
+        import timm
+
+        peer = timm.create_model(name)
+        peer.load_state_dict(ours.state_dict())
+        return peer.eval()
+    import torchvision
+
+    build: Callable[[], nn.Module] = getattr(torchvision.models, name.replace("v2_", "_v2_"))
+    peer = build()
+    names, state = key_map(ours.config, "torchvision"), ours.state_dict()
+    peer.load_state_dict({names[key]: value for key, value in state.items()})
+    for module in peer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = ours.config.bn_eps
+    return peer.eval()
+
+
+@torch.no_grad()
+def measure(library: str, name: str, size: tuple[int, int]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    ours = calibrate(effnet_fast.create_model(name), size)
+    peer = peer_of(library, name, ours)
+    x = images(IMAGES, size)
+    reference = copy.deepcopy(peer).double()(x.double())
+    a, b = ours(x), peer(x)
+    assert all(row.plain is None for row in effnet_fast.explain(ours, x[:1])), "ours must have run the ops"
+    return {
+        "peer": library,
+        "name": name,
+        "size": list(size),
+        "largest_logit": reference.abs().max().item(),
+        "ours_from_peer": (a - b).abs().max().item(),
+        "ours_from_float64": (a - reference).abs().max().item(),
+        "peer_from_float64": (b - reference).abs().max().item(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "cpu": platform.processor() or platform.machine(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "timm", "torchvision")} | {"python": platform.python_version()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    out = parser.parse_args().out
+    cases = []
+    for library, name, size in CASES:
+        case = measure(library, name, size)
+        cases.append(case)
+        print(f"{library:<12} {name:<20} {size}  {case['ours_from_peer']:.1e} of {case['largest_logit']:.2g}", flush=True)
+    aside = out.with_suffix(".tmp")
+    aside.write_text(json.dumps({"machine": machine(), "dtype": "float32", "images": IMAGES, "cases": cases}, indent=2) + "\n")
+    os.replace(aside, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The ``effnet-fast`` command. Each command is a module of this package, imported only when it is asked for.
+
+A command's module has a docstring (its --help), ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+COMMANDS = {
+    "doctor": "what is installed here, and which backends can run",
+    "summary": "a network stage by stage: operators, channels, parameters, MACs",
+    "scale": "a network from the compound scaling law, or the largest one within a budget",
+    "predict": "classify images",
+    "cam": "where in an image the evidence for a class is",
+    "convert": "rewrite a checkpoint in the layout of timm, torchvision or lukemelas",
+    "demo": "train, save, reload, predict and explain on real scanned digits, offline, in about two minutes",
+}
+# Modules that the extra "cli" brings, and the packages that have them.
+_EXTRA = {"PIL": "Pillow", "tqdm": "tqdm", "sklearn": "scikit-learn"}
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 where interrupted."""
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter must not complain of that when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print_error(error)
+        return BAD_INPUT
+
+
+def print_error(error: Exception) -> None:
+    """One line on stderr."""
+    text = str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = _EXTRA.get((error.name or "").split(".")[0])
+        if package is None:
+            raise error
+        text = f"this needs {package}: pip install 'effnet-fast[cli]' would do"
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    print("effnet-fast: error:", " ".join(text.split()) or type(error).__name__, file=sys.stderr)
+
+
+def _run(argv: list[str]) -> int:
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print("usage: effnet-fast COMMAND ...   (effnet-fast COMMAND --help says more)\n")
+        print("\n".join(f"  {command:<9}{line}" for command, line in COMMANDS.items()))
+        return 0
+    if name == "--version":
+        from effnet_fast import __version__
+
+        print(f"effnet-fast {__version__}")
+        return 0
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown command {name!r}; {nearest!r} would do (effnet-fast --help gives all)")
+    command = importlib.import_module(f"effnet_fast.cli.{name}")
+    parser = _Parser(
+        prog=f"effnet-fast {name}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    try:
+        arguments = parser.parse_args(argv[1:])
+    except SystemExit:  # --help has been printed
+        return 0
+    return int(command.run(arguments))

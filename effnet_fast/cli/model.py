@@ -1,0 +1,127 @@
+"""The model that ``predict`` and ``cam`` are given, and the device it runs on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from effnet_fast.models import EfficientNet, config_of, create_model
+from effnet_fast.weights import Checkpoint, Preprocessing, detect, key_map, load_checkpoint, preprocessing_of, read
+
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode on its device; ``trained`` is False where its weights are random."""
+
+    model: EfficientNet
+    preprocessing: Preprocessing
+    classes: list[str] | None
+    trained: bool
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a name, NAME.TAG for one set of pretrained weights, or a checkpoint that says its net"
+    )
+    weights_from = parser.add_mutually_exclusive_group()
+    weights_from.add_argument(
+        "--checkpoint", metavar="FILE", help="weights of MODEL, in the layout of timm, torchvision or lukemelas"
+    )
+    weights_from.add_argument("--pretrained", action="store_true", help="MODEL's default weights, fetched once")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="class names, one a line (default: the checkpoint's own, else class indices)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one (default)")
+
+
+def load_model(arguments: argparse.Namespace) -> Loaded:
+    """Build MODEL and its weights as the options say."""
+    device = device_of(arguments.device)
+    classes = None
+    if Path(arguments.model).suffix in _SUFFIXES:
+        if arguments.checkpoint or arguments.pretrained:
+            raise ValueError(f"MODEL is the checkpoint {arguments.model}; it needs no --checkpoint or --pretrained")
+        model, classes = load_saved(arguments.model)
+    elif arguments.checkpoint:
+        model, classes = _load_into(arguments.model, arguments.checkpoint)
+    else:
+        model = create_model(arguments.model, arguments.pretrained)  # type: ignore[assignment]
+    trained = bool(arguments.checkpoint or arguments.pretrained or Path(arguments.model).suffix)
+    if arguments.classes:
+        classes = _names_in(arguments.classes)
+    if classes is not None and len(classes) != model.num_classes:
+        raise ValueError(f"{len(classes)} class names for a model of {model.num_classes} classes")
+    return Loaded(model.to(device).eval(), preprocessing_of(model), classes, trained)
+
+
+def load_saved(path: str | Path) -> tuple[EfficientNet, list[str] | None]:
+    """The network that a checkpoint of effnet_fast's carries, its weights, and its class names if it has them."""
+    checkpoint = read(path)
+    try:
+        config = checkpoint.config
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the metadata beside its tensors is damaged ({error})") from error
+    if config is None:
+        raise ValueError(f"{path} does not say which network it is of; a name as MODEL and --checkpoint {path} would do")
+    model = EfficientNet(config)
+    load_checkpoint(model, path)
+    return model, _names_of(path, checkpoint)
+
+
+def _load_into(name: str, path: str) -> tuple[EfficientNet, list[str] | None]:
+    """The network of a name with as many classes and channels as the checkpoint has."""
+    checkpoint = read(path)
+    tensors = checkpoint.state_dict
+    config = config_of(name)
+    try:
+        names = key_map(config, detect(tensors))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    sizes: dict[str, Any] = {}
+    for argument, key, dimension in (("num_classes", "classifier.weight", 0), ("in_chans", "conv_stem.weight", 1)):
+        tensor = tensors.get(names[key])
+        if tensor is not None and tensor.dim() > dimension:
+            sizes[argument] = tensor.shape[dimension]
+    model = create_model(name, **sizes)
+    load_checkpoint(model, path)
+    return model, _names_of(path, checkpoint)  # type: ignore[return-value]
+
+
+def _names_of(path: str | Path, checkpoint: Checkpoint) -> list[str] | None:
+    names = checkpoint.metadata.get("classes")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path}: the class names beside its tensors are {type(names).__name__}; a list of strings would do")
+    return names
+
+
+def _names_in(path: str) -> list[str]:
+    try:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes is {path}, which is no UTF-8 text; class names, one a line, would do") from error
+
+
+def note_if_random(loaded: Loaded) -> None:
+    """Say on stderr that the results mean nothing. Called after them: an error is to stand alone."""
+    if not loaded.trained:
+        print(
+            "effnet-fast: note: the weights are random, so this means nothing; --checkpoint or --pretrained would do",
+            file=sys.stderr,
+        )
+
+
+def device_of(text: str) -> torch.device:
+    """The device of a name, shown to work; ValueError otherwise."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device is {text!r}, which cannot be used here; cpu or auto would do") from error
+    return device

@@ -1,0 +1,52 @@
+"""Values of command-line options, and the model that several commands are given."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_QUANTITY = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
+
+
+def count(text: str) -> int:
+    """A whole number >= 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 1")
+    return int(text)
+
+
+def index(text: str) -> int:
+    """A whole number >= 0."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 0")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """A number with a decimal prefix, such as 390M or 1.5G."""
+    found = _QUANTITY.fullmatch(text.strip())
+    if not found or found[3] or found[4]:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount; 390M or 1.5G would do")
+    return float(found[1]) * _PREFIXES[found[2].lower()]
+
+
+def memory(text: str) -> float:
+    """Bytes: 500MB (decimal) or 2GiB (binary)."""
+    found = _QUANTITY.fullmatch(text.strip())
+    if not found or not found[4] or (found[3] and not found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; 500MB or 2GiB would do")
+    if found[3]:
+        return float(found[1]) * 1024 ** " kmgt".index(found[2].lower())
+    return float(found[1]) * _PREFIXES[found[2].lower()]
+
+
+def resolution(text: str) -> tuple[float, str]:
+    """(260, "px") from 260px, (1.15, "x") from 1.15."""
+    found = re.fullmatch(r"(\d+)px", text)
+    if found:
+        return float(found[1]), "px"
+    try:
+        return float(text), "x"
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no resolution; 1.15 (a multiplier) or 260px would do") from None

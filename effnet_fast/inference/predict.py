@@ -1,0 +1,123 @@
+"""Batched prediction: images from files to labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from effnet_fast.inference.images import prepare, read_image
+from effnet_fast.weights.preprocessing import Preprocessing
+
+_READERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A class, its name where one is known, and its probability (softmax)."""
+
+    index: int
+    name: str | None
+    probability: float
+
+
+class Prediction(NamedTuple):
+    """The most probable labels of an image, best first."""
+
+    path: Path
+    labels: tuple[Label, ...]
+
+
+def predict(
+    model: nn.Module,
+    paths: Sequence[str | os.PathLike[str]],
+    preprocessing: Preprocessing,
+    *,
+    top: int = 5,
+    batch: int = 16,
+    channels: int = 3,
+    classes: Sequence[str] | None = None,
+    unreadable: Callable[[Exception], None] | None = None,
+) -> Iterator[Prediction]:
+    """Classify image files in order, ``batch`` at a time, on the model's device and in its dtype.
+
+    model       a classifier in eval mode: [N, channels, H, W] -> logits [N, K]
+    top         labels for each image, at most K
+    classes     K names
+    unreadable  called with the error of a file that cannot be decoded, which is then left out; by default the error is raised
+
+    Threads decode the next batch while the network runs. Raises ValueError for a model in training mode, a wrong number of names,
+    and logits that are not finite.
+    """
+    if top < 1 or batch < 1:
+        raise ValueError(f"predict: top is {top} and batch is {batch}; whole numbers >= 1 would do")
+
+    def load(path: Path) -> np.ndarray:
+        image = read_image(path, channels)
+        try:
+            return prepare(image, preprocessing)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for files, images in _batches(pool, load, [Path(path) for path in paths], batch, unreadable):
+            labels = top_labels(class_probabilities(model, torch.from_numpy(np.stack(images))), top, classes)
+            for file, best in zip(files, labels, strict=True):
+                yield Prediction(file, best)
+
+
+def class_probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """Prepared images [N, C, H, W] -> probabilities [N, K] float32 on the CPU."""
+    if model.training:
+        raise ValueError("predict: the model is in training mode; model.eval() would do")
+    like = next(model.parameters())
+    with torch.no_grad():
+        logits = model(x.to(like.device, like.dtype)).float().cpu()
+    if not logits.isfinite().all():
+        raise ValueError("predict: the model gives logits that are not finite; its weights are damaged, or too large for its dtype")
+    return logits.softmax(1)
+
+
+def top_labels(probabilities: Tensor, top: int, classes: Sequence[str] | None = None) -> list[tuple[Label, ...]]:
+    """For each row of [N, K] the ``top`` labels, best first."""
+    count = probabilities.shape[1]
+    if classes is not None and len(classes) != count:
+        raise ValueError(f"predict: {len(classes)} class names for a model of {count} classes")
+    values, indices = probabilities.topk(min(top, count), dim=1)
+    return [
+        tuple(Label(index, classes[index] if classes else None, value) for index, value in zip(row, best, strict=True))
+        for row, best in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _batches(
+    pool: ThreadPoolExecutor,
+    load: Callable[[Path], np.ndarray],
+    paths: list[Path],
+    batch: int,
+    unreadable: Callable[[Exception], None] | None,
+) -> Iterator[tuple[list[Path], list[np.ndarray]]]:
+    """Batches of decoded files, the next one being decoded while the caller works on one."""
+    ahead: list[Future[np.ndarray]] = []
+    chunks = [paths[start : start + batch] for start in range(0, len(paths), batch)]
+    for number, chunk in enumerate(chunks):
+        loading = ahead or [pool.submit(load, path) for path in chunk]
+        ahead = [pool.submit(load, path) for path in chunks[number + 1]] if number + 1 < len(chunks) else []
+        files, images = [], []
+        for path, future in zip(chunk, loading, strict=True):
+            try:
+                images.append(future.result())
+                files.append(path)
+            except (ValueError, OSError) as error:
+                if unreadable is None:
+                    raise
+                unreadable(error)
+        if files:
+            yield files, images

@@ -1,0 +1,367 @@
+"""The command line: what it prints, its exit codes, and one line for every bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effnet_fast.cli import COMMANDS, main
+from effnet_fast.cli.options import amount, count, memory, resolution
+from effnet_fast.cli.table import si, table
+from effnet_fast.models import create_model, list_models
+from effnet_fast.scaling import CompoundScaling, Cost
+from effnet_fast.weights import read, save_checkpoint, write
+
+COMMAND = [sys.executable, "-m", "effnet_fast"]
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+
+
+def photograph(path: Path, width: int = 60, height: int = 50) -> Path:
+    pixels = np.random.default_rng(len(path.name)).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Good and bad files; the working directory while the tests of this module use it."""
+    folder = tmp_path_factory.mktemp("cli")
+    photograph(folder / "photo.png")
+    photograph(folder / "photo.jpg")
+    (folder / "truncated.jpg").write_bytes((folder / "photo.jpg").read_bytes()[:900])
+    (folder / "text.png").write_text("no image")
+    (folder / "names.txt").write_text("cat\ndog\n")
+    (folder / "latin.txt").write_bytes(b"caf\xe9\n")
+    (folder / "empty").mkdir()
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "1.png").write_bytes((folder / "photo.png").read_bytes())
+    (folder / "mixed" / "2.jpg").write_bytes((folder / "truncated.jpg").read_bytes())
+    (folder / "mixed" / "3.png").write_bytes((folder / "photo.png").read_bytes())
+    torch.save({"weight": torch.zeros(3)}, folder / "wrong.pth")
+    (folder / "garbage.pth").write_text("no checkpoint")
+    torch.manual_seed(0)
+    net = create_model("efficientnet_b0", num_classes=2, in_chans=3)
+    save_checkpoint(net, folder / "pets.pth")
+    saved = read(folder / "pets.pth")
+    write(folder / "named.pth", saved.state_dict, {**saved.metadata, "classes": ["cat", "dog"]})
+    write(folder / "misnamed.pth", saved.state_dict, {**saved.metadata, "classes": ["cat", "dog", "cow"]})
+    torch.save(net.state_dict(), folder / "plain.pth")
+    with contextlib.chdir(folder) if sys.version_info >= (3, 11) else _chdir(folder):
+        yield folder
+
+
+@contextlib.contextmanager
+def _chdir(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+# Arguments, and a piece of the one line that they get.
+BAD = [
+    ("bogus", "unknown command 'bogus'"),
+    ("sumary efficientnet_b0", "'summary' would do"),
+    ("summary", "required: NAME"),
+    ("summary efficientnet_b99", "unknown model 'efficientnet_b99'"),
+    ("summary efficientnet_b0 --resolution 0", "'0' is no whole number >= 1"),
+    ("summary efficientnet_b0 --resolution 1.5", "'1.5' is no whole number >= 1"),
+    ("summary efficientnet_b0 more", "unrecognized arguments: more"),
+    ("scale", "nothing given"),
+    ("scale --phi -1", "phi is -1.0"),
+    ("scale --phi nan", "phi is nan"),
+    ("scale --phi 99", "phi is 99.0"),
+    ("scale --phi 1 --depth 2", "--phi and --depth/--width/--resolution given"),
+    ("scale --phi 1 --alpha 0.9", "alpha is 0.9"),
+    ("scale --depth 0", "depth is 0.0"),
+    ("scale --width -1", "width is -1.0"),
+    ("scale --resolution 260", "resolution is 260.0"),
+    ("scale --resolution wide", "1.15 (a multiplier) or 260px would do"),
+    ("scale --depth 2 --beta 1.2", "change nothing with explicit multipliers"),
+    ("scale --phi 1 --training", "it needs that option"),
+    ("scale --target-macs 1k", "already needs 385,814,752 MACs"),
+    ("scale --target-macs big", "390M or 1.5G would do"),
+    ("scale --target-memory 500", "500MB or 2GiB would do"),
+    ("scale --target-memory 1MB", "already needs"),
+    ("scale --phi 1 --dtype int8", "invalid choice: 'int8'"),
+    ("predict efficientnet_b0", "required: IMAGE|DIR"),
+    ("predict efficientnet_b0 nowhere.jpg", "nowhere.jpg does not exist"),
+    ("predict efficientnet_b0 truncated.jpg", "truncated.jpg cannot be read: image file is truncated"),
+    ("predict efficientnet_b0 photo.png text.png", "text.png cannot be read: no image"),
+    ("predict efficientnet_b0 empty", "empty holds no images"),
+    ("predict efficientnet_c0 photo.png", "unknown model 'efficientnet_c0'"),
+    ("predict efficientnet_b0 photo.png --top 0", "'0' is no whole number >= 1"),
+    ("predict efficientnet_b0 photo.png --top -3", "'-3' is no whole number >= 1"),
+    ("predict efficientnet_b0 photo.png --top many", "'many' is no whole number >= 1"),
+    ("predict efficientnet_b0 photo.png --batch 0", "'0' is no whole number >= 1"),
+    ("predict efficientnet_b0 photo.png --device meta", "--device is 'meta'"),
+    ("predict efficientnet_b0 photo.png --device toaster", "--device is 'toaster'"),
+    ("predict efficientnet_b0 photo.png --checkpoint nowhere.pth", "nowhere.pth does not exist"),
+    ("predict efficientnet_b0 photo.png --checkpoint garbage.pth", "garbage.pth is damaged or no checkpoint"),
+    ("predict efficientnet_b0 photo.png --checkpoint wrong.pth", "wrong.pth: the keys are in no layout known here"),
+    ("predict efficientnet_b1 photo.png --checkpoint plain.pth", "does not fit efficientnet_b1"),
+    ("predict efficientnet_b0 photo.png --checkpoint plain.pth --classes nowhere.txt", "nowhere.txt: No such file"),
+    ("predict efficientnet_b0 photo.png --checkpoint plain.pth --classes latin.txt", "latin.txt, which is no UTF-8 text"),
+    ("predict efficientnet_b0 photo.png --checkpoint misnamed.pth", "3 class names for a model of 2 classes"),
+    ("predict efficientnet_b0 photo.png --classes names.txt", "2 class names for a model of 1000 classes"),
+    ("predict efficientnet_b0 photo.png --pretrained --checkpoint plain.pth", "not allowed with argument"),
+    ("predict plain.pth photo.png", "plain.pth does not say which network it is of"),
+    ("predict pets.pth photo.png --checkpoint plain.pth", "it needs no --checkpoint"),
+    ("predict efficientnet_b8 photo.png --pretrained", "efficientnet_b8 has no pretrained weights"),
+    ("predict efficientnet_b0.nobody photo.png", "no pretrained weights 'nobody'"),
+    ("cam pets.pth photo.png", "required: --out"),
+    ("cam pets.pth photo.png --out cam.jpg", "ends in .png"),
+    ("cam pets.pth photo.png --out nowhere/cam.png", "in a directory that exists"),
+    ("cam pets.pth photo.png --out cam.png --class 2", "0 to 1 would do"),
+    ("cam pets.pth photo.png --out cam.png --class -1", "'-1' is no whole number >= 0"),
+    ("cam pets.pth truncated.jpg --out cam.png", "truncated.jpg cannot be read"),
+    ("convert pets.pth out.pth", "required: --layout"),
+    ("convert nowhere.pth out.pth --layout timm", "nowhere.pth does not exist"),
+    ("convert wrong.pth out.pth --layout timm", "wrong.pth: the keys are in no layout known here"),
+    ("convert pets.pth out.pth --layout keras", "invalid choice: 'keras'"),
+    ("convert pets.pth out.zip --layout timm", "ends in '.zip'"),
+    ("demo --epochs 0", "'0' is no whole number >= 1"),
+    ("demo --out photo.png", "photo.png"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "piece"), BAD, ids=[arguments for arguments, _ in BAD])
+def test_bad_input_gets_one_line(arguments: str, piece: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"effnet-fast: error: [^\n]+\n", err), err
+    assert piece in err
+    assert not (folder / "out.pth").exists() and not (folder / "cam.png").exists()
+
+
+def test_a_subprocess_has_the_same_manners(folder: Path) -> None:
+    result = run("predict", "efficientnet_b0", "truncated.jpg")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"effnet-fast: error: truncated\.jpg cannot be read: [^\n]+\n", result.stderr)
+
+
+def test_summary_as_published(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run("summary", "efficientnet_b5")
+    assert result.returncode == 0 and result.stderr == ""
+    assert "30,389,784 parameters, 10.27 GMACs" in result.stdout and "efficientnet_b5 at 456x456" in result.stdout
+    stage = next(line for line in result.stdout.splitlines() if line.startswith("blocks.4"))
+    assert stage.split()[1:10] == ["MBConv6", "5x5", "1", "6", "0.25", "128", "176", "7", "29x29"]
+    for name, resolution_of in (("efficientnetv2_s", 384), ("efficientnet_lite0", 100)):
+        assert main(["summary", name, "--json", "--resolution", str(resolution_of)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        cost = Cost.of(create_meta(name), resolution_of)
+        for total in ("parameters", "macs", "activations"):
+            assert found[total] == getattr(cost, total) == sum(row[total] for row in found["stages"])
+        assert found["resolution"] == [resolution_of] * 2
+    assert main(["summary", "efficientnetv2_s"]) == 0
+    out = capsys.readouterr().out
+    assert "FusedMBConv4" in out and "Conv3x3" in out and "MBConv6" in out
+
+
+def create_meta(name: str):  # type: ignore[no-untyped-def]
+    with torch.device("meta"):
+        return create_model(name).config
+
+
+def scaled(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main(["scale", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    law = CompoundScaling()
+    base = scaled(capsys, "--phi", "0")
+    assert (base["parameters"], base["macs"], base["nearest"]) == (5_288_548, 385_814_752, "efficientnet_b0")
+    assert base["constraint"] == pytest.approx(1.2 * 1.1**2 * 1.15**2)
+    for option, target, key in (("--target-macs", "1.5G", "macs"), ("--target-memory", "2GiB", "training_memory")):
+        training = ("--training", "--batch", "8", "--dtype", "bf16") if key == "training_memory" else ()
+        found = scaled(capsys, option, target, *training)
+        limit = {"macs": 1.5e9, "training_memory": 2 * 1024**3}[key]
+        more = Cost.of(law.at(found["phi"] + 1e-6).config)
+        value, beyond = found[key], more.macs
+        if key == "training_memory":
+            value, beyond = value["total"], more.training_memory("bf16", 8).total
+        assert value <= limit < beyond
+    small = scaled(capsys, "--depth", "0.5", "--width", "0.5", "--resolution", "128px")
+    assert small["resolution"] == [128, 128] and small["phi"] is None
+    assert scaled(capsys, "--resolution", "2")["resolution"] == [448, 448]
+    assert scaled(capsys, "--phi", "1", "--gamma", "1")["resolution"] == [224, 224]
+    for arguments in (["--phi", "3"], ["--depth", "0.5"], ["--target-macs", "1.5G"]):
+        assert main(["scale", *arguments]) == 0
+        out = capsys.readouterr().out
+        assert "MBConv6" in out and "nearest" in out and "memory" in out
+        assert ("alpha * beta^2 * gamma^2 = 1.92" in out) == (arguments[0] != "--depth")
+
+
+def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "named.pth", "photo.png", "photo.jpg"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "cat" in out and "dog" in out and "photo.jpg" in out
+    answers = []
+    for arguments in (["named.pth"], ["efficientnet_b0", "--checkpoint", "plain.pth", "--classes", "names.txt"]):
+        assert main(["predict", *arguments, "photo.png", "photo.jpg", "--json", "--top", "1", "--batch", "1"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [row["image"] for row in rows] == ["photo.png", "photo.jpg"] and all(len(row["labels"]) == 1 for row in rows)
+        answers.append(rows)
+    assert [row["labels"][0]["name"] for row in answers[0]] == [row["labels"][0]["name"] for row in answers[1]]
+    assert main(["predict", "pets.pth", "photo.png"]) == 0
+    assert "name" not in capsys.readouterr().out
+
+
+def test_predict_goes_on_after_a_damaged_file_in_a_directory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "pets.pth", "mixed", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in out.splitlines()] == ["mixed/1.png", "mixed/3.png"]
+    assert re.fullmatch(r"effnet-fast: error: mixed/2\.jpg cannot be read: [^\n]+\n", err)
+
+
+def test_cam_draws_and_owns_up_to_random_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert main(["cam", "efficientnet_b0", "photo.png", "photo.jpg", "--class", "7", "--out", "cam.png"]) == 0
+        out, err = capsys.readouterr()
+        assert "class 7" in out and "random" in err
+        with Image.open("cam.png") as picture:
+            random = np.asarray(picture)
+        assert main(["cam", "named.pth", "photo.png", "photo.jpg", "--out", "cam.png"]) == 0
+        assert capsys.readouterr().err == ""
+        with Image.open("cam.png") as picture:
+            trained = np.asarray(picture)
+    finally:
+        Path("cam.png").unlink(missing_ok=True)
+    assert random.shape == trained.shape and random.shape[0] > 2 * 384 and random.shape[1] > 2 * 384
+    red = (198, 40, 40)
+    assert (random == red).all(-1).any() and not (trained[:84] == red).all(-1).any()
+
+
+def test_convert_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there, back = tmp_path / "there.pth", tmp_path / "back.safetensors"
+    assert main(["convert", "pets.pth", str(there), "--layout", "torchvision"]) == 0
+    assert "efficientnet_b0 in the layout of torchvision" in capsys.readouterr().out
+    assert "features.0.0.weight" in read(there).state_dict
+    assert main(["convert", str(there), str(back), "--layout", "timm"]) == 0
+    before, after = read("pets.pth").state_dict, read(back).state_dict
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_doctor_names_every_op_and_backend() -> None:
+    result = run("doctor")
+    assert result.returncode == 0 and result.stderr == ""
+    for word in ("effnet_fast", "torch", "numpy", "CUDA runtime", "compiled module", "threads", "Pillow"):
+        assert word in result.stdout
+    rows = re.findall(r"^(\w+) +(native|triton|reference) +(yes|no \[\d+\]) +(yes|no \[\d+\])$", result.stdout, re.MULTILINE)
+    assert {row[0] for row in rows} >= {"depthwise_conv_bn_act", "squeeze_excite_gate", "pointwise_conv_bn_act"}
+    assert all(cpu == "yes" for _, backend, cpu, _ in rows if backend == "reference")
+    footnotes = set(re.findall(r"^\[(\d+)\] .+$", result.stdout, re.MULTILINE))
+    assert {number for row in rows for cell in row[2:] for number in re.findall(r"\d+", cell)} == footnotes
+
+
+def test_help_names_every_command_and_gives_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert all(f"  {command} " in out for command in COMMANDS)
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert f"usage: effnet-fast {command}" in out and re.search(rf"examples?: +effnet-fast {command}", out)
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"effnet-fast \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_a_missing_package_breaks_only_what_needs_it(folder: Path) -> None:
+    """A machine with torch and numpy alone."""
+    script = (
+        "import sys\n"
+        "absent = 'PIL tqdm sklearn safetensors huggingface_hub torchvision timm'\n"
+        "sys.modules.update(dict.fromkeys(absent.split()))\n"
+        "from effnet_fast.cli import main\n"
+        "for line in sys.stdin: print(main(line.split()), file=sys.stderr)\n"
+    )
+    lines = ["summary efficientnet_b0", "scale --phi 1", "doctor", "convert pets.pth nothing.pth --layout timm", "predict --help"]
+    needy = ["predict pets.pth photo.png", "cam pets.pth photo.png --out cam.png", "demo --out nothing --epochs 1"]
+    result = subprocess.run(
+        [sys.executable, "-c", script], input="\n".join(lines + needy), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+    (folder / "nothing.pth").unlink()
+    *codes, rest = result.stderr.split("\n", len(lines))
+    assert codes == ["0"] * len(lines), result.stderr
+    assert re.fullmatch(r"(effnet-fast: error: this needs \S+: pip install 'effnet-fast\[cli\]' would do\n2\n){3}", rest), rest
+
+
+def test_a_reader_that_goes_away_and_an_interrupt_are_quiet(folder: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "predict", "pets.pth", *["photo.png"] * 8, "--json", "--batch", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    ) as gone:
+        assert gone.stdout is not None and gone.stderr is not None
+        gone.stdout.close()
+        assert gone.stderr.read() == b"" and gone.wait() == 141
+    script = (
+        "import os, signal, sys\n"
+        "from effnet_fast.cli import demo, main\n"
+        "demo.run = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(main(['demo']))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_demo_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(tmp_path / "digits"), "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    for word in ("285,896", "MACs", "accuracy", "fused", "digits.pth", "digits.png"):
+        assert word in out
+    assert len(list((tmp_path / "digits" / "held_out").glob("*.png"))) == 360
+    saved = read(tmp_path / "digits" / "digits.pth")
+    assert saved.metadata["classes"] == list("0123456789") and saved.config is not None and saved.config.in_channels == 1
+    with Image.open(tmp_path / "digits" / "digits.png") as picture:
+        assert picture.size[0] > 1000 and picture.size[1] > 500
+    one = sorted((tmp_path / "digits" / "held_out").iterdir())[0]
+    assert main(["predict", str(tmp_path / "digits" / "digits.pth"), str(one), "--json"]) == 0
+    labels = json.loads(capsys.readouterr().out)["labels"]
+    assert len(labels) == 5 and {label["name"] for label in labels} <= set("0123456789")
+
+
+def test_quantities() -> None:
+    assert [amount(text) for text in ("390M", "1.5G", "2e9", ".5k", "7")] == [390e6, 1.5e9, 2e9, 500, 7]
+    assert [memory(text) for text in ("500MB", "2GiB", "1.5 kB", "10B")] == [500e6, 2 * 1024**3, 1500, 10]
+    assert [resolution(text) for text in ("260px", "1.15")] == [(260, "px"), (1.15, "x")]
+    assert count("16") == 16
+    cases = {999: "999", 1000: "1.000 k", 385814752: "385.8 M", 10266000000: "10.27 G", 999999: "1.000 M", 0: "0", 2e12: "2.000 T"}
+    assert {value: si(value) for value in cases} == cases
+    assert si(1234, "B") == "1.234 kB"
+
+
+def test_tables_are_aligned() -> None:
+    assert table(("a", "bb"), [("x", 1000), ("long", None)], "lr").splitlines() == [
+        "a        bb",
+        "----  -----",
+        "x     1,000",
+        "long      -",
+    ]
+
+
+def test_summary_of_every_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in list_models():
+        assert main(["summary", name]) == 0, name
+        assert f"{name} at " in capsys.readouterr().out
