@@ -20,7 +20,7 @@ namespace effnet_fast::squeeze_excite {
 namespace {
 
 constexpr int kRows = 8;             // rows of an FC computed together, in as many accumulators
-constexpr int kChunk = 64;           // products added up before they join a row's total, or rounding would grow with C
+constexpr int kChunk = 16;           // products added up before they join a row's total: a longer chain rounds worse than oneDNN
 constexpr int64_t kGrain = 1 << 19;  // weights worth a thread, for one image: waking a sleeping one costs about 30 us
 constexpr int kLaneCost = 4;         // a weight times a vector of images, in weights of one image
 
