@@ -149,7 +149,7 @@ def _example(op: str, dtype: torch.dtype, images: int) -> tuple:
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
     x, n = torch.randn(images, 16, 9, 7).to(dtype), norm(16, parameters)
     if op == "depthwise_conv_bn_act":
-        return x, torch.randn(16, 1, 5, 5).to(parameters), *n, 2, [1, 2, 2, 2], "silu", True
+        return x, torch.randn(16, 1, 5, 5).to(parameters), *n, 2, [1, 2, 2, 2], "silu", 1
     if op == "pointwise_conv_bn_act":
         gate = torch.rand(images, 16, dtype=parameters)
         return x, torch.randn(16, 16, 1, 1).to(parameters), *n, gate, x.clone(), "identity"
@@ -168,6 +168,30 @@ def test_opcheck(op, dtype, images):
     for kernel in backends._KERNELS[op]:
         if kernel.can_run(args[0]) is None:
             torch.library.opcheck(kernel.overload, args)
+
+
+def outputs(result) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("op", sorted(backends._KERNELS))
+def test_out_forms_write_what_the_op_returns(op):
+    """Into memory that was NaN; and they refuse a tensor of another shape."""
+    torch.manual_seed(0)
+    args = _example(op, torch.float32, 2)
+    for kernel in backends._KERNELS[op]:
+        if kernel.can_run(args[0]) is not None:
+            continue
+        made = outputs(kernel.overload(*args))
+        out_form = getattr(getattr(OPS, op), f"{kernel.backend}_out")
+        names = [argument.name for argument in out_form._schema.arguments if argument.is_out]
+        given = {name: torch.full_like(tensor, float("nan")) for name, tensor in zip(names, made, strict=True)}
+        assert out_form(*args, **given) is None
+        for name, tensor in zip(names, made, strict=True):
+            torch.testing.assert_close(given[name], tensor)
+        torch.library.opcheck(out_form, args, given)
+        with pytest.raises((ValueError, RuntimeError), match=names[0]):
+            out_form(*args, **{**given, names[0]: torch.empty(1, 1)})
 
 
 def test_flop_formulas():
@@ -248,7 +272,9 @@ def test_strict_request_names_the_reason():
         pytest.skip(backends.reasons()["native"]["squeeze_excite_gate"])
     half = torch.zeros(1, 1, 16, dtype=torch.float64)
     with effnet_fast.backend("native"):
-        assert backends.choose("squeeze_excite_gate", half) is OPS.squeeze_excite_gate.reference
+        assert backends.choose("squeeze_excite_gate", half) == backends.Kernel(
+            "reference", OPS.squeeze_excite_gate.reference, backends.always
+        )
     with effnet_fast.backend("native", strict=True), pytest.raises(RuntimeError, match="takes float32"):
         backends.choose("squeeze_excite_gate", half)
 

@@ -10,11 +10,11 @@ namespace {
 
 constexpr const char* kGate = "squeeze_excite_gate";
 
-// Calls run(params, device index) on checked, contiguous arguments and returns the gate, [N, C] fp32.
-template <typename Run> Tensor squeeze_excite_gate(const Tensor& partial, int64_t count, const Tensor& reduce_weight,
-                                                   const OptionalTensor& reduce_bias, const Tensor& expand_weight,
-                                                   const OptionalTensor& expand_bias, const std::string& activation,
-                                                   const Run& run) {
+// Checks the arguments and calls run(params, sums) to write `gate`, [N, C] fp32.
+template <typename Run> void write_gate(const Tensor& partial, int64_t count, const Tensor& reduce_weight,
+                                        const OptionalTensor& reduce_bias, const Tensor& expand_weight,
+                                        const OptionalTensor& expand_bias, const std::string& activation, const Tensor& gate,
+                                        const Run& run) {
   check(partial.dim() == 3, kGate, ": partial has shape ", shape_text(partial), ", expected [N, P, C]");
   check(partial.scalar_type() == ScalarType::Float, kGate, ": partial must be float32");
   check(reduce_weight.dim() == 4, kGate, ": reduce_weight has shape ", shape_text(reduce_weight), ", expected [R, C, 1, 1]");
@@ -23,6 +23,9 @@ template <typename Run> Tensor squeeze_excite_gate(const Tensor& partial, int64_
   check(pieces >= 1 && pieces < limit && channels >= 1 && channels < limit && reduced >= 1 && reduced < limit, kGate,
         ": P, C and R must be at least 1 and below 2^25, got P=", pieces, ", C=", channels, ", R=", reduced);
   check(count >= 1, kGate, ": count must be positive, got ", count);
+  check_shape(kGate, "gate", gate, {batch, channels});
+  check_same_device(kGate, "gate", gate, partial);
+  check(gate.scalar_type() == ScalarType::Float && gate.is_contiguous(), kGate, ": gate must be contiguous float32");
 
   const DType dtype = dtype_of(kGate, "reduce_weight", reduce_weight);
   const auto read = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
@@ -40,7 +43,6 @@ template <typename Run> Tensor squeeze_excite_gate(const Tensor& partial, int64_
   const OptionalTensor reduce_shift = read_optional("reduce_bias", reduce_bias, reduced);
   const OptionalTensor expand_shift = read_optional("expand_bias", expand_bias, channels);
 
-  Tensor gate = torch::stable::new_empty(sums, {batch, channels});
   squeeze_excite::GateParams p{};
   p.partial = static_cast<const float*>(sums.const_data_ptr());
   p.reduce_weight = reduce.const_data_ptr();
@@ -56,32 +58,44 @@ template <typename Run> Tensor squeeze_excite_gate(const Tensor& partial, int64_
   p.activation = activation_of(kGate, activation);
   p.dtype = dtype;
   if (batch > 0) run(p, sums);
-  return gate;
 }
 
-Tensor gate_cpu(const Tensor& partial, int64_t count, const Tensor& reduce_weight, const OptionalTensor& reduce_bias,
-                const Tensor& expand_weight, const OptionalTensor& expand_bias, const std::string& activation) {
-  return squeeze_excite_gate(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation,
-                             [](const squeeze_excite::GateParams& p, const Tensor&) { squeeze_excite::gate_cpu(p); });
-}
+void run_cpu(const squeeze_excite::GateParams& p, const Tensor&) { squeeze_excite::gate_cpu(p); }
 
 #ifdef EFFNET_FAST_CUDA
-Tensor gate_cuda(const Tensor& partial, int64_t count, const Tensor& reduce_weight, const OptionalTensor& reduce_bias,
-                 const Tensor& expand_weight, const OptionalTensor& expand_bias, const std::string& activation) {
-  return squeeze_excite_gate(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation,
-                             [](squeeze_excite::GateParams& p, const Tensor& sums) {
-                               const int32_t device = sums.get_device_index();
-                               const torch::stable::accelerator::DeviceGuard guard(device);
-                               const Tensor hidden = torch::stable::new_empty(sums, {p.batch, p.reduced});
-                               p.hidden = static_cast<float*>(hidden.mutable_data_ptr());
-                               squeeze_excite::gate_cuda(p, current_cuda_stream(device));
-                             });
+void run_cuda(squeeze_excite::GateParams& p, const Tensor& sums) {
+  const int32_t device = sums.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor hidden = torch::stable::new_empty(sums, {p.batch, p.reduced});
+  p.hidden = static_cast<float*>(hidden.mutable_data_ptr());
+  squeeze_excite::gate_cuda(p, current_cuda_stream(device));
 }
 #endif
 
-STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) { m.impl("squeeze_excite_gate.native", TORCH_BOX(&gate_cpu)); }
+template <auto run> void gate_out(const Tensor& partial, int64_t count, const Tensor& reduce_weight,
+                                  const OptionalTensor& reduce_bias, const Tensor& expand_weight, const OptionalTensor& expand_bias,
+                                  const std::string& activation, const Tensor& gate) {
+  write_gate(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate, run);
+}
+
+template <auto run> Tensor gate(const Tensor& partial, int64_t count, const Tensor& reduce_weight,
+                                const OptionalTensor& reduce_bias, const Tensor& expand_weight, const OptionalTensor& expand_bias,
+                                const std::string& activation) {
+  check(partial.dim() == 3, kGate, ": partial has shape ", shape_text(partial), ", expected [N, P, C]");
+  Tensor made = torch::stable::new_empty(partial, {partial.size(0), partial.size(2)});
+  write_gate(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, made, run);
+  return made;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
+  m.impl("squeeze_excite_gate.native", TORCH_BOX(&gate<run_cpu>));
+  m.impl("squeeze_excite_gate.native_out", TORCH_BOX(&gate_out<run_cpu>));
+}
 #ifdef EFFNET_FAST_CUDA
-STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CUDA, m) { m.impl("squeeze_excite_gate.native", TORCH_BOX(&gate_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CUDA, m) {
+  m.impl("squeeze_excite_gate.native", TORCH_BOX(&gate<run_cuda>));
+  m.impl("squeeze_excite_gate.native_out", TORCH_BOX(&gate_out<run_cuda>));
+}
 #endif
 
 }  // namespace

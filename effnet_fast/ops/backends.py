@@ -19,11 +19,17 @@ ENVIRONMENT = "EFFNET_FAST_BACKEND"
 
 
 class Kernel(NamedTuple):
-    """One op on one backend. ``can_run(x)`` gives None, or why it cannot take this ``x``."""
+    """One op on one backend.
+
+    overload  ``torch.ops.effnet_fast.OP.BACKEND``
+    can_run   ``can_run(x)`` gives None, or why it cannot take this ``x``
+    pieces    for an op that makes a squeeze's partial sums: how many an image, from x's and y's shape
+    """
 
     backend: str
     overload: Any
     can_run: Callable[[torch.Tensor], str | None]
+    pieces: Callable[[torch.Tensor, int, int], int] | None = None
 
 
 class Choice(NamedTuple):
@@ -44,9 +50,9 @@ _KERNELS: dict[str, list[Kernel]] = {}
 _STATE = _State()
 
 
-def register(op: str, backend: str, overload: Any, can_run: Callable[[torch.Tensor], str | None]) -> None:
+def register(op: str, kernel: Kernel) -> None:
     """Add a kernel to the table. Called by each op's folder at import."""
-    _KERNELS.setdefault(op, []).append(Kernel(backend, overload, can_run))
+    _KERNELS.setdefault(op, []).append(kernel)
     _KERNELS[op].sort(key=lambda kernel: BACKENDS.index(kernel.backend))
 
 
@@ -55,8 +61,8 @@ def always(x: torch.Tensor) -> str | None:
     return None
 
 
-def choose(op: str, x: torch.Tensor) -> Any:
-    """The overload of ``op`` that runs for ``x``: the asked-for backend if it can, else the best that can.
+def choose(op: str, x: torch.Tensor) -> Kernel:
+    """The kernel of ``op`` that runs for ``x``: the asked-for backend if it can, else the best that can.
 
     Raises RuntimeError where the asked-for backend cannot run and the request was strict.
     """
@@ -80,7 +86,7 @@ def choose(op: str, x: torch.Tensor) -> Any:
     if _STATE.trace is not None:
         refused.pop(chosen.backend)
         _STATE.trace.append(Choice(op, chosen.backend, refused))
-    return chosen.overload
+    return chosen
 
 
 def note(line: str) -> None:

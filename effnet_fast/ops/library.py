@@ -1,8 +1,8 @@
-"""Where ops are defined: one schema string an op, one overload of it a backend.
+"""Where ops are defined: one schema string an op, two overloads of it a backend.
 
 An op's folder calls :func:`define` once. ``.reference`` (plain PyTorch, any device) always has a kernel; the other backends are
-overloads of the same schema whose kernels C++ or Triton contribute. The choice between them is made in
-:mod:`effnet_fast.ops.backends`, above the dispatcher.
+overloads of the same schema whose kernels C++ or Triton contribute. ``.BACKEND_out`` writes into tensors that the caller gives and
+allocates nothing. The choice between backends is made in :mod:`effnet_fast.ops.backends`, above the dispatcher.
 """
 
 from __future__ import annotations
@@ -33,21 +33,47 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def define(
     name: str,
-    schema: str,
+    arguments: str,
+    results: tuple[str, ...],
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     flops: Callable[..., int],
-    overloads: tuple[str, ...] = (),
+    backends: tuple[str, ...] = (),
 ) -> None:
-    """Declare ``name`` with ``.reference`` and the further ``overloads``, all of one schema, one fake and one FLOP formula.
+    """Declare ``name`` with ``.reference`` and further ``backends``, all of one schema, one fake and one FLOP formula.
 
+    arguments  of the schema, without brackets
+    results    names of the result tensors, which the ``_out`` forms take as keyword arguments and write
     reference  plain PyTorch; returns channels_last where ``fake`` says so
     fake       shapes, dtypes and strides of the result, for FakeTensor
     flops      floating-point operations (2 per multiply-add) from the arguments' shapes
     """
-    for overload in ("reference", *overloads):
-        _LIBRARY.define(f"{name}.{overload}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{NAMESPACE}::{name}.{overload}", fake, lib=_LIBRARY)
-    _LIBRARY.impl(f"{name}.reference", _without_autocast(reference), "CompositeExplicitAutograd")
+    returned = ", ".join(f"Tensor {result}" for result in results)
+    written = ", ".join(f"Tensor({chr(ord('a') + i)}!) {result}" for i, result in enumerate(results))
+    for backend in ("reference", *backends):
+        _LIBRARY.define(f"{name}.{backend}({arguments}) -> ({returned})", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.define(f"{name}.{backend}_out({arguments}, *, {written}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}_out", _writes_only, lib=_LIBRARY)
+
+    reference = _without_autocast(reference)
+
+    def reference_out(*args: Any, **out: torch.Tensor) -> None:
+        made = reference(*args)
+        for result, tensor in zip(results, made if isinstance(made, tuple) else (made,), strict=True):
+            _check_out(name, result, out[result], tensor)
+            out[result].copy_(tensor)
+
+    _LIBRARY.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(f"{name}.reference_out", reference_out, "CompositeExplicitAutograd")
     register_flop_formula(getattr(torch.ops.effnet_fast, name))(flops)
+
+
+def _writes_only(*args: Any, **out: torch.Tensor) -> None:
+    """The fake of every ``_out`` form: it has no result."""
+
+
+def _check_out(name: str, result: str, given: torch.Tensor, made: torch.Tensor) -> None:
+    if given.shape != made.shape or given.dtype != made.dtype:
+        raise ValueError(f"{name}: {result} is {tuple(given.shape)} {given.dtype}; {tuple(made.shape)} {made.dtype} would do")

@@ -34,12 +34,13 @@ def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
 
 define(
     NAME,
-    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? residual, int stride, SymInt[] padding, str activation) -> Tensor",
+    f"Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? residual, int stride, SymInt[] padding, str activation",
+    ("y",),
     reference=reference.conv_bn_act,
     fake=_fake,
     flops=_flops,
 )
-backends.register(NAME, "reference", torch.ops.effnet_fast.conv_bn_act.reference, backends.always)
+backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.conv_bn_act.reference, backends.always))
 
 
 def conv_bn_act(
@@ -69,5 +70,4 @@ def conv_bn_act(
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
         width = output_size(x.shape[3], weight.shape[3], stride, left, right)
         check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
-    overload = backends.choose(NAME, x)
-    return overload(x, weight, *norm, residual, stride, padding, activation)
+    return backends.choose(NAME, x).overload(x, weight, *norm, residual, stride, padding, activation)

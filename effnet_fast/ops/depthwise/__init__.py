@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends
-from effnet_fast.ops.common import NORM_SCHEMA, Norm, accumulator, check_conv, check_window, conv_flops, empty_output
+from effnet_fast.ops.common import NORM_SCHEMA, Norm, accumulator, check_conv, check_window, conv_flops, empty_output, output_size
 from effnet_fast.ops.depthwise import reference
 from effnet_fast.ops.library import define
 
 NAME = "depthwise_conv_bn_act"
 
 
-def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, squeeze):
+def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, pieces):
     y = empty_output(x, weight, stride, padding)
-    return y, y.new_empty((x.shape[0], 1 if squeeze else 0, weight.shape[0]), dtype=accumulator(x.dtype))
+    return y, y.new_empty((x.shape[0], pieces, weight.shape[0]), dtype=accumulator(x.dtype))
 
 
 def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
@@ -26,13 +26,18 @@ def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
 
 define(
     NAME,
-    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[] padding, str activation, bool squeeze)"
-    " -> (Tensor y, Tensor partial)",
+    f"Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[] padding, str activation, SymInt pieces",
+    ("y", "partial"),
     reference=reference.depthwise_conv_bn_act,
     fake=_fake,
     flops=_flops,
 )
-backends.register(NAME, "reference", torch.ops.effnet_fast.depthwise_conv_bn_act.reference, backends.always)
+backends.register(
+    NAME,
+    backends.Kernel(
+        "reference", torch.ops.effnet_fast.depthwise_conv_bn_act.reference, backends.always, lambda x, height, width: 1
+    ),
+)
 
 
 def depthwise_conv_bn_act(
@@ -44,7 +49,7 @@ def depthwise_conv_bn_act(
     weight   [C, 1, k, k], of any of these dtypes (used in x's)
     padding  (top, bottom, left, right), zeros, need not be symmetric
     returns  y [N, C, H', W'] channels_last in x's dtype; partial [N, P, C] fp32: sums of the stored y over P disjoint pieces of
-             the image that cover it (P = 0 without ``squeeze``)
+             the image that cover it (P = 0 without ``squeeze``); the kernel that runs chooses P
 
     No gradient: see effnet_fast.nn for when modules use it. Raises ValueError or TypeError, naming the argument, on bad input.
     """
@@ -52,5 +57,10 @@ def depthwise_conv_bn_act(
     if weight.shape[1] != 1:
         raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [C, 1, k, k] would do")
     check_window(NAME, x, weight.shape[2:], stride, padding)
-    overload = backends.choose(NAME, x)
-    return overload(x, weight, *norm, stride, padding, activation, squeeze)
+    kernel, pieces = backends.choose(NAME, x), 0
+    if squeeze:
+        top, bottom, left, right = padding
+        height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
+        width = output_size(x.shape[3], weight.shape[3], stride, left, right)
+        pieces = kernel.pieces(x, height, width)  # type: ignore[misc]
+    return kernel.overload(x, weight, *norm, stride, padding, activation, pieces)

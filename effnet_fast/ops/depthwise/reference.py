@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from effnet_fast.ops.common import Norm, accumulator, conv_norm_act
@@ -18,11 +19,12 @@ def depthwise_conv_bn_act(
     stride: int,
     padding: list[int],
     activation: str,
-    squeeze: bool,
+    pieces: int,
 ) -> tuple[Tensor, Tensor]:
     norm = Norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps)
     y = conv_norm_act(x, weight, norm, stride, padding, weight.shape[0], activation, None)
     total = accumulator(x.dtype)
-    if not squeeze:
-        return y, y.new_empty((y.shape[0], 0, y.shape[1]), dtype=total)
-    return y, y.sum((2, 3), dtype=total).unsqueeze(1)
+    partial = y.new_zeros((y.shape[0], pieces, y.shape[1]), dtype=total)
+    if pieces:
+        torch.sum(y, (2, 3), dtype=total, out=partial[:, 0])  # one piece is the image; others that are asked for are empty
+    return y, partial

@@ -23,12 +23,13 @@ def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
 
 define(
     NAME,
-    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? gate, Tensor? residual, str activation) -> Tensor",
+    f"Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? gate, Tensor? residual, str activation",
+    ("y",),
     reference=reference.pointwise_conv_bn_act,
     fake=_fake,
     flops=_flops,
 )
-backends.register(NAME, "reference", torch.ops.effnet_fast.pointwise_conv_bn_act.reference, backends.always)
+backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.pointwise_conv_bn_act.reference, backends.always))
 
 
 def pointwise_conv_bn_act(
@@ -49,5 +50,4 @@ def pointwise_conv_bn_act(
         raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [K, C, 1, 1] would do")
     check_like_output(NAME, "gate", gate, (x.shape[0], x.shape[1]), x)
     check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]), x)
-    overload = backends.choose(NAME, x)
-    return overload(x, weight, *norm, gate, residual, activation)
+    return backends.choose(NAME, x).overload(x, weight, *norm, gate, residual, activation)

@@ -23,12 +23,13 @@ def _flops(partial_shape, count, reduce_shape, reduce_bias, expand_shape, *args,
 
 define(
     NAME,
-    "(Tensor partial, SymInt count, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias,"
-    " str activation) -> Tensor",
+    "Tensor partial, SymInt count, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias,"
+    " str activation",
+    ("gate",),
     reference=reference.squeeze_excite_gate,
     fake=_fake,
     flops=_flops,
-    overloads=("native",),
+    backends=("native",),
 )
 
 
@@ -42,8 +43,8 @@ def _native_can_run(partial: Tensor) -> str | None:
     return None if partial.dtype == torch.float32 else f"partial sums are {partial.dtype}; the native kernel takes float32"
 
 
-backends.register(NAME, "native", torch.ops.effnet_fast.squeeze_excite_gate.native, _native_can_run)
-backends.register(NAME, "reference", torch.ops.effnet_fast.squeeze_excite_gate.reference, backends.always)
+backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.squeeze_excite_gate.native, _native_can_run))
+backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.squeeze_excite_gate.reference, backends.always))
 
 
 def squeeze_excite_gate(
@@ -84,5 +85,5 @@ def squeeze_excite_gate(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"{NAME}: activation is {activation!r}; one of {', '.join(ACTIVATIONS)} would do")
-    overload = backends.choose(NAME, partial)
-    return overload(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)
+    kernel = backends.choose(NAME, partial)
+    return kernel.overload(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)
