@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,28 +102,28 @@ class MBConv(FusedBlock, nn.Module):
         return self.drop_path(x) + shortcut if self.residual else x
 
     def parts(self) -> BlockParts | str:
-        activation = activation_name(self.act1) or ""
+        child: Any = self._modules
+        act1, se, drop_path = child["act1"], child["se"], child["drop_path"]
+        activation = activation_name(act1) or ""
         if self.expands:
-            expand = ConvNormAct(self.conv_pw, self.bn1, activation)  # type: ignore[arg-type]
-            depthwise = ConvNormAct(self.conv_dw, self.bn2, activation, self.padding)  # type: ignore[arg-type]
-            project = ConvNormAct(self.conv_pwl, self.bn3)  # type: ignore[arg-type]
-            reason = why_not_fused(expand) or why_not_activation(self.act2)
-            if activation_name(self.act2) != activation:
+            expand = ConvNormAct(child["conv_pw"], child["bn1"], activation)
+            depthwise = ConvNormAct(child["conv_dw"], child["bn2"], activation, self.padding)
+            project = ConvNormAct(child["conv_pwl"], child["bn3"])
+            reason = why_not_fused(expand) or why_not_activation(child["act2"])
+            if activation_name(child["act2"]) != activation:
                 reason = reason or "the block's two activations differ"
         else:
             expand, reason = None, None
-            depthwise = ConvNormAct(self.conv_dw, self.bn1, activation, self.padding)  # type: ignore[arg-type]
-            project = ConvNormAct(self.conv_pw, self.bn2)  # type: ignore[arg-type]
-        reason = reason or why_not_activation(self.act1)
+            depthwise = ConvNormAct(child["conv_dw"], child["bn1"], activation, self.padding)
+            project = ConvNormAct(child["conv_pw"], child["bn2"])
+        reason = reason or why_not_activation(act1)
         reason = reason or why_not_fused(depthwise, "depthwise") or why_not_fused(project, "pointwise")
-        squeeze_excite = None
-        if type(self.se) is not nn.Identity:
-            squeeze_excite = _squeeze_excite_parts(self.se)
+        squeeze_excite = None if type(se) is nn.Identity else _squeeze_excite_parts(se)
         if isinstance(squeeze_excite, str):
             return reason or squeeze_excite
-        if has_hooks(self.se) or has_hooks(self.drop_path):
+        if has_hooks(se) or has_hooks(drop_path):
             reason = reason or "a hook sits on a child"
-        return reason or BlockParts(expand, depthwise, squeeze_excite, project, self.residual, _drops(self.drop_path))
+        return reason or BlockParts(expand, depthwise, squeeze_excite, project, self.residual, _drops(drop_path))
 
 
 class FusedMBConv(FusedBlock, nn.Module):
@@ -153,16 +154,18 @@ class FusedMBConv(FusedBlock, nn.Module):
         return self.drop_path(x) + shortcut if self.residual else x
 
     def parts(self) -> BlockParts | str:
-        first = self.conv_exp if self.expands else self.conv
-        dense = ConvNormAct(first, self.bn1, activation_name(self.act1) or "", self.padding)  # type: ignore[arg-type]
-        reason = why_not_activation(self.act1) or why_not_fused(dense)
+        child: Any = self._modules
+        act1, drop_path = child["act1"], child["drop_path"]
+        first = child["conv_exp" if self.expands else "conv"]
+        dense = ConvNormAct(first, child["bn1"], activation_name(act1) or "", self.padding)
+        reason = why_not_activation(act1) or why_not_fused(dense)
         expand, project = None, dense
         if self.expands:
-            expand, project = dense, ConvNormAct(self.conv_pwl, self.bn2)  # type: ignore[arg-type]
+            expand, project = dense, ConvNormAct(child["conv_pwl"], child["bn2"])
             reason = reason or why_not_fused(project)
-        if has_hooks(self.drop_path):
+        if has_hooks(drop_path):
             reason = reason or "a hook sits on a child"
-        return reason or BlockParts(expand, None, None, project, self.residual, _drops(self.drop_path))
+        return reason or BlockParts(expand, None, None, project, self.residual, _drops(drop_path))
 
 
 def _drops(module: nn.Module) -> bool:
@@ -172,10 +175,11 @@ def _drops(module: nn.Module) -> bool:
 def _squeeze_excite_parts(module: nn.Module) -> SqueezeExciteParts | str:
     if type(module) is not SqueezeExcite:
         return f"the squeeze-excite was replaced by {type(module).__name__}"
-    if type(module.gate) is not nn.Sigmoid or has_hooks(module.gate):
+    child: Any = module._modules
+    if type(child["gate"]) is not nn.Sigmoid or has_hooks(child["gate"]):
         return "the gate of the squeeze-excite was replaced or has a hook"
-    reason = why_not_activation(module.act1)
-    return reason or squeeze_excite_parts(module.conv_reduce, module.conv_expand, activation_name(module.act1))
+    reason = why_not_activation(child["act1"])
+    return reason or squeeze_excite_parts(child["conv_reduce"], child["conv_expand"], activation_name(child["act1"]))
 
 
 def set_padding(module: nn.Module, padding: str) -> None:

@@ -3,6 +3,9 @@
 A block (ours, or a peer library's) hands over its convolutions, norms and activation as :class:`BlockParts`;
 :func:`run_block` runs them through the ops. :class:`FusedBlock` is the mixin that chooses, at every call, between that and running
 the block's children one by one, which is exact in every case and is what training, tracing and export see.
+
+The choice is made anew at every call, so it must be cheap: children and tensors are taken from ``_modules``, ``_parameters`` and
+``_buffers``, since ``nn.Module.__getattr__`` costs more than all the checks together.
 """
 
 from __future__ import annotations
@@ -84,20 +87,22 @@ def why_not_fused(
     conv, norm = part.conv, part.norm
     if not isinstance(conv, nn.Conv2d) or "forward" in conv.__dict__ or type(conv).forward is not conv_type.forward:
         return f"a convolution is a {type(conv).__name__}"
-    if conv._parameters.get("weight") is None:
+    tensors = conv._parameters
+    if tensors.get("weight") is None:
         return "a convolution is parametrized or pruned"
-    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or tuple(conv.dilation) != (1, 1):
+    if tensors["bias"] is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.dilation != (1, 1):
         return f"a convolution is {conv}: only bias-free, undilated ones with zeros as padding are fused"
     wrong_shape = _why_not_shape(part, role)
     if wrong_shape is not None:
         return wrong_shape
-    if type(norm) not in norms or norm.running_mean is None:
+    if type(norm) not in norms or norm._buffers["running_mean"] is None:
         return f"a norm is a {type(norm).__name__}: not a batch norm with running statistics"
     return "a hook sits on a child" if has_hooks(conv) or has_hooks(norm) else None
 
 
 def _why_not_shape(part: ConvNormAct, role: str) -> str | None:
-    conv, kernel, stride = part.conv, tuple(part.conv.kernel_size), tuple(part.conv.stride)
+    conv = part.conv
+    kernel, stride = conv.kernel_size, conv.stride
     groups = conv.in_channels if role == "depthwise" else 1
     if conv.groups != groups or (role == "depthwise" and conv.out_channels != conv.in_channels):
         return f"a {role} convolution has {conv.groups} groups, {conv.in_channels} channels in and {conv.out_channels} out"
@@ -106,10 +111,10 @@ def _why_not_shape(part: ConvNormAct, role: str) -> str | None:
         return f"a {role} convolution has kernel size {kernel} and stride {stride}"
     if part.padding == "same" and (stride[0] > 2 or min(kernel) < stride[0]):
         return f"a convolution pads to the same size over kernel size {kernel} and stride {stride}"
-    own_zeros = tuple(conv.padding) != (0, 0)
+    own_zeros = conv.padding != (0, 0)
     fixed_zeros = not isinstance(part.padding, str) and part.padding != (0, 0, 0, 0)
     if (own_zeros and (pointwise or part.padding != "symmetric")) or (fixed_zeros and pointwise):
-        return f"a convolution with kernel size {kernel} pads by {tuple(conv.padding)}"
+        return f"a convolution with kernel size {kernel} pads by {conv.padding}"
     return None
 
 
@@ -120,8 +125,8 @@ def squeeze_excite_parts(
     for conv in (reduce, expand):
         if not isinstance(conv, nn.Conv2d) or type(conv).forward is not conv_type.forward or has_hooks(conv):
             return "a convolution of the squeeze-excite was replaced or has a hook"
-        shape = tuple(conv.kernel_size), tuple(conv.stride), conv.groups
-        if shape != ((1, 1), (1, 1), 1) or tuple(conv.padding) != (0, 0) or conv._parameters.get("weight") is None:
+        shape = conv.kernel_size, conv.stride, conv.groups, conv.padding
+        if shape != ((1, 1), (1, 1), 1, (0, 0)) or conv._parameters.get("weight") is None:
             return f"a convolution of the squeeze-excite is {conv}"
     return SqueezeExciteParts(reduce, expand, activation or "")  # type: ignore[arg-type]
 
@@ -136,12 +141,17 @@ def is_traced(x: Any) -> bool:
     )
 
 
-def why_plain(x: Any, parts: BlockParts) -> str | None:
-    """Why this call must run the children one by one, or None."""
+def why_plain_for(x: Any) -> str | None:
+    """Why a call with this input must run the children one by one, or None."""
     if is_traced(x):
         return "the model is being traced, exported or transformed"
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
         return "the input is not a batch of float images"
+    return "a gradient is asked for" if torch.is_grad_enabled() and x.requires_grad else None
+
+
+def why_plain_now(parts: BlockParts) -> str | None:
+    """Why these parts, in the state that they are in, must run one by one, or None."""
     convs = [part for part in (parts.expand, parts.depthwise, parts.project) if part is not None]
     if any(part.norm.training for part in convs) or (parts.drops and parts.residual):
         return "training mode: batch statistics or stochastic depth"
@@ -149,7 +159,7 @@ def why_plain(x: Any, parts: BlockParts) -> str | None:
         modules = [module for part in convs for module in part[:2]]
         if parts.squeeze_excite is not None:
             modules += parts.squeeze_excite[:2]
-        if x.requires_grad or any(p is not None and p.requires_grad for m in modules for p in m._parameters.values()):
+        if any(p is not None and p.requires_grad for m in modules for p in m._parameters.values()):
             return "a gradient is asked for"
     return None
 
@@ -163,17 +173,24 @@ def autocast(x: Tensor) -> Tensor:
 
 def norm_of(module: nn.BatchNorm2d) -> ops.Norm:
     """A batch norm's tensors, as the ops take them."""
-    return ops.Norm(module.weight, module.bias, module.running_mean, module.running_var, module.eps)  # type: ignore[arg-type]
+    buffers = module._buffers
+    affine = module._parameters if "weight" in module._parameters else buffers  # a frozen norm's are buffers
+    return ops.Norm(affine["weight"], affine["bias"], buffers["running_mean"], buffers["running_var"], module.eps)  # type: ignore[arg-type]
+
+
+def weight_of(conv: nn.Conv2d) -> Tensor:
+    """A convolution's weight, which :func:`why_not_fused` has seen to be there."""
+    return conv._parameters["weight"]  # type: ignore[return-value]
 
 
 def run_conv(part: ConvNormAct, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
     """A dense or 1x1 convolution with all that surrounds it, as one op."""
     conv, norm = part.conv, norm_of(part.norm)
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
-        return ops.pointwise_conv_bn_act(x, conv.weight, norm, gate=gate, residual=residual, activation=part.activation)
+        return ops.pointwise_conv_bn_act(x, weight_of(conv), norm, gate=gate, residual=residual, activation=part.activation)
     zeros = sides(conv, part.padding, x) if isinstance(part.padding, str) else part.padding
     return ops.conv_bn_act(
-        x, conv.weight, norm, stride=conv.stride[0], padding=zeros, activation=part.activation, residual=residual
+        x, weight_of(conv), norm, stride=conv.stride[0], padding=zeros, activation=part.activation, residual=residual
     )
 
 
@@ -187,7 +204,7 @@ def run_block(parts: BlockParts, x: Tensor) -> Tensor:
         conv, padding, squeeze_excite = parts.depthwise.conv, parts.depthwise.padding, parts.squeeze_excite
         x, partial = ops.depthwise_conv_bn_act(
             x,
-            conv.weight,
+            weight_of(conv),
             norm_of(parts.depthwise.norm),
             stride=conv.stride[0],
             padding=sides(conv, padding, x) if isinstance(padding, str) else padding,
@@ -199,10 +216,10 @@ def run_block(parts: BlockParts, x: Tensor) -> Tensor:
             gate = ops.squeeze_excite_gate(
                 partial,
                 x.shape[2] * x.shape[3],
-                reduce.weight,
-                reduce.bias,
-                expand.weight,
-                expand.bias,
+                weight_of(reduce),
+                reduce._parameters["bias"],
+                weight_of(expand),
+                expand._parameters["bias"],
                 activation=squeeze_excite.activation,
             )
     return run_conv(parts.project, x, residual=shortcut, gate=gate)
@@ -221,18 +238,22 @@ class FusedBlock:
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = self.parts()
-        reason = parts if isinstance(parts, str) else why_plain(x, parts)
-        if isinstance(parts, str) or reason is not None:
+        reason = why_plain_for(x)
+        if reason is None:
+            parts = self.parts()
+            reason = parts if isinstance(parts, str) else why_plain_now(parts)
+        if reason is not None:
             note(f"children one by one: {reason}")
             return self.forward_children(x, *args, **kwargs)
+        assert not isinstance(parts, str)
         return run_block(parts, autocast(x))
 
 
 def conv_norm_act(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, padding: str, x: Tensor) -> Tensor:
     """A stem or head: one op where :class:`FusedBlock` would fuse, else ``act(norm(conv(x)))``."""
     part = ConvNormAct(conv, norm, activation_name(act) or "", padding)  # type: ignore[arg-type]
-    reason = why_not_activation(act) or why_not_fused(part) or why_plain(x, BlockParts(None, None, None, part, False))
+    reason = why_plain_for(x) or why_not_activation(act) or why_not_fused(part)
+    reason = reason or why_plain_now(BlockParts(None, None, None, part, False))
     if reason is not None:
         note(f"children one by one: {reason}")
         return act(norm(conv(pad(conv, padding, x))))

@@ -16,6 +16,7 @@ from effnet_fast.nn.fused import (
     ConvNormAct,
     SqueezeExciteParts,
     activation_name,
+    has_hooks,
     squeeze_excite_parts,
     why_not_activation,
     why_not_fused,
@@ -31,10 +32,11 @@ def _part(conv: Any, norm: Any, role: str = "dense") -> ConvNormAct | str:
     A plain batch norm has no activation: torch's own SyncBatchNorm conversion drops timm's, and the block then computes so.
     """
     activation, reason = "identity", None
-    if type(norm) in _NORM_ACTS and hasattr(norm, "act"):
-        activation, reason = activation_name(norm.act) or "", why_not_activation(norm.act)
-        if type(norm.drop) is not nn.Identity or hooked(norm.drop):
-            reason = reason or f"a norm drops by {norm.drop}"
+    if type(norm) in _NORM_ACTS and "act" in norm._modules:
+        act, drop = norm._modules["act"], norm._modules["drop"]
+        activation, reason = activation_name(act) or "", why_not_activation(act)
+        if type(drop) is not nn.Identity or has_hooks(drop):
+            reason = reason or f"a norm drops by {drop}"
     same = type(conv) is Conv2dSame
     part = ConvNormAct(conv, norm, activation, "same" if same else "symmetric")
     return reason or why_not_fused(part, role, _NORMS, Conv2dSame if same else nn.Conv2d) or part
@@ -45,10 +47,12 @@ def _squeeze_excite(module: Any) -> SqueezeExciteParts | str | None:
         return hooked(module)
     if type(module) is not SqueezeExcite:
         return f"the squeeze-excite is a {type(module).__name__}"
-    if type(module.gate) not in (nn.Sigmoid, Sigmoid):
-        return f"the gate of the squeeze-excite is a {type(module.gate).__name__}, not a sigmoid"
-    reason = hooked(module, module.gate) or why_not_activation(module.act1)
-    return reason or squeeze_excite_parts(module.conv_reduce, module.conv_expand, activation_name(module.act1))
+    child = module._modules
+    gate, act = child["gate"], child["act1"]
+    if type(gate) not in (nn.Sigmoid, Sigmoid):
+        return f"the gate of the squeeze-excite is a {type(gate).__name__}, not a sigmoid"
+    reason = hooked(module, gate) or why_not_activation(act)
+    return reason or squeeze_excite_parts(child["conv_reduce"], child["conv_expand"], activation_name(act))
 
 
 class _TimmBlock(PeerBlock):
@@ -62,34 +66,40 @@ def _block(
     """The block's convolutions together with the rest that timm's blocks have in common."""
     if getattr(block, "conv_s2d", None) is not None:
         return "it begins with a space-to-depth convolution"
-    if type(block.aa) is not nn.Identity:
-        return f"it blurs where it strides, by a {type(block.aa).__name__}"
-    drop_path = block.drop_path
+    child = block._modules
+    aa, drop_path = child["aa"], child["drop_path"]
+    if type(aa) is not nn.Identity:
+        return f"it blurs where it strides, by a {type(aa).__name__}"
     if type(drop_path) not in (nn.Identity, DropPath):
         return f"the drop-path is a {type(drop_path).__name__}"
-    excite = _squeeze_excite(block.se) if hasattr(block, "se") else None
+    excite = _squeeze_excite(child["se"]) if "se" in child else None
     if excite is not None and depthwise is None:
         return "a squeeze-excite follows its dense convolution"
     drops = type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob > 0
-    return hooked(block.aa, drop_path) or block_parts(expand, depthwise, excite, project, block.has_skip, drops)
+    return hooked(aa, drop_path) or block_parts(expand, depthwise, excite, project, block.has_skip, drops)
 
 
 class InvertedResidual(_TimmBlock):
     def parts(self: Any) -> BlockParts | str:
-        expand, depthwise = _part(self.conv_pw, self.bn1), _part(self.conv_dw, self.bn2, "depthwise")
-        return _block(self, expand, depthwise, _part(self.conv_pwl, self.bn3, "pointwise"))
+        child = self._modules
+        expand, depthwise = _part(child["conv_pw"], child["bn1"]), _part(child["conv_dw"], child["bn2"], "depthwise")
+        return _block(self, expand, depthwise, _part(child["conv_pwl"], child["bn3"], "pointwise"))
 
 
 class DepthwiseSeparableConv(_TimmBlock):
     def parts(self: Any) -> BlockParts | str:
-        return _block(self, None, _part(self.conv_dw, self.bn1, "depthwise"), _part(self.conv_pw, self.bn2, "pointwise"))
+        child = self._modules
+        depthwise = _part(child["conv_dw"], child["bn1"], "depthwise")
+        return _block(self, None, depthwise, _part(child["conv_pw"], child["bn2"], "pointwise"))
 
 
 class EdgeResidual(_TimmBlock):
     def parts(self: Any) -> BlockParts | str:
-        return _block(self, _part(self.conv_exp, self.bn1), None, _part(self.conv_pwl, self.bn2))
+        child = self._modules
+        return _block(self, _part(child["conv_exp"], child["bn1"]), None, _part(child["conv_pwl"], child["bn2"]))
 
 
 class ConvBnAct(_TimmBlock):
     def parts(self: Any) -> BlockParts | str:
-        return _block(self, None, None, _part(self.conv, self.bn1))
+        child = self._modules
+        return _block(self, None, None, _part(child["conv"], child["bn1"]))
