@@ -60,7 +60,6 @@ def test_logits_and_features_agree_with_timm(name, size):
     theirs = timm.create_model(name).eval()
     theirs.load_state_dict(ours.state_dict())
     double = copy.deepcopy(theirs).double()
-    theirs = theirs.to(memory_format=torch.channels_last)
     x = images(4, size).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         ref = double(x.double())
@@ -82,7 +81,7 @@ def test_gradients_agree_with_timm(name, training):
     theirs = timm.create_model(name, num_classes=10)
     theirs.load_state_dict(ours.state_dict())
     double = copy.deepcopy(theirs).double()
-    theirs = theirs.to(memory_format=torch.channels_last)  # plain PyTorch in the layout that ours runs in
+    # Plain PyTorch in the layout that ours runs in: it rounds differently in the other, and a kink falls on the other side.
     x = images(4, (65, 52)).contiguous(memory_format=torch.channels_last)
     target = torch.tensor([1, 2, 3, 4])
     grads = []
@@ -118,7 +117,6 @@ def test_agrees_with_torchvision(name):
     eps = theirs.features[0][1].eps
     ours.set_weights_convention(bn_eps=eps)
     double = copy.deepcopy(theirs).double()
-    theirs = theirs.to(memory_format=torch.channels_last)
     x = images(4, (64, 83)).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         assert_2x(ours(x), theirs(x), double(x.double()), "logits")
@@ -170,8 +168,17 @@ def test_launches_of_b0():
     assert sum(len(row.ops) for row in rows) == 65  # 1 stem, 3 + 15 * 4 for the blocks, 1 head
 
 
-def _hook(module, args, output=None):
+def _hook(module=None, args=None, output=None):
     _hook.calls += 1
+
+
+def _circular(x, weight, bias):
+    return torch.nn.functional.conv2d(x.roll(1, 2), weight, bias)
+
+
+class Circular(torch.nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x.roll(1, 2), weight, bias)
 
 
 SURGERY = {
@@ -181,6 +188,12 @@ SURGERY = {
     "hook on the drop path": lambda b: b.drop_path.register_forward_hook(_hook),
     "group norm": lambda b: setattr(b, "bn2", torch.nn.GroupNorm(4, b.bn2.num_features)),
     "another activation": lambda b: setattr(b, "act2", torch.nn.GELU()),
+    "another drop path": lambda b: setattr(b, "drop_path", torch.nn.Dropout(0.5)),
+    "a convolution computing otherwise": lambda b: setattr(b.conv_pw, "_conv_forward", _circular),
+    "another class's _conv_forward": lambda b: setattr(b.conv_dw, "__class__", Circular),
+    "a stride that is a number": lambda b: setattr(b.conv_dw, "stride", 1),
+    "a parametrized bias": lambda b: torch.nn.utils.parametrize.register_parametrization(b.se.conv_reduce, "bias", torch.nn.Tanh()),
+    "a wrapped convolution": lambda b: setattr(b, "conv_dw", torch.nn.Sequential(b.conv_dw)),
     "relu in one place": lambda b: setattr(b, "act1", torch.nn.ReLU()),
     "another squeeze-excite": lambda b: setattr(b, "se", torch.nn.Dropout(0.5)),
     "another gate": lambda b: setattr(b.se, "gate", torch.nn.Hardsigmoid()),
@@ -212,6 +225,88 @@ def test_a_changed_block_runs_its_children(what):
         y = torch.randn(2, block.conv_pw.in_channels, 9, 9)
         if what != "batch statistics":
             torch.testing.assert_close(block(y), block.forward_children(y))
+
+
+def test_global_hooks_fire_for_every_child():
+    from torch.nn.modules.module import register_module_forward_hook
+
+    model = efficientnet(depth=0.5, width=0.5).eval()
+    called = []
+    handle = register_module_forward_hook(lambda module, args, output: called.append(module))
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, 32, 32))
+    finally:
+        handle.remove()
+    unused = {block.drop_path for block in model.modules() if isinstance(block, MBConv) and not block.residual}
+    assert set(called) == set(model.modules()) - unused
+
+
+@pytest.mark.parametrize("pad_type", ["", "same"])
+def test_another_stem_may_stand_in_its_place(pad_type):
+    """The idiom of everyone with grey images, and of those who wrap: its channels and its zeros are its own."""
+    torch.manual_seed(0)
+    model = efficientnet(depth=0.5, width=0.5, num_classes=3, pad_type=pad_type).eval()
+    channels = model.conv_stem.out_channels
+    model.conv_stem = torch.nn.Conv2d(1, channels, 3, 2, 1, bias=False)
+    assert model.forward_stem(torch.randn(2, 1, 33, 33)).shape[2:] == (17, 17)
+    model.conv_stem = torch.nn.Sequential(torch.nn.Conv2d(5, 3, 1), torch.nn.Conv2d(3, channels, 3, 2, bias=False))
+    model.set_weights_convention(padding="same")
+    with torch.no_grad():
+        assert model(torch.randn(2, 5, 32, 32)).shape == (2, 3)
+
+
+def test_forward_mode_derivative_is_not_lost():
+    import torch.autograd.forward_ad as forward_ad
+
+    model, x = calibrate(efficientnet(depth=0.3, width=0.5)).requires_grad_(False), images(1, (48, 48))
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(got, torch.func.jvp(model, (x,), (tangent,))[1])
+    assert largest(got) > 1e-3
+
+
+def test_data_parallel_replicas_are_fused_and_right():
+    """A replica's parameters are plain attributes."""
+    model, x = calibrate(efficientnet(depth=0.3, width=0.5)), images(2, (48, 48))
+    block = model.blocks[1][0]
+    replica = block._replicate_for_data_parallel()
+    for name, child in block.named_children():
+        setattr(replica, name, _replicated(child))
+    with torch.no_grad():
+        y = model.blocks[0](model.forward_stem(x))
+        assert not isinstance(replica.parts(), str), replica.parts()
+        torch.testing.assert_close(replica(y), block(y))
+
+
+def _replicated(module: torch.nn.Module) -> torch.nn.Module:
+    replica = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter.detach())
+    for name, child in module.named_children():
+        setattr(replica, name, _replicated(child))
+    return replica
+
+
+def test_runs_on_the_meta_device():
+    with torch.device("meta"), torch.no_grad():
+        assert create_model("efficientnet_b7").eval()(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
+
+
+def test_convention_changes_what_is_given_only():
+    model = efficientnet(depth=0.3, width=0.5)
+    model.bn1.momentum = 0.01
+    model.set_weights_convention(bn_eps=1e-3)
+    assert model.bn1.momentum == 0.01 and model.bn1.eps == model.config.bn_eps == 1e-3
+    with pytest.raises(ValueError, match="padding is 'valid'"):
+        model.set_weights_convention(padding="valid")
+    assert model.config.padding == "symmetric"
+
+
+def test_scripting_is_refused_clearly():
+    with pytest.raises(TypeError, match="torch.jit.trace would do"):
+        torch.jit.script(efficientnet(depth=0.3, width=0.5))
 
 
 def test_hooks_on_blocks_and_stages_fire_in_the_fused_path():
@@ -261,15 +356,19 @@ def test_initialisation_is_the_papers():
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0", "efficientnetv2_b0"])
-@pytest.mark.parametrize("shape", [(0, 3, 32, 32), (1, 3, 1, 1), (2, 3, 1, 40), (3, 3, 37, 5)], ids=str)
-def test_any_input(name, shape):
-    model = create_model(name, num_classes=7).eval()
-    x = torch.randn(shape)
-    with torch.no_grad():
-        y = model(x)
-        torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), y)
-    assert y.shape == (shape[0], 7)
-    torch.testing.assert_close(model(x).detach(), y, rtol=1e-3, atol=1e-5)
+def test_any_input(name):
+    torch.manual_seed(0)
+    model = calibrate(create_model(name, num_classes=7))
+    double = copy.deepcopy(model).double()
+    for shape in ((0, 3, 32, 32), (1, 3, 1, 1), (2, 3, 1, 40), (3, 3, 37, 5)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            y = model(x)
+            torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), y)
+            reference = double(x.double())
+        assert y.shape == (shape[0], 7)
+        assert_2x(y, model(x).detach(), reference, f"{shape}")
+        assert not shape[0] or largest(reference) > 1e-2, "the comparison would be vacuous"
 
 
 def test_one_builder_serves_table_and_law():
@@ -310,6 +409,15 @@ def test_surface():
     assert features_only.feature_info.channels() == [24, 112] and features_only.feature_info.reduction() == [4, 16]
 
 
+class Twice(torch.nn.Module):
+    def __init__(self, stage):
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x):
+        return 2 * self.stage(x)
+
+
 def test_grad_checkpointing_gives_the_same_gradients():
     torch.manual_seed(0)
     model = efficientnet(depth=0.5, width=0.5, drop_path_rate=0.0, drop_rate=0.0).train()
@@ -321,6 +429,12 @@ def test_grad_checkpointing_gives_the_same_gradients():
         net(x).square().mean().backward()
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     torch.testing.assert_close(grads[0], grads[1])
+    # A stage that is no plain Sequential is called, not taken apart.
+    model.set_grad_checkpointing()
+    model.blocks[2] = Twice(model.blocks[2])
+    seen = model(x)
+    model.set_grad_checkpointing(False)
+    torch.testing.assert_close(seen, model(x))
 
 
 def test_group_norm_trains_and_infers_unfused():
@@ -339,6 +453,11 @@ BAD = [
     (lambda: create_model("efficientnet_b0", num_classes=-1), ValueError, "num_classes is -1"),
     (lambda: create_model("efficientnet_b0", in_chans=0), ValueError, "in_channels is 0"),
     (lambda: create_model("efficientnet_b0", drop_path_rate=1.5), ValueError, "drop_path_rate is 1.5"),
+    (lambda: create_model("efficientnet_b0", drop_path_rate="a"), ValueError, "drop_path_rate is 'a'"),
+    (lambda: create_model("efficientnet_b0", drop_rate=1.5), ValueError, "drop_rate is 1.5"),
+    (lambda: create_model("efficientnet_b0", bn_eps=-1), ValueError, "bn_eps is -1"),
+    (lambda: create_model("efficientnet_b0", act_layer="relu"), TypeError, "act_layer is 'relu'"),
+    (lambda: efficientnet(phi=1, pretrained=True), TypeError, "no weights were trained"),
     (lambda: create_model("efficientnet_b0", output_stride=16), ValueError, "output_stride 16"),
     (lambda: create_model("efficientnet_b0", pad_type="valid"), ValueError, "pad_type is 'valid'"),
     (lambda: create_model("efficientnet_b0", global_pool="sum"), ValueError, "global_pool is 'sum'"),

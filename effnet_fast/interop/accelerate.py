@@ -44,6 +44,7 @@ def accelerate(model: nn.Module, check: Tensor | None = None) -> Acceleration:
     check  an input of the model, [N, C, H, W], on the model's device: ``model(check)`` is run in evaluation mode without gradients
            before and after, and the report tells the largest difference
 
+    A fused block returns channels_last, whatever it is given: code after the model that calls ``view`` may want ``reshape``.
     The model stays the same object of the same class, with the same parameters under the same keys; each block stays an instance of
     its class. Where a call wants more than the fused forward gives (training, gradients, export, a hook on a child), the block runs
     its own forward. Accelerate before ``torch.compile``. A model of effnet_fast is fused as it is. :func:`restore` undoes it.

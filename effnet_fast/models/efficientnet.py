@@ -23,7 +23,8 @@ from effnet_fast.nn.blocks import (
     set_conv_padding,
     set_padding,
 )
-from effnet_fast.nn.fused import conv_norm_act, is_traced
+from effnet_fast.nn.fused import conv_norm_act, has_hooks, is_traced
+from effnet_fast.nn.padding import check_padding
 from effnet_fast.scaling.config import NetConfig
 from effnet_fast.weights import default_cfg
 
@@ -61,14 +62,16 @@ class Trunk(nn.Module):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         if not is_traced(x):
-            _check_images(type(self).__name__, x, self.config.in_channels)
+            # Another convolution may have been put in the stem's place; what is not known is not checked.
+            _check_images(type(self).__name__, x, getattr(self.conv_stem, "in_channels", None))
             x = x.contiguous(memory_format=torch.channels_last)
-        return conv_norm_act(self.conv_stem, self.bn1, self.act1, self.config.padding, x)
+        return conv_norm_act(self.conv_stem, self.bn1, self.act1, 3, 2, self.config.padding, x)
 
     def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         if not (self.grad_checkpointing and self.training):
             return stage(x)
-        for block in stage.children():
+        blocks = stage.children() if type(stage) is nn.Sequential and not has_hooks(stage) else (stage,)
+        for block in blocks:
             x = checkpoint(block, x, use_reentrant=False)
         return x
 
@@ -79,16 +82,17 @@ class Trunk(nn.Module):
     def set_weights_convention(
         self, padding: str | None = None, bn_eps: float | None = None, bn_momentum: float | None = None
     ) -> None:
-        """Adopt the padding, eps or momentum that some weights were trained under."""
-        given = {"padding": padding, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
-        self.config = replace(self.config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        """Adopt the padding, eps or momentum that some weights were trained under; what is None stays as it is."""
         if padding is not None:
+            check_padding("set_weights_convention", padding)
             set_padding(self, padding)
             set_conv_padding(self.conv_stem, padding)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eps = self.config.bn_eps
-                module.momentum = self.config.bn_momentum
+                module.eps = module.eps if bn_eps is None else bn_eps
+                module.momentum = module.momentum if bn_momentum is None else bn_momentum
+        given = {"padding": padding, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
+        self.config = replace(self.config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
@@ -158,7 +162,7 @@ class EfficientNet(Trunk):
                 x = self.forward_stage(stage, x)
         else:
             x = self.blocks(x)
-        return conv_norm_act(self.conv_head, self.bn2, self.act2, "symmetric", x)
+        return conv_norm_act(self.conv_head, self.bn2, self.act2, 1, 1, "symmetric", x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, dropout, classifier; with ``pre_logits`` what the classifier would be given."""
@@ -205,7 +209,7 @@ class EfficientNet(Trunk):
         if intermediates_only:
             return taken
         if not stop_early or max(stages, default=0) == len(self.blocks):
-            x = conv_norm_act(self.conv_head, self.bn2, self.act2, "symmetric", x)
+            x = conv_norm_act(self.conv_head, self.bn2, self.act2, 1, 1, "symmetric", x)
         return x, taken
 
 
@@ -238,11 +242,11 @@ class EfficientNetFeatures(Trunk):
         return maps
 
 
-def _check_images(who: str, x: Any, channels: int) -> None:
+def _check_images(who: str, x: Any, channels: int | None) -> None:
     if not isinstance(x, Tensor) or x.dim() != 4:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{who}: the input is {shape}; a batch of images [N, {channels}, H, W] would do")
-    if x.shape[1] != channels:
+        raise ValueError(f"{who}: the input is {shape}; a batch of images [N, {channels or 'C'}, H, W] would do")
+    if channels is not None and x.shape[1] != channels:
         raise ValueError(f"{who}: the input has {x.shape[1]} channels; {channels} would do (in_chans sets it)")
     if not x.is_floating_point():
         raise TypeError(f"{who}: the input is {x.dtype}; a float image, normalised as the weights' preprocessing says, would do")

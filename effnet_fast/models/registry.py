@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import os
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 
 from effnet_fast import weights
@@ -36,7 +38,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def config_of(name: str) -> NetConfig:
-    """The config of a name; ValueError with the nearest good name for an unknown one."""
+    """The config of a name, a tag of weights behind it or not; ValueError with the nearest good name for an unknown one."""
+    name = name.partition(".")[0]
     if name not in FAMILY:
         raise ValueError(f"unknown model {name!r}; {_nearest(name, list(FAMILY))} would do (list_models() gives all)")
     return FAMILY[name]
@@ -78,6 +81,10 @@ def efficientnet(
 
     ``model.config`` holds what resulted, its resolution too. ``arguments`` are those of :func:`create_model`.
     """
+    if "pretrained" in arguments:
+        raise TypeError(
+            "efficientnet: no weights were trained for a point of the law; create_model(name, pretrained=True) would do"
+        )
     law = law or CompoundScaling()
     multipliers = {"depth": depth, "width": width, "resolution": resolution}
     given = {key: value for key, value in multipliers.items() if value is not None}
@@ -99,6 +106,12 @@ def _build(config: NetConfig, pretrained: bool | str, arguments: dict[str, Any])
     for argument in sorted(unused & arguments.keys()):
         raise TypeError(f"{config.name}: {argument!r} has no meaning with features_only={features_only}")
 
+    _check_probability(config.name, "drop_rate", arguments.get("drop_rate") or 0)
+    for argument in _LAYER_ARGUMENTS:
+        if arguments.get(argument) is not None and not callable(arguments[argument]):
+            raise TypeError(
+                f"{config.name}: {argument} is {arguments[argument]!r}; a class or factory, such as torch.nn.ReLU, would do"
+            )
     fields = {field: arguments[name] for name, field in _CONFIG_ARGUMENTS.items() if arguments.get(name) is not None}
     built = replace(config, **_checked(config.name, fields))
     if features_only:
@@ -115,17 +128,31 @@ def _build(config: NetConfig, pretrained: bool | str, arguments: dict[str, Any])
 
 
 def _checked(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields, each of the right type and range."""
     if "padding" in fields:
         if fields["padding"] not in _PADDINGS:
             raise ValueError(f"{name}: pad_type is {fields['padding']!r}; '' or 'same' would do")
         fields["padding"] = _PADDINGS[fields["padding"]]
     for field, least in (("num_classes", 0), ("in_channels", 1)):
         value = fields.get(field, least)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}: {field} is {value!r}; a whole number >= {least} would do")
-    if not 0 <= fields.get("drop_path", 0) < 1:
-        raise ValueError(f"{name}: drop_path_rate is {fields['drop_path']!r}; a probability in [0, 1) would do")
+        if field in fields:
+            fields[field] = int(value)
+    _check_probability(name, "drop_path_rate", fields.get("drop_path", 0))
+    if not _is_number(fields.get("bn_eps", 1e-5)) or fields.get("bn_eps", 1e-5) <= 0:
+        raise ValueError(f"{name}: bn_eps is {fields['bn_eps']!r}; a number > 0 would do")
+    _check_probability(name, "bn_momentum", fields.get("bn_momentum", 0.1), most=1)
     return fields
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_probability(name: str, argument: str, value: Any, most: float = math.nextafter(1, 0)) -> None:
+    if not _is_number(value) or not 0 <= value <= most:
+        raise ValueError(f"{name}: {argument} is {value!r}; a number in [0, 1{']' if most == 1 else ')'} would do")
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -76,6 +76,7 @@ class MBConv(FusedBlock, nn.Module):
         super().__init__()
         check_padding("MBConv", padding)
         self.padding, self.residual, self.expands = padding, config.residual, config.expands
+        self.kernel_size, self.stride = config.kernel_size, config.stride
         channels = config.expanded_channels
         depthwise = conv2d(channels, channels, config.kernel_size, config.stride, padding, groups=channels)
         project = conv2d(channels, config.out_channels, 1, 1, padding)
@@ -94,10 +95,12 @@ class MBConv(FusedBlock, nn.Module):
         shortcut = x
         if self.expands:
             x = self.act1(self.bn1(self.conv_pw(x)))
-            x = self.act2(self.bn2(self.conv_dw(pad(self.conv_dw, self.padding, x))))
+            x = pad(self.conv_dw, self.kernel_size, self.stride, self.padding, x)
+            x = self.act2(self.bn2(self.conv_dw(x)))
             x = self.bn3(self.conv_pwl(self.se(x)))
         else:
-            x = self.act1(self.bn1(self.conv_dw(pad(self.conv_dw, self.padding, x))))
+            x = pad(self.conv_dw, self.kernel_size, self.stride, self.padding, x)
+            x = self.act1(self.bn1(self.conv_dw(x)))
             x = self.bn2(self.conv_pw(self.se(x)))
         return self.drop_path(x) + shortcut if self.residual else x
 
@@ -121,8 +124,9 @@ class MBConv(FusedBlock, nn.Module):
         squeeze_excite = None if type(se) is nn.Identity else _squeeze_excite_parts(se)
         if isinstance(squeeze_excite, str):
             return reason or squeeze_excite
-        if has_hooks(se) or has_hooks(drop_path):
+        if has_hooks(se):
             reason = reason or "a hook sits on a child"
+        reason = reason or _why_not_drop_path(drop_path)
         return reason or BlockParts(expand, depthwise, squeeze_excite, project, self.residual, _drops(drop_path))
 
 
@@ -136,6 +140,7 @@ class FusedMBConv(FusedBlock, nn.Module):
         super().__init__()
         check_padding("FusedMBConv", padding)
         self.padding, self.residual, self.expands = padding, config.residual, config.expands
+        self.kernel_size, self.stride = config.kernel_size, config.stride
         if self.expands:
             self.conv_exp = conv2d(config.in_channels, config.expanded_channels, config.kernel_size, config.stride, padding)
             self.bn1, self.act1 = norm_layer(config.expanded_channels), act_layer()
@@ -148,7 +153,7 @@ class FusedMBConv(FusedBlock, nn.Module):
 
     def forward_children(self, x: Tensor) -> Tensor:
         shortcut, first = x, self.conv_exp if self.expands else self.conv
-        x = self.act1(self.bn1(first(pad(first, self.padding, x))))
+        x = self.act1(self.bn1(first(pad(first, self.kernel_size, self.stride, self.padding, x))))
         if self.expands:
             x = self.bn2(self.conv_pwl(x))
         return self.drop_path(x) + shortcut if self.residual else x
@@ -163,13 +168,18 @@ class FusedMBConv(FusedBlock, nn.Module):
         if self.expands:
             expand, project = dense, ConvNormAct(child["conv_pwl"], child["bn2"])
             reason = reason or why_not_fused(project)
-        if has_hooks(drop_path):
-            reason = reason or "a hook sits on a child"
+        reason = reason or _why_not_drop_path(drop_path)
         return reason or BlockParts(expand, None, None, project, self.residual, _drops(drop_path))
 
 
+def _why_not_drop_path(module: nn.Module) -> str | None:
+    if type(module) not in (StochasticDepth, nn.Identity):
+        return f"the drop path is a {type(module).__name__}"
+    return "a hook sits on a child" if has_hooks(module) else None
+
+
 def _drops(module: nn.Module) -> bool:
-    return module.training and not (isinstance(module, StochasticDepth) and module.drop_prob == 0)
+    return module.training and getattr(module, "drop_prob", 0) != 0
 
 
 def _squeeze_excite_parts(module: nn.Module) -> SqueezeExciteParts | str:
@@ -188,8 +198,8 @@ def set_padding(module: nn.Module, padding: str) -> None:
     for block in module.modules():
         if isinstance(block, (MBConv, FusedMBConv)):
             block.padding = padding
-            for child in block.children():
-                if isinstance(child, nn.Conv2d):
+            for child in block.modules():  # deeper too: another tool may have wrapped a convolution
+                if isinstance(child, nn.Conv2d) and child.kernel_size != (1, 1):
                     set_conv_padding(child, padding)
 
 

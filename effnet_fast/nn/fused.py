@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from effnet_fast import ops
 from effnet_fast.nn.padding import pad, sides
@@ -59,6 +61,17 @@ def activation_name(module: nn.Module | None) -> str | None:
     return _ACTIVATIONS.get(type(module))  # type: ignore[arg-type]
 
 
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer as calling ``module`` would use it; None for one that is absent or computed (a parametrization).
+
+    In a DataParallel replica it is a plain attribute.
+    """
+    for place in (module._parameters, module._buffers, module.__dict__):
+        if name in place:
+            return place[name]
+    return None
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` would do more than its own forward."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -85,24 +98,38 @@ def why_not_fused(
     conv_type  a peer's subclass of Conv2d whose forward is a Conv2d's after padding as ``part.padding`` says
     """
     conv, norm = part.conv, part.norm
-    if not isinstance(conv, nn.Conv2d) or "forward" in conv.__dict__ or type(conv).forward is not conv_type.forward:
-        return f"a convolution is a {type(conv).__name__}"
-    tensors = conv._parameters
-    if tensors.get("weight") is None:
-        return "a convolution is parametrized or pruned"
-    if tensors["bias"] is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.dilation != (1, 1):
+    if not _is_plain_conv(conv, conv_type):
+        return f"a convolution is a {type(conv).__name__}, or its forward was replaced"
+    if tensor_of(conv, "weight") is None:
+        return "a convolution is parametrized"
+    if _has_bias(conv) or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.dilation != (1, 1):
         return f"a convolution is {conv}: only bias-free, undilated ones with zeros as padding are fused"
     wrong_shape = _why_not_shape(part, role)
     if wrong_shape is not None:
         return wrong_shape
-    if type(norm) not in norms or norm._buffers["running_mean"] is None:
+    if type(norm) not in norms or tensor_of(norm, "running_mean") is None:
         return f"a norm is a {type(norm).__name__}: not a batch norm with running statistics"
     return "a hook sits on a child" if has_hooks(conv) or has_hooks(norm) else None
+
+
+def _is_plain_conv(conv: Any, conv_type: type[nn.Conv2d]) -> bool:
+    """Whether calling ``conv`` computes a Conv2d, after padding as ``conv_type`` does."""
+    cls, own = type(conv), conv.__dict__
+    if not isinstance(conv, nn.Conv2d) or "forward" in own or "_conv_forward" in own:
+        return False
+    return cls.forward is conv_type.forward and cls._conv_forward is conv_type._conv_forward
+
+
+def _has_bias(conv: nn.Conv2d) -> bool:
+    """Whether the convolution has a bias, or something in its place."""
+    return conv._parameters.get("bias") is not None if "bias" in conv._parameters else conv.bias is not None
 
 
 def _why_not_shape(part: ConvNormAct, role: str) -> str | None:
     conv = part.conv
     kernel, stride = conv.kernel_size, conv.stride
+    if type(kernel) is not tuple or type(stride) is not tuple:
+        return f"a {role} convolution has kernel size {kernel!r} and stride {stride!r}"
     groups = conv.in_channels if role == "depthwise" else 1
     if conv.groups != groups or (role == "depthwise" and conv.out_channels != conv.in_channels):
         return f"a {role} convolution has {conv.groups} groups, {conv.in_channels} channels in and {conv.out_channels} out"
@@ -123,21 +150,25 @@ def squeeze_excite_parts(
 ) -> SqueezeExciteParts | str:
     """The parts of a squeeze-excite (the caller has checked its activation and gate), or why the ops do not compute it."""
     for conv in (reduce, expand):
-        if not isinstance(conv, nn.Conv2d) or type(conv).forward is not conv_type.forward or has_hooks(conv):
+        if not _is_plain_conv(conv, conv_type) or has_hooks(conv):
             return "a convolution of the squeeze-excite was replaced or has a hook"
         shape = conv.kernel_size, conv.stride, conv.groups, conv.padding
-        if shape != ((1, 1), (1, 1), 1, (0, 0)) or conv._parameters.get("weight") is None:
+        if shape != ((1, 1), (1, 1), 1, (0, 0)):
             return f"a convolution of the squeeze-excite is {conv}"
+        if tensor_of(conv, "weight") is None or not any("bias" in place for place in (conv._parameters, conv.__dict__)):
+            return "a convolution of the squeeze-excite is parametrized"
     return SqueezeExciteParts(reduce, expand, activation or "")  # type: ignore[arg-type]
 
 
 def is_traced(x: Any) -> bool:
-    """Whether plain aten must be seen: fx, jit.trace, torch.export and both ONNX exporters, and torch.func's transforms."""
+    """Whether plain aten must be seen: fx, jit.trace, torch.export and both ONNX exporters, torch.func's transforms and
+    forward-mode differentiation."""
     return (
         isinstance(x, fx.Proxy)
         or torch.jit.is_tracing()
         or torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -147,7 +178,9 @@ def why_plain_for(x: Any) -> str | None:
         return "the model is being traced, exported or transformed"
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
         return "the input is not a batch of float images"
-    return "a gradient is asked for" if torch.is_grad_enabled() and x.requires_grad else None
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "a gradient is asked for"
+    return "a hook sits on all modules" if _has_any_global_hook() else None
 
 
 def why_plain_now(parts: BlockParts) -> str | None:
@@ -159,28 +192,32 @@ def why_plain_now(parts: BlockParts) -> str | None:
         modules = [module for part in convs for module in part[:2]]
         if parts.squeeze_excite is not None:
             modules += parts.squeeze_excite[:2]
-        if any(p is not None and p.requires_grad for m in modules for p in m._parameters.values()):
+        used = (tensor_of(module, name) for module in modules for name in ("weight", "bias"))
+        if any(tensor is not None and tensor.requires_grad for tensor in used):
             return "a gradient is asked for"
     return None
 
 
 def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast would compute in; the ops take half x beside float32 weights."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
     return x
 
 
 def norm_of(module: nn.BatchNorm2d) -> ops.Norm:
     """A batch norm's tensors, as the ops take them."""
-    buffers = module._buffers
-    affine = module._parameters if "weight" in module._parameters else buffers  # a frozen norm's are buffers
-    return ops.Norm(affine["weight"], affine["bias"], buffers["running_mean"], buffers["running_var"], module.eps)  # type: ignore[arg-type]
+    weight, bias, mean, var = (tensor_of(module, name) for name in ("weight", "bias", "running_mean", "running_var"))
+    assert mean is not None and var is not None  # why_not_fused has seen them
+    return ops.Norm(weight, bias, mean, var, module.eps)
 
 
 def weight_of(conv: nn.Conv2d) -> Tensor:
     """A convolution's weight, which :func:`why_not_fused` has seen to be there."""
-    return conv._parameters["weight"]  # type: ignore[return-value]
+    weight = tensor_of(conv, "weight")
+    assert weight is not None
+    return weight
 
 
 def run_conv(part: ConvNormAct, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
@@ -217,9 +254,9 @@ def run_block(parts: BlockParts, x: Tensor) -> Tensor:
                 partial,
                 x.shape[2] * x.shape[3],
                 weight_of(reduce),
-                reduce._parameters["bias"],
+                tensor_of(reduce, "bias"),
                 weight_of(expand),
-                expand._parameters["bias"],
+                tensor_of(expand, "bias"),
                 activation=squeeze_excite.activation,
             )
     return run_conv(parts.project, x, residual=shortcut, gate=gate)
@@ -230,6 +267,12 @@ class FusedBlock:
 
     A subclass gives ``parts()`` (or the reason why it has none) and ``forward_children``.
     """
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(
+            "torch.jit.script cannot compile a fused block: torch.export or torch.jit.trace would do, and for an accelerated model"
+            " effnet_fast.restore(model) first"
+        )
 
     def parts(self) -> BlockParts | str:
         raise NotImplementedError
@@ -249,12 +292,15 @@ class FusedBlock:
         return run_block(parts, autocast(x))
 
 
-def conv_norm_act(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, padding: str, x: Tensor) -> Tensor:
-    """A stem or head: one op where :class:`FusedBlock` would fuse, else ``act(norm(conv(x)))``."""
+def conv_norm_act(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, kernel: int, stride: int, padding: str, x: Tensor) -> Tensor:
+    """A stem or head: one op where :class:`FusedBlock` would fuse, else ``act(norm(conv(x)))``.
+
+    kernel, stride, padding   as the network's own convolution has them; another may stand in its place
+    """
     part = ConvNormAct(conv, norm, activation_name(act) or "", padding)  # type: ignore[arg-type]
     reason = why_plain_for(x) or why_not_activation(act) or why_not_fused(part)
     reason = reason or why_plain_now(BlockParts(None, None, None, part, False))
     if reason is not None:
         note(f"children one by one: {reason}")
-        return act(norm(conv(pad(conv, padding, x))))
+        return act(norm(conv(pad(conv, kernel, stride, padding, x))))
     return run_conv(part, autocast(x))

@@ -18,21 +18,28 @@ def same_sides(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def same_zeros(kernel: int, stride: int, x: Tensor) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of SAME padding over ``x`` [N, C, H, W]."""
+    return *same_sides(x.shape[2], kernel, stride), *same_sides(x.shape[3], kernel, stride)
+
+
 def sides(conv: nn.Conv2d, padding: str, x: Tensor) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of ``conv`` over ``x``; ``conv.padding`` says it for "symmetric"."""
     if padding == "symmetric":
         assert not isinstance(conv.padding, str)  # "valid" and "same" never come here
         top, left = conv.padding
         return top, top, left, left
-    vertical = same_sides(x.shape[2], conv.kernel_size[0], conv.stride[0])
-    return *vertical, *same_sides(x.shape[3], conv.kernel_size[1], conv.stride[1])
+    return same_zeros(conv.kernel_size[0], conv.stride[0], x)
 
 
-def pad(conv: nn.Conv2d, padding: str, x: Tensor) -> Tensor:
-    """``x`` with the zeros that ``conv`` does not add itself."""
-    if padding == "symmetric" or conv.kernel_size == (1, 1):
+def pad(conv: nn.Module, kernel: int, stride: int, padding: str, x: Tensor) -> Tensor:
+    """``x`` with the zeros that a convolution built with this kernel size, stride and padding does not add itself.
+
+    ``conv`` may stand in its place: a wrapper, or one with zeros of its own, which gets no others.
+    """
+    if padding == "symmetric" or getattr(conv, "padding", (0, 0)) not in ((0, 0), 0):
         return x
-    top, bottom, left, right = sides(conv, padding, x)
+    top, bottom, left, right = same_zeros(kernel, stride, x)
     return F.pad(x, (left, right, top, bottom))
 
 

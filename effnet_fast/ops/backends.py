@@ -1,7 +1,7 @@
 """Which backend runs an op: an ordered list of kernels, each with a reason why it cannot run, or none.
 
 The table is filled once, at import. A choice looks only at dtype and device; it is made above the dispatcher, so that
-``torch.compile(fullgraph=True)`` sees one op and nothing of how it was chosen.
+``torch.compile(fullgraph=True)`` sees one op, or the plain PyTorch of the reference, and nothing of how it was chosen.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ENVIRONMENT = "EFFNET_FAST_BACKEND"
 class Kernel(NamedTuple):
     """One op on one backend.
 
-    overload  ``torch.ops.effnet_fast.OP.BACKEND``
+    run       ``torch.ops.effnet_fast.OP.BACKEND``, or the reference as a plain function
     can_run   ``can_run(x)`` gives None, or why it cannot take this ``x``
     pieces    for an op that makes a squeeze's partial sums: how many an image, from x's and y's shape
     """
 
     backend: str
-    overload: Any
+    run: Callable[..., Any]
     can_run: Callable[[torch.Tensor], str | None]
     pieces: Callable[[torch.Tensor, int, int], int] | None = None
 

@@ -82,15 +82,15 @@ def conv_flops(x_shape: Sequence[int], weight_shape: Sequence[int], y_shape: Seq
     return 2 * images * height * width * elements
 
 
-def check_no_gradient(op: str, *tensors: Tensor) -> None:
+def check_no_gradient(op: str, *tensors: Tensor | None) -> None:
     """Refuse silently losing a gradient: the inference ops have none."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError(f"{op}: it has no gradient; torch.no_grad() or the modules of effnet_fast.nn, which train, would do")
 
 
 def check_conv(op: str, x: Tensor, weight: Tensor, norm: Norm, activation: str, channels: int) -> None:
     """Refuse what no kernel takes, by name. ``channels``: input channels that the weight expects."""
-    check_no_gradient(op, x, weight)
+    check_no_gradient(op, x, weight, *norm[:4])
     if x.dim() != 4:
         raise ValueError(f"{op}: x has {x.dim()} dimensions; an image batch [N, C, H, W] would do")
     if not x.is_floating_point():
@@ -121,6 +121,7 @@ def check_window(op: str, x: Tensor, kernel: Sequence[int], stride: int, padding
 
 
 def check_like_output(op: str, name: str, tensor: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
-    """Refuse a residual or gate of another shape or device."""
+    """Refuse a residual or gate of another shape or device, or with a gradient."""
+    check_no_gradient(op, tensor)
     if tensor is not None and (tensor.shape != torch.Size(shape) or tensor.device != x.device):
         raise ValueError(f"{op}: {name} is {tuple(tensor.shape)} on {tensor.device}; {tuple(shape)} on {x.device} would do")

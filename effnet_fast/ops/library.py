@@ -23,8 +23,9 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(first: torch.Tensor, *args: Any) -> Any:
-        if torch.is_autocast_enabled(first.device.type):
-            with torch.autocast(first.device.type, enabled=False):
+        device = first.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 return function(first, *args)
         return function(first, *args)
 
@@ -40,7 +41,7 @@ def define(
     fake: Callable[..., Any],
     flops: Callable[..., int],
     backends: tuple[str, ...] = (),
-) -> None:
+) -> Callable[..., Any]:
     """Declare ``name`` with ``.reference`` and further ``backends``, all of one schema, one fake and one FLOP formula.
 
     arguments  of the schema, without brackets
@@ -48,6 +49,9 @@ def define(
     reference  plain PyTorch; returns channels_last where ``fake`` says so
     fake       shapes, dtypes and strides of the result, for FakeTensor
     flops      floating-point operations (2 per multiply-add) from the arguments' shapes
+
+    Returns the reference as a function: eager mode calls it without the dispatcher, and a compiler sees through it and fuses what
+    is inside.
     """
     returned = ", ".join(f"Tensor {result}" for result in results)
     written = ", ".join(f"Tensor({chr(ord('a') + i)}!) {result}" for i, result in enumerate(results))
@@ -68,6 +72,7 @@ def define(
     _LIBRARY.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     _LIBRARY.impl(f"{name}.reference_out", reference_out, "CompositeExplicitAutograd")
     register_flop_formula(getattr(torch.ops.effnet_fast, name))(flops)
+    return reference
 
 
 def _writes_only(*args: Any, **out: torch.Tensor) -> None:

@@ -30,9 +30,6 @@ class PeerBlock(FusedBlock):
             return function, arguments, *rest
         return _rebuild, (*_MADE_OF[type(self)], *arguments[1:]), *rest
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        raise TypeError("torch.jit.script: it cannot compile an accelerated model; effnet_fast.restore(model) first would do")
-
 
 def fused_class(cls: type[nn.Module], adapter: type[PeerBlock]) -> type[PeerBlock]:
     """The accelerated subclass of ``cls``: one for each class, of the same name and module."""

@@ -47,7 +47,7 @@ def _squeeze_excite(module: Any) -> SqueezeExciteParts | str | None:
         return hooked(module)
     if type(module) is not SqueezeExcite:
         return f"the squeeze-excite is a {type(module).__name__}"
-    child = module._modules
+    child: Any = module._modules
     gate, act = child["gate"], child["act1"]
     if type(gate) not in (nn.Sigmoid, Sigmoid):
         return f"the gate of the squeeze-excite is a {type(gate).__name__}, not a sigmoid"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends
@@ -32,7 +31,7 @@ def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
     return conv_flops(x_shape, weight_shape, out_shape)
 
 
-define(
+_reference = define(
     NAME,
     f"Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? residual, int stride, SymInt[] padding, str activation",
     ("y",),
@@ -40,7 +39,7 @@ define(
     fake=_fake,
     flops=_flops,
 )
-backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.conv_bn_act.reference, backends.always))
+backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
 
 
 def conv_bn_act(
@@ -70,4 +69,4 @@ def conv_bn_act(
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
         width = output_size(x.shape[3], weight.shape[3], stride, left, right)
         check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
-    return backends.choose(NAME, x).overload(x, weight, *norm, residual, stride, padding, activation)
+    return backends.choose(NAME, x).run(x, weight, *norm, residual, stride, padding, activation)

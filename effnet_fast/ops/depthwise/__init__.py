@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends
@@ -24,7 +23,7 @@ def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
     return conv_flops(x_shape, weight_shape, out_shape[0])
 
 
-define(
+_reference = define(
     NAME,
     f"Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[] padding, str activation, SymInt pieces",
     ("y", "partial"),
@@ -32,12 +31,7 @@ define(
     fake=_fake,
     flops=_flops,
 )
-backends.register(
-    NAME,
-    backends.Kernel(
-        "reference", torch.ops.effnet_fast.depthwise_conv_bn_act.reference, backends.always, lambda x, height, width: 1
-    ),
-)
+backends.register(NAME, backends.Kernel("reference", _reference, backends.always, lambda x, height, width: 1))
 
 
 def depthwise_conv_bn_act(
@@ -63,4 +57,4 @@ def depthwise_conv_bn_act(
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
         width = output_size(x.shape[3], weight.shape[3], stride, left, right)
         pieces = kernel.pieces(x, height, width)  # type: ignore[misc]
-    return kernel.overload(x, weight, *norm, stride, padding, activation, pieces)
+    return kernel.run(x, weight, *norm, stride, padding, activation, pieces)

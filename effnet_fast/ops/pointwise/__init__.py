@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends
@@ -21,7 +20,7 @@ def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
     return conv_flops(x_shape, weight_shape, out_shape)
 
 
-define(
+_reference = define(
     NAME,
     f"Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? gate, Tensor? residual, str activation",
     ("y",),
@@ -29,7 +28,7 @@ define(
     fake=_fake,
     flops=_flops,
 )
-backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.pointwise_conv_bn_act.reference, backends.always))
+backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
 
 
 def pointwise_conv_bn_act(
@@ -50,4 +49,4 @@ def pointwise_conv_bn_act(
         raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [K, C, 1, 1] would do")
     check_like_output(NAME, "gate", gate, (x.shape[0], x.shape[1]), x)
     check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]), x)
-    return backends.choose(NAME, x).overload(x, weight, *norm, gate, residual, activation)
+    return backends.choose(NAME, x).run(x, weight, *norm, gate, residual, activation)

@@ -21,7 +21,7 @@ def _flops(partial_shape, count, reduce_shape, reduce_bias, expand_shape, *args,
     return 2 * partial_shape[0] * (reduce_shape[0] * reduce_shape[1] + expand_shape[0] * expand_shape[1])
 
 
-define(
+_reference = define(
     NAME,
     "Tensor partial, SymInt count, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias,"
     " str activation",
@@ -44,7 +44,7 @@ def _native_can_run(partial: Tensor) -> str | None:
 
 
 backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.squeeze_excite_gate.native, _native_can_run))
-backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.squeeze_excite_gate.reference, backends.always))
+backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
 
 
 def squeeze_excite_gate(
@@ -66,7 +66,7 @@ def squeeze_excite_gate(
 
     No gradient. Raises ValueError, naming the argument, on bad input.
     """
-    check_no_gradient(NAME, partial, reduce_weight, expand_weight)
+    check_no_gradient(NAME, partial, reduce_weight, reduce_bias, expand_weight, expand_bias)
     channels = partial.shape[-1]
     if partial.dim() != 3 or partial.shape[1] < 1:
         raise ValueError(f"{NAME}: partial is {tuple(partial.shape)}; [N, P, C] with P >= 1 would do")
@@ -86,4 +86,4 @@ def squeeze_excite_gate(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{NAME}: activation is {activation!r}; one of {', '.join(ACTIVATIONS)} would do")
     kernel = backends.choose(NAME, partial)
-    return kernel.overload(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)
+    return kernel.run(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)
