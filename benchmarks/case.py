@@ -42,16 +42,16 @@ class Case:
 class Entrant:
     """``prepare(case, *arguments)`` runs in the entrant's own process: it checks the result and gives the timer.
 
-    nets   the nets on whose cases it runs, None for all: compiling every shape of eight nets would take hours
-    alone  it measures while it prepares (autotuning), so that nothing else may run
-    quick  whether it also runs with --quick
+    nets    the nets on whose cases it runs, None for all: compiling every shape of eight nets would take hours
+    beside  on a GPU it may be prepared while others are: it compiles and measures nothing meanwhile, as autotuning does
+    quick   whether it also runs with --quick
     """
 
     name: str
     prepare: Callable[..., Timer]
     arguments: tuple = ()
     nets: tuple[str, ...] | None = None
-    alone: bool = False
+    beside: bool = False
     quick: bool = True
 
     def takes(self, case: Case) -> bool:

@@ -64,6 +64,7 @@ def checked(
     layout: str = "channels_last",
 ) -> Timer:
     """A timer for the net that ``build`` makes of the case's weights; Refused where it is wrong on the first or the last image."""
+    torch.backends.cudnn.benchmark = True
     told = torch.load(case.weights)
     run = build(told["state"])
     first = images(case.batch, _size(case), seed=2).to(DTYPES[case.dtype])

@@ -75,11 +75,11 @@ _GRAPHS: dict[str, list[Entrant]] = {
 }
 
 
-def _compiled(suite: str, name: str, options: dict[str, object], alone: bool = False) -> Entrant:
+def _compiled(suite: str, name: str, options: dict[str, object], beside: bool = True) -> Entrant:
     prepare = kernels.compiled if suite == "kernels" else models.timm_compiled
     # Every shape of eight nets compiled in each mode would take hours.
     nets = ("b0", "b5") if suite == "kernels" else None
-    return Entrant(f"compile {name}", prepare, (options,), nets, alone, quick=False)
+    return Entrant(f"compile {name}", prepare, (options,), nets, beside, quick=False)
 
 
 # reduce-overhead is CUDA graphs: nothing on a CPU, and kernels are timed inside a graph already. Freezing is what a CPU gains most
@@ -87,21 +87,21 @@ def _compiled(suite: str, name: str, options: dict[str, object], alone: bool = F
 _COMPILED = {
     ("kernels", "cpu"): [
         _compiled("kernels", "default", {}),
-        _compiled("kernels", "max-autotune", {"mode": "max-autotune"}, alone=True),
+        _compiled("kernels", "max-autotune", {"mode": "max-autotune"}, beside=False),
     ],
     ("kernels", "cuda"): [
         _compiled("kernels", "default", {}),
-        _compiled("kernels", "max-autotune", {"mode": "max-autotune-no-cudagraphs"}, alone=True),
+        _compiled("kernels", "max-autotune", {"mode": "max-autotune-no-cudagraphs"}, beside=False),
     ],
     ("model", "cpu"): [
         _compiled("model", "default", {}),
         _compiled("model", "freezing", {"options": {"freezing": True}}),
-        _compiled("model", "max-autotune", {"options": {"freezing": True, "max_autotune": True}}, alone=True),
+        _compiled("model", "max-autotune", {"options": {"freezing": True, "max_autotune": True}}, beside=False),
     ],
     ("model", "cuda"): [
         _compiled("model", "default", {}),
         _compiled("model", "reduce-overhead", {"mode": "reduce-overhead"}),
-        _compiled("model", "max-autotune", {"mode": "max-autotune"}, alone=True),
+        _compiled("model", "max-autotune", {"mode": "max-autotune"}, beside=False),
     ],
 }
 

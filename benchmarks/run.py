@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device; --device cpu would do")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a polite kill ends the entrants' processes too
     dtype = options.dtype or {"cpu": "fp32", "cuda": "bf16"}[options.device]
     results = run(
         options.suite,
@@ -133,15 +135,19 @@ def _lanes(names: list[str], out: Path) -> Iterator[dict[str, Lane]]:
 def _entrants(
     case: Case, chosen: list[Entrant], lanes: dict[str, Lane], clock: Clock, turns: tuple[int, float]
 ) -> dict[str, dict[str, Any]]:
-    """Prepare all entrants, those that autotune alone and last; race those that are ready."""
+    """Prepare all entrants, race those that are ready."""
     answers: dict[str, Answer] = {}
+    for entrant in chosen:  # start the processes, all at once
+        lanes[entrant.name].send("release")
+    for entrant in chosen:
+        lanes[entrant.name].answer(120)
     if case.weights and not Path(case.weights).exists() and clock.left > 0:
         made = lanes["weights"].ask(min(PREPARE_SECONDS, clock.left), "prepare", models.write_weights, case)
         lanes["weights"].stop()
         if made.status != "ok":
             answers = {entrant.name: Answer(made.status, f"no weights to compare with: {made.value}") for entrant in chosen}
     waiting = [entrant for entrant in chosen if entrant.name not in answers]
-    together = [entrant for entrant in waiting if not entrant.alone] if case.device == "cuda" else []
+    together = [entrant for entrant in waiting if entrant.beside] if case.device == "cuda" else []
     for group in [together, *([entrant] for entrant in waiting if entrant not in together)]:
         if clock.left <= 0:
             answers |= {entrant.name: Answer("skipped", "no time was left") for entrant in group}
@@ -152,10 +158,9 @@ def _entrants(
             answers[entrant.name] = lanes[entrant.name].answer(min(PREPARE_SECONDS, clock.left))
     ready = {name: lanes[name] for name, answer in answers.items() if answer.status == "ok"}
     raced = race(ready, *turns) if clock.left > 0 else dict.fromkeys(ready, Answer("skipped", "no time was left"))
-    for entrant in chosen:
-        lane = lanes[entrant.name]
-        if lane.process is not None and not lane.ask(60, "release").status == "ok":
-            lane.stop()
+    for entrant in chosen:  # so that the next case finds the memory free
+        if lanes[entrant.name].process is not None:
+            lanes[entrant.name].ask(60, "release")
     return {entrant.name: _outcome(answers[entrant.name], raced.get(entrant.name)) for entrant in chosen}
 
 
@@ -210,9 +215,12 @@ def geomean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def summary(results: dict[str, Any]) -> str:
-    """A line for each group, kind of batch and entrant: how fast, against the baseline and against the bound."""
-    rows, lost = [], []
+HEADER = ("what", "batch", "entrant", "cases", "us", "speed-up", "least", "of bound", "worst")
+
+
+def figures(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Under HEADER, a row for each group, kind of batch and entrant: how fast, against the baseline and against the bound."""
+    rows = []
     for group in dict.fromkeys(case["group"] for case in results["cases"]):
         for single in (False, True):
             cases = [case for case in results["cases"] if case["group"] == group and (case["batch"] == 1) == single]
@@ -220,12 +228,17 @@ def summary(results: dict[str, Any]) -> str:
                 timed = [case for case in cases if case["entrants"].get(name, {}).get("status") == "timed"]
                 if timed:
                     rows.append((group, "1" if single else "large", name, *_figures(timed, name, results["baseline"])))
+    return rows
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The figures, and what was not timed and why."""
+    rows, lost = figures(results), []
     for case in results["cases"]:
         for name, entrant in case["entrants"].items():
             if entrant["status"] != "timed":
                 lost.append((entrant["status"], name, entrant["reason"]))
-    header = ("what", "batch", "entrant", "cases", "us", "speed-up", "least", "of bound", "worst")
-    told = [table(header, rows, "lllrrrrrr")] if rows else []
+    told = [table(HEADER, rows, "lllrrrrrr")] if rows else []
     counts = {key: lost.count(key) for key in dict.fromkeys(lost)}
     told += [f"{name} {status} on {count} cases: {reason}" for (status, name, reason), count in counts.items()]
     return "\n".join(told)
