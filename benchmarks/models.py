@@ -18,7 +18,7 @@ from effnet_fast.benchmark.tolerance import why_wrong
 
 
 def write_weights(case: Case) -> None:
-    """Write ``case.weights``: the net's calibrated weights, one image, timm's answer to it in float64 and, plainly, in the dtype."""
+    """Write ``case.weights``: the net's calibrated weights, an image, and timm's answer to it in the dtype and in float64."""
     net, size = case.nets[0], _size(case)
     torch.manual_seed(0)
     state = calibrate(effnet_fast.create_model(f"efficientnet_{net}"), size).state_dict()

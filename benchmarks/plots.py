@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from benchmarks.run import geomean  # noqa: E402
+from benchmarks.run import geomean
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; ours are warm.
 _OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442")
@@ -46,6 +46,10 @@ def _colours(told: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _short(group: str) -> str:
+    return group.replace("_", " ").replace(" bn act", "")
+
+
 def _title(told: dict[str, Any]) -> str:
     where = told["machine"]
     device = where["gpu"]["name"] if told["device"] == "cuda" else f"{where['cpu']}, {where['threads']} threads"
@@ -60,23 +64,32 @@ def _speed(told: dict[str, Any]) -> Any:
         timed = _timed(case)
         if baseline in timed:
             batch = f"batch {case['batch']}" if told["suite"] == "model" else "one image" if case["batch"] == 1 else "large batch"
-            label = f"{case['group'].replace('_', ' ').replace(' bn act', '')}\n{batch}"
+            label = f"{_short(case['group'])}\n{batch}"
             for name, entrant in timed.items():
                 speed = timed[baseline]["median_us"] / entrant["median_us"]
                 groups.setdefault(label, {}).setdefault(name, []).append(speed)
     figure, axes = plt.subplots(figsize=(max(7, 1.2 + 1.5 * len(groups)), 4.6), layout="constrained")
+    colours.pop(baseline, None)  # the line at 1
+    axes.set_yscale("log", base=2)
     width = 0.86 / max(1, len(colours))
-    for number, (name, colour) in enumerate(colours.items()):
-        places, heights, errors = [], [], [[], []]
+    present = [[name for name in colours if name in speeds] for speeds in groups.values()]
+    for name, colour in colours.items():
+        places: list[float] = []
+        heights: list[float] = []
+        errors: list[list[float]] = [[], []]
         for group, speeds in enumerate(groups.values()):
             if name in speeds:
-                places.append(group + (number - (len(colours) - 1) / 2) * width)
+                number, others = present[group].index(name), len(present[group]) - 1
+                places.append(group + (number - others / 2) * width)
                 heights.append(geomean(speeds[name]))
                 errors[0].append(heights[-1] - min(speeds[name]))
                 errors[1].append(max(speeds[name]) - heights[-1])
         spread = {"yerr": errors, "error_kw": {"lw": 0.8, "capsize": 2}} if any(map(any, errors)) else {}
-        axes.bar(places, heights, width * 0.92, color=colour, label=name, **spread)
+        axes.bar(places, [height - 1 for height in heights], width * 0.92, bottom=1, color=colour, label=name, **spread)
     axes.axhline(1.0, color="black", lw=0.8)
+    axes.yaxis.set_major_formatter("{x:g}")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.5), max(high, 2))
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel(f"speed-up over {baseline}")
     axes.set_title(_title(told), fontsize=10)
@@ -104,15 +117,19 @@ def _roofline(told: dict[str, Any]) -> Any:
         low, high = min(intensities) / 1.5, max(intensities) * 1.5
         copy, dense = told["roofline"]["copy_bytes_s"] / 1e9, told["roofline"]["dense_flop_s"] / 1e9
         ridge = min(max(dense / copy, low), high)
-        axes.plot([low, ridge, high], [min(dense, copy * at) for at in (low, ridge, high)], color="black", lw=1.2)
-        axes.annotate(f"copy {copy:.4g} GB/s", (low, copy * low), textcoords="offset points", xytext=(6, 14), fontsize=8)
+        roof = [min(dense, copy * at) for at in (low, ridge, high)]
+        label = f"copy {copy:.4g} GB/s,\nmatrix product {dense:.4g} GFLOP/s"
+        axes.plot([low, ridge, high], roof, color="black", lw=1.2, label=label)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     axes.set_title(_title(told), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     for name, colour in shown.items():
         axes.plot([], [], "s", color=colour, label=name)
     for number, group in enumerate(groups):
-        axes.plot([], [], _MARKS[number % len(_MARKS)], color="grey", mfc="none", label=group)
+        axes.plot([], [], _MARKS[number % len(_MARKS)], color="grey", mfc="none", label=_short(group))
     axes.plot([], [], " ", label="filled: large batch, open: one image")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

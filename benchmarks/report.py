@@ -81,7 +81,7 @@ def speed() -> str:
         versions = ", ".join(f"{tool} {number}" for tool, number in where["versions"].items() if number)
         caption = f"{results['suite']}, {results['dtype']}, {device}; {versions}; commit {where['commit']}, {where['date']}."
         told = f"Speed-ups are over {results['baseline']}; columns with several cases are geometric means, beside the worst case."
-        plots = [path for path in sorted(RESULTS.glob(f"{name}-*.png"))]
+        plots = sorted(RESULTS.glob(f"{name}-*.png"))
         images = "\n".join(f"![{path.stem}]({path.relative_to(ROOT)})" for path in plots)
         parts.append("\n\n".join(filter(None, (table(run.HEADER, run.figures(results)), f"{caption} {told}", images))))
     return "\n\n".join(parts) or "No timing is committed yet."

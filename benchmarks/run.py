@@ -75,7 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(
-    suite: str, cases: list[Case], entrants: list[Entrant], out: Path, only: str = "", quick: bool = False, seconds: float = math.inf
+    suite: str,
+    cases: list[Case],
+    entrants: list[Entrant],
+    out: Path,
+    only: str = "",
+    quick: bool = False,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Measure ``cases``, rewriting ``out`` after each; returns what it holds.
 

@@ -67,7 +67,8 @@ class Launch:
     elements    of activations, read and written
     vectors     fp32 numbers read and written that are one a channel: partial sums, gates
     weights     elements read once
-    dense       multiply-adds that matrix units can do; ``taps``: those of a depthwise convolution
+    dense       multiply-adds that matrix units can do
+    taps        those that lanes do: a depthwise convolution's, a gate's (too few of these to count as its lanes)
     lanes       lane instructions, the taps' included
     activated   evaluations of the activation
     """
@@ -104,23 +105,23 @@ class Launch:
         return Bound(times[binds], binds)
 
 
-class Pixels(NamedTuple):
+class Size(NamedTuple):
     """Height and width."""
 
     height: int
     width: int
 
     @property
-    def count(self) -> int:
+    def pixels(self) -> int:
         return self.height * self.width
 
-    def strided(self, stride: int) -> Pixels:
-        return Pixels(-(-self.height // stride), -(-self.width // stride))
+    def strided(self, stride: int) -> Size:
+        return Size(-(-self.height // stride), -(-self.width // stride))
 
 
-def conv(name: str, inputs: int, outputs: int, size: Pixels, kernel: int, stride: int, activation: bool, residual: bool) -> Launch:
+def conv(name: str, inputs: int, outputs: int, size: Size, kernel: int, stride: int, activation: bool, residual: bool) -> Launch:
     """A dense k x k convolution with its epilogue."""
-    after, read, made = size.strided(stride), inputs * size.count, outputs * size.strided(stride).count
+    after, read, made = size.strided(stride), inputs * size.pixels, outputs * size.strided(stride).pixels
     weights = inputs * outputs * kernel**2
     return Launch(
         name,
@@ -128,20 +129,20 @@ def conv(name: str, inputs: int, outputs: int, size: Pixels, kernel: int, stride
         _shape(c=inputs, k=outputs, h=size.height, w=size.width, kernel=kernel, stride=stride, act=activation, residual=residual),
         elements=read + made * (1 + residual),
         weights=weights,
-        dense=weights * after.count,
+        dense=weights * after.pixels,
         lanes=made * (1 + ACTIVATION_LANES * activation),
         activated=made * activation,
     )
 
 
-def depthwise(name: str, channels: int, size: Pixels, kernel: int, stride: int, activation: bool, squeeze: bool) -> Launch:
+def depthwise(name: str, channels: int, size: Size, kernel: int, stride: int, activation: bool, squeeze: bool) -> Launch:
     """A depthwise convolution with its epilogue and, with ``squeeze``, one partial sum a channel."""
-    made = channels * size.strided(stride).count
+    made = channels * size.strided(stride).pixels
     return Launch(
         name,
         "depthwise_conv_bn_act",
         _shape(c=channels, h=size.height, w=size.width, kernel=kernel, stride=stride, act=activation, squeeze=squeeze),
-        elements=channels * size.count + made,
+        elements=channels * size.pixels + made,
         vectors=channels * squeeze,
         weights=channels * kernel**2,
         taps=made * kernel**2,
@@ -153,12 +154,13 @@ def depthwise(name: str, channels: int, size: Pixels, kernel: int, stride: int, 
 def gate(name: str, channels: int, reduced: int, count: int) -> Launch:
     """Both layers of a squeeze-excite over ``channels``; ``count`` pixels were summed. Its multiply-adds are far from binding."""
     shape = _shape(c=channels, reduced=reduced, count=count)
-    return Launch(name, "squeeze_excite_gate", shape, vectors=2 * channels, weights=2 * channels * reduced)
+    macs = 2 * channels * reduced
+    return Launch(name, "squeeze_excite_gate", shape, vectors=2 * channels, weights=macs, taps=macs)
 
 
-def pointwise(name: str, inputs: int, outputs: int, size: Pixels, activation: bool, gated: bool, residual: bool) -> Launch:
+def pointwise(name: str, inputs: int, outputs: int, size: Size, activation: bool, gated: bool, residual: bool) -> Launch:
     """A 1x1 convolution with its epilogue and, with ``gated``, a gate multiplied into what it reads."""
-    read, made = inputs * size.count, outputs * size.count
+    read, made = inputs * size.pixels, outputs * size.pixels
     return Launch(
         name,
         "pointwise_conv_bn_act",
@@ -180,7 +182,7 @@ def launches(config: NetConfig, level: str = "L2", machine: Machine = H200, dtyp
     if level not in LEVELS:
         raise ValueError(f"launches: level is {level!r}; one of {', '.join(LEVELS)} would do")
     active = config.activation != "identity"
-    size = Pixels(config.resolution, config.resolution)
+    size = Size(config.resolution, config.resolution)
     rows = _unfused(conv("stem", config.in_channels, config.stem_channels, size, 3, 2, active, False), level)
     size = size.strided(2)
     for block in config.blocks():
@@ -189,9 +191,9 @@ def launches(config: NetConfig, level: str = "L2", machine: Machine = H200, dtyp
     head, features = _head(config, size, active), config.head_channels
     if level in ("LI", "L1"):
         rows += _unfused(head, level)
-        rows.append(Launch("pool", elements=features * size.count, lanes=features * size.count))
+        rows.append(Launch("pool", elements=features * size.pixels, lanes=features * size.pixels))
     else:  # the pool's sums come out of the same pass and the features are never written
-        rows.append(replace(head, op="", shape=(), elements=head.elements - features * size.count))
+        rows.append(replace(head, op="", shape=(), elements=head.elements - features * size.pixels))
     if config.num_classes:
         rows.append(Launch("classifier", weights=features * config.num_classes, dense=features * config.num_classes))
     return tuple(rows)
@@ -200,7 +202,7 @@ def launches(config: NetConfig, level: str = "L2", machine: Machine = H200, dtyp
 def op_launches(config: NetConfig) -> tuple[Launch, ...]:
     """The launches of ``config`` that are ops of effnet_fast, in order, with the shapes that the model calls them with."""
     rows = [launch for launch in launches(config) if launch.op]
-    size = Pixels(config.resolution, config.resolution).strided(2)
+    size = Size(config.resolution, config.resolution).strided(2)
     for block in config.blocks():
         size = size.strided(block.stride)
     return (*rows, _head(config, size, config.activation != "identity"))
@@ -215,7 +217,7 @@ def _shape(**numbers: int) -> tuple[tuple[str, int], ...]:
     return tuple((name, int(number)) for name, number in numbers.items())
 
 
-def _head(config: NetConfig, size: Pixels, active: bool) -> Launch:
+def _head(config: NetConfig, size: Size, active: bool) -> Launch:
     channels = config.stages[-1].out_channels if config.stages else config.stem_channels
     return pointwise("head", channels, config.head_channels, size, active, False, False)
 
@@ -225,18 +227,16 @@ def _unfused(launch: Launch, level: str) -> list[Launch]:
     if level != "LI":
         return [launch]
     made = round(launch.lanes) // (1 + ACTIVATION_LANES) if launch.activated else round(launch.lanes)
-    norm = Launch(
-        f"{launch.name}.norm", elements=2 * made, lanes=made * (ACTIVATION_LANES + 2), activated=launch.activated
-    )
+    norm = Launch(f"{launch.name}.norm", elements=2 * made, lanes=made * (ACTIVATION_LANES + 2), activated=launch.activated)
     return [replace(launch, op="", shape=(), lanes=0, activated=0), norm]
 
 
-def _block(block: BlockConfig, size: Pixels, active: bool, level: str, machine: Machine, dtype: str) -> list[Launch]:
+def _block(block: BlockConfig, size: Size, active: bool, level: str, machine: Machine, dtype: str) -> list[Launch]:
     name, kernel, stride = f"blocks.{block.stage}.{block.layer}", block.kernel_size, block.stride
     expanded, outputs, reduced = block.expanded_channels, block.out_channels, block.se_channels
     after = size.strided(stride)
     residual = block.residual and level != "L1"
-    made = outputs * after.count
+    made = outputs * after.pixels
     add = [Launch(f"{name}.add", elements=3 * made, lanes=made)] if block.residual and level == "L1" else []
     if block.operator == "fused_mbconv" and not block.expands:
         one = conv(f"{name}.conv", block.in_channels, outputs, size, kernel, stride, active, residual)
@@ -251,10 +251,10 @@ def _block(block: BlockConfig, size: Pixels, active: bool, level: str, machine: 
             rows.append(_expand_depthwise(expand, middle, block, size, machine, dtype))
         else:
             rows += _unfused(expand, level) if expand is not None else []
-            rows += _unfused_depthwise(middle, expanded * after.count, bool(reduced)) if level == "LI" else [middle]
-    scaled = expanded * after.count  # the elements that the gate multiplies
+            rows += _unfused_depthwise(middle, expanded * after.pixels, bool(reduced)) if level == "LI" else [middle]
+    scaled = expanded * after.pixels  # the elements that the gate multiplies
     if reduced:
-        one_gate = gate(f"{name}.gate", expanded, reduced, after.count)
+        one_gate = gate(f"{name}.gate", expanded, reduced, after.pixels)
         if level == "L1":
             rows.append(Launch(f"{name}.pool", elements=scaled, lanes=scaled))
         apart = {"LI": 3, "L1": 2}.get(level)
@@ -280,13 +280,13 @@ def _unfused_depthwise(launch: Launch, made: int, squeeze: bool) -> list[Launch]
     return [alone, norm]
 
 
-def _expand_depthwise(expand: Launch, middle: Launch, block: BlockConfig, size: Pixels, machine: Machine, dtype: str) -> Launch:
+def _expand_depthwise(expand: Launch, middle: Launch, block: BlockConfig, size: Size, machine: Machine, dtype: str) -> Launch:
     """Both as one kernel whose tiles compute the expanded halo again."""
     again = _halo(block, size, machine.shared, ITEM_BYTES[dtype])
-    after = size.strided(block.stride).count
+    after = size.strided(block.stride).pixels
     return Launch(
         f"{expand.name}_depthwise",
-        elements=block.in_channels * size.count + block.expanded_channels * after,
+        elements=block.in_channels * size.pixels + block.expanded_channels * after,
         vectors=middle.vectors,
         weights=expand.weights + middle.weights,
         dense=expand.dense * again,
@@ -296,7 +296,7 @@ def _expand_depthwise(expand: Launch, middle: Launch, block: BlockConfig, size: 
     )
 
 
-def _halo(block: BlockConfig, size: Pixels, shared: int, item: int, chunk: int = 32) -> float:
+def _halo(block: BlockConfig, size: Size, shared: int, item: int, chunk: int = 32) -> float:
     """How often the expanded tensor is computed when a block of threads holds a square output tile: the input tile, two buffers of
     weights, and ``chunk`` channels of the expanded and of the depthwise tile must fit ``shared`` bytes. The best tile's factor."""
     kernel, stride, inputs = block.kernel_size, block.stride, block.in_channels

@@ -19,7 +19,7 @@ def largest(x: Tensor) -> float:
 
 
 def why_wrong(out: Tensor, plain: Tensor, ref64: Tensor, factor: float = 2.0) -> str | None:
-    """None where ``max|out - ref64| <= factor * max|plain - ref64| + 1 ulp of max|ref64|`` (maxima over the tensor), else what is off.
+    """None where ``max|out - ref64| <= factor * max|plain - ref64| + 1 ulp of max|ref64|``, maxima over the tensor; else why.
 
     out, plain  the result under judgement and plain PyTorch's
     ref64       the same quantity in float64

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     compiled = native.REASON or f"loaded, {'with' if native.CUDA_KERNELS else 'without'} CUDA kernels"
     facts = [
         ("effnet_fast", __version__),
-        ("python", f"{platform.pythonversion()} on {platform.system()} {platform.machine()}"),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__),
         ("triton", version("triton") or "not installed"),
         ("numpy", numpy.__version__),
