@@ -63,7 +63,7 @@ def parity() -> str:
         ]
         for case in results["cases"]
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in results["machine"]["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in results["machine"]["versions"].items() if number)
     caption = f"{results['images']} images, {results['dtype']}, CPU ({results['machine']['simd']}); {versions}."
     header = ["same weights as", "image", "largest logit", "ours - theirs", "ours - fp64", "theirs - fp64"]
     return f"{table(header, rows)}\n\n{caption}"

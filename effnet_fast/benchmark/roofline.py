@@ -120,14 +120,14 @@ class Size(NamedTuple):
 
 
 def conv(name: str, inputs: int, outputs: int, size: Size, kernel: int, stride: int, activation: bool, residual: bool) -> Launch:
-    """A dense k x k convolution with its epilogue."""
+    """A dense k x k convolution with its epilogue; the ``residual`` of a block that is this convolution alone is its own input."""
     after, read, made = size.strided(stride), inputs * size.pixels, outputs * size.strided(stride).pixels
     weights = inputs * outputs * kernel**2
     return Launch(
         name,
         "conv_bn_act",
         _shape(c=inputs, k=outputs, h=size.height, w=size.width, kernel=kernel, stride=stride, act=activation, residual=residual),
-        elements=read + made * (1 + residual),
+        elements=read + made,
         weights=weights,
         dense=weights * after.pixels,
         lanes=made * (1 + ACTIVATION_LANES * activation),
