@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write; what the workers print goes beside it")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on the CPU, bf16 on a GPU")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression that 'CASE: ENTRANT' must contain")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression, to be found in 'CASE [NETS]: ENTRANT'")
     parser.add_argument("--quick", action="store_true", help="B0 alone, one image, short turns, nothing compiled")
     parser.add_argument("--seconds", type=float, default=math.inf, help="cases for which no time is left are skipped")
     options = parser.parse_args(arguments)
@@ -87,7 +87,10 @@ def run(
 
     Raises ValueError where ``only`` leaves nothing.
     """
-    plan = [(case, [e for e in entrants if e.takes(case) and re.search(only, f"{case.name}: {e.name}")]) for case in cases]
+    plan = [
+        (case, [e for e in entrants if e.takes(case) and re.search(only, f"{case.name} [{' '.join(case.nets)}]: {e.name}")])
+        for case in cases
+    ]
     plan = [(case, chosen) for case, chosen in plan if chosen]
     if not plan:
         raise ValueError(f"benchmarks.run: no case and entrant contains {only!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -91,17 +90,17 @@ def measure(device: str, dtype: str) -> Machine:
 
 
 def _best(call: Callable[[], Any], device: str) -> float:
-    """Seconds: the median of the five fastest calls of about half a second of them."""
+    """Seconds: the fastest call of about a second of them."""
     seconds: list[float] = []
-    end = time.perf_counter() + 0.5
+    end = time.perf_counter() + 1.0
     call()
-    while len(seconds) < 6 or time.perf_counter() < end:
+    while len(seconds) < 5 or time.perf_counter() < end:
         _synchronize(device)
         start = time.perf_counter()
         call()
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(sorted(seconds)[:5])
+    return min(seconds)
 
 
 def _synchronize(device: str) -> None:

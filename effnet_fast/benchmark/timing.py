@@ -201,7 +201,10 @@ class Lane:
         return self.answer(timeout)
 
     def stop(self) -> None:
-        """End the process and whatever it started (compile workers)."""
+        """End the process, politely first, and what it started (compile workers)."""
+        if self.process is not None:
+            self.connection.close()
+            self.process.join(3)
         if self.process is not None and self.process.is_alive():
             try:
                 os.killpg(self.process.pid, 9)
