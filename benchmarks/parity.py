@@ -9,13 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +17,9 @@ import torch
 from torch import nn
 
 import effnet_fast
+from benchmarks.run import write
 from effnet_fast.benchmark import calibrate, images
+from effnet_fast.benchmark.machine import facts
 from effnet_fast.weights import key_map
 
 CASES = [
@@ -80,19 +76,6 @@ def measure(library: str, name: str, size: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures hold for."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
-        "cpu": platform.processor() or platform.machine(),
-        "simd": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "timm", "torchvision")} | {"python": platform.python_version()},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -102,9 +85,7 @@ def main() -> None:
         case = measure(library, name, size)
         cases.append(case)
         print(f"{library:<12} {name:<20} {size}  {case['ours_from_peer']:.1e} of {case['largest_logit']:.2g}", flush=True)
-    aside = out.with_suffix(".tmp")
-    aside.write_text(json.dumps({"machine": machine(), "dtype": "float32", "images": IMAGES, "cases": cases}, indent=2) + "\n")
-    os.replace(aside, out)
+    write({"machine": facts(), "dtype": "float32", "images": IMAGES, "cases": cases}, out)
 
 
 if __name__ == "__main__":

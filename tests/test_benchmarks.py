@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import parity, report
+from benchmarks import kernels, models, parity, registry, report, run
+from benchmarks.case import Entrant
 from effnet_fast.benchmark import calibrate, images
-from effnet_fast.models import create_model
+from effnet_fast.benchmark.roofline import H200, LEVELS, Launch, bound, launches, op_launches
+from effnet_fast.benchmark.timing import Lane, Refused, copies, summarize
+from effnet_fast.models import FAMILY, create_model
+from effnet_fast.ops import backends
+from effnet_fast.scaling import Cost
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,3 +62,181 @@ def test_a_comparison_of_untouched_nets_would_be_vacuous():
 def test_report_command_checks():
     done = subprocess.run([sys.executable, "-m", "benchmarks.report", "--check"], cwd=ROOT)
     assert done.returncode == 0
+
+
+# Per image, bf16: GMAC dense and depthwise, SiLU (M), MB moved, kernels and H200's bound in us at batch 256, for LI, L1, L2, L3.
+MODEL = {
+    "b0": (".351 .035 6.2", "59 42 27 14", "164 124 66 51", "13.8 9.9 6.5 4.1"),
+    "b1": (".625 .060 9.8", "97 73 45 24", "232 179 93 72", "22.6 17.1 10.6 7.1"),
+    "b2": (".912 .080 12.4", "123 92 57 31", "232 179 93 72", "28.9 21.8 13.6 9.1"),
+    "b3": ("1.69 .133 21.4", "212 159 98 53", "262 203 105 81", "49.7 37.5 23.4 15.6"),
+    "b4": ("4.09 .299 44.7", "442 335 204 112", "322 251 129 99", "104 79.7 49.1 33.5"),
+    "b5": ("9.65 .610 88.7", "888 686 410 230", "390 306 156 120", "211 165 100 70.5"),
+    "b6": ("18.0 1.05 150", "1506 1167 695 390", "450 354 180 138", "359 282 172 123"),
+    "b7": ("35.9 1.86 259", "2617 2050 1208 689", "548 433 219 168", "629 500 303 222"),
+}
+
+
+def rounds_to(value: float, printed: str) -> bool:
+    """To half of the last digit and a little: the figures were rounded to four digits first."""
+    digits = len(printed.partition(".")[2])
+    return abs(value - float(printed)) <= 0.56 * 10**-digits
+
+
+@pytest.mark.parametrize("net", MODEL)
+def test_roofline_of_the_family(net):
+    config, (counts, *levels) = FAMILY[f"efficientnet_{net}"], MODEL[net]
+    rows = {level: launches(config, level) for level in LEVELS}
+    depthwise = sum(row.taps for row in rows["L2"] if row.op == "depthwise_conv_bn_act")
+    dense, activated = (sum(getattr(row, name) for row in rows["L2"]) for name in ("dense", "activated"))
+    for value, printed in zip((dense / 1e9, depthwise / 1e9, activated / 1e6), counts.split(), strict=True):
+        assert rounds_to(value, printed)
+    for number, level in enumerate(LEVELS):
+        moved, count, limit = (column.split()[number] for column in levels)
+        assert rounds_to(sum(row.elements for row in rows[level]) * 2 / 1e6, moved)
+        assert sum(row.kernels for row in rows[level]) == int(count)
+        assert rounds_to(bound(rows[level], H200, "bf16", 256) / 256 * 1e6, limit)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnet_b7", "efficientnetv2_s", "efficientnet_lite2"])
+def test_roofline_agrees_with_the_cost_model(name):
+    """Launch by launch: two counts of what crosses between fused kernels, and of the multiply-adds."""
+    costs = Cost.of(FAMILY[name]).by("launch")
+    rows = [row for row in op_launches(FAMILY[name]) if row.name != "head"]
+    assert [row.name for row in rows] == [launch for launch in costs if launch not in ("head", "classifier")]
+    for row in rows:
+        assert row.elements + row.vectors == sum(layer.fused for layer in costs[row.name].layers), row.name
+        assert row.flops(1) == costs[row.name].flops, row.name
+
+
+def test_bound_names_what_binds():
+    machine = replace(H200, copy=1e9, dense={"bf16": 2e9}, lanes=1e9, special=1e9)
+    launch = Launch("one", elements=1000)
+    assert launch.bound(machine, "bf16", 2) == (4e-6, "memory")
+    assert replace(launch, dense=9000).bound(machine, "bf16", 2) == (18e-6, "dense")
+    assert replace(launch, lanes=9000).bound(machine, "bf16", 1) == (9e-6, "lanes")
+    assert replace(launch, activated=9000).bound(machine, "bf16", 1, special=2.0) == (18e-6, "special")
+    with pytest.raises(ValueError, match="level is 'L9'"):
+        launches(FAMILY["efficientnet_b0"], "L9")
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "fp32"), ("cuda", "bf16")])
+@pytest.mark.parametrize("suite", registry.SUITES)
+def test_registry(suite, device, dtype):
+    cases, entrants = registry.cases(suite, device, dtype), registry.entrants(suite, device)
+    for rows in (cases, entrants):
+        assert len({row.name for row in rows}) == len(rows)
+    assert registry.BASELINE[suite] in {entrant.name for entrant in registry.entrants(suite, device, quick=True)}
+    assert pickle.loads(pickle.dumps(entrants)) == entrants
+    assert {case.batch == 1 for case in cases} == {True, False}
+    quick = registry.cases(suite, device, dtype, quick=True)
+    assert {case.name for case in quick} < {case.name for case in cases} and all(case.nets[0] == "b0" for case in quick)
+    if suite == "kernels":
+        assert {case.group for case in cases} == set(backends.reasons()["reference"])
+        for number in range(8):
+            of_net = {case.launch.shape for case in cases if f"b{number}" in case.nets and case.batch == 1}
+            wanted = {row.shape for row in op_launches(FAMILY[f"efficientnet_b{number}"])}
+            assert {without_count(shape) for shape in of_net} == {without_count(shape) for shape in wanted}
+
+
+def without_count(shape):
+    """A gate's divisor makes no other case."""
+    return tuple(pair for pair in shape if pair[0] != "count")
+
+
+def one_of(suite, name):
+    (case,) = [case for case in registry.cases(suite, "cpu", "fp32", quick=True) if case.name == name]
+    return case
+
+
+def wrong(case):
+    """An entrant that forgets the activation."""
+    return kernels.checked(
+        case, lambda arguments: kernels._eager_depthwise({**arguments, "activation": "identity"}), kernels.make(case)
+    )
+
+
+def crash(case):
+    os._exit(3)
+
+
+def test_kernel_suite(tmp_path):
+    """The file has every fact; a wrong entrant is refused, a crash costs its entrant alone, and neither is timed."""
+    out = tmp_path / "kernels.json"
+    entrants = [*registry.entrants("kernels", "cpu", quick=True), Entrant("wrong", wrong), Entrant("crash", crash)]
+    cases = [one_of("kernels", "depthwise c1152 7x7 k3s1 n1"), one_of("kernels", "pointwise c80-480 14x14 n1")]
+    only = "depthwise.*(native|eager channels_last|wrong|crash)|pointwise.*eager channels_last"
+    returned = run.run("kernels", cases, entrants, out, only=only, quick=True)
+    results = json.loads(out.read_text())
+    assert results == json.loads(json.dumps(returned)) and not list(tmp_path.glob("*.tmp"))
+    facts = results["machine"]
+    assert facts["date"] and facts["commit"] and facts["cpu"] and facts["versions"]["torch"] == torch.__version__
+    assert results["roofline"]["copy_bytes_s"] > 1e8 and results["roofline"]["dense_flop_s"] > 1e8
+    first, second = results["cases"]
+    assert first["bytes"] == 4 * (2 * 1152 * 49 + 9 * 1152 + 1152) and first["flops"] == 2 * 9 * 1152 * 49
+    assert first["entrants"]["wrong"]["status"] == "refused" and "off by" in first["entrants"]["wrong"]["reason"]
+    assert first["entrants"]["crash"]["status"] == "failed" and "ended with 3" in first["entrants"]["crash"]["reason"]
+    for entrant in (first["entrants"]["eager channels_last"], second["entrants"]["eager channels_last"]):
+        low, high = entrant["quartiles_us"]
+        assert entrant["status"] == "timed" and 0 < low <= high and entrant["median_us"] > 0 and entrant["again_us"] > 0
+        assert entrant["calls"] >= 6 and entrant["sets"] >= 2 and entrant["peak_bytes"] >= 0
+        assert entrant["gb_s"] > 0 and entrant["gflop_s"] > 0 and entrant["share_of_bound"] > 0
+    native = first["entrants"]["ours native"]
+    assert native["status"] == "timed" or native["reason"] == backends.reasons()["native"]["depthwise_conv_bn_act"]
+    text = run.summary(results)
+    assert "eager channels_last" in text and "wrong refused on 1 cases" in text
+    with pytest.raises(ValueError, match="no case and entrant contains 'nothing'"):
+        run.run("kernels", cases, entrants, out, only="nothing")
+
+
+@pytest.mark.parametrize("case", ["conv c3-32 224x224 k3s2 n1", "gate c96 r4 n1", "pointwise c144-24 56x56 gate residual n1"])
+def test_ours_is_what_eager_computes(case):
+    """On the reference backend every op of the kernel suite passes the check that entrants face."""
+    with torch.no_grad():
+        try:
+            assert kernels.ours(one_of("kernels", case), "reference").burst(0.0)
+        finally:
+            kernels._BACKEND.close()
+
+
+def test_model_suite_and_its_report(tmp_path, monkeypatch):
+    out = tmp_path / "model-cpu.json"
+    arguments = ["--suite", "model", "--device", "cpu", "--quick", "--only", ": (ours|timm channels_last)$", "--out", str(out)]
+    assert run.main(arguments) == 0
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["name"] == "b0 n1" and case["bound_us"] > case["bound_L3_us"] > 0
+    assert {entrant["status"] for entrant in case["entrants"].values()} == {"timed"} and len(case["entrants"]) == 2
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    told = report.speed()
+    assert "| b0 | 1 | ours | 1 |" in told and "Speed-ups are over timm channels_last" in told
+    plots = pytest.importorskip("benchmarks.plots", reason="matplotlib is not installed", exc_type=ImportError)
+    for path in plots.draw(out):
+        assert path.read_bytes().startswith(b"\x89PNG") and f"({path.name})" in report.speed()
+
+
+def test_a_net_that_is_wrong_is_refused(tmp_path):
+    case = replace(one_of("model", "b0 n1"), weights=str(tmp_path / "b0.pt"))
+    image, plain, reference = torch.zeros(1, 3, 224, 224), torch.zeros(1, 1000), torch.zeros(1, 1000).double()
+    torch.save({"state": {}, "image": image, "plain": plain, "reference": reference}, case.weights)
+    for constant in (1e-3, math.nan):
+        with pytest.raises(Refused, match="off by"):
+            models.checked(case, lambda state, constant=constant: lambda x: torch.full((1, 1000), constant), False, 2.0)
+
+
+def test_a_lane_that_hangs_is_replaced(tmp_path):
+    lane = Lane(tmp_path / "log")
+    try:
+        answer = lane.ask(0.2, "release")
+        assert answer.status == "failed" and "no answer within" in answer.value and lane.process is None
+        assert lane.ask(120, "release").status == "ok"
+    finally:
+        lane.stop()
+
+
+def test_copies_pass_the_cache():
+    for moved, cache in ((1000, 1 << 20), (1 << 20, 1 << 20), (1 << 30, 1 << 20)):
+        assert copies(moved, cache, most=10**6) * moved > 3 * cache and copies(moved, cache) >= 2
+    times = summarize([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])
+    assert (times.median, times.again, times.calls) == (2.0, 4.0, 6)

@@ -331,6 +331,7 @@ def test_demo_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     for word in ("285,896", "MACs", "accuracy", "fused", "digits.pth", "digits.png"):
         assert word in out
+    assert re.search(r"forward +fused [\d.]+ ms and reference [\d.]+ ms for 64 images", out)
     assert len(list((tmp_path / "digits" / "held_out").glob("*.png"))) == 360
     saved = read(tmp_path / "digits" / "digits.pth")
     assert saved.metadata["classes"] == list("0123456789") and saved.config is not None and saved.config.in_channels == 1

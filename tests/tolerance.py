@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from effnet_fast.benchmark.tolerance import largest, ulp, why_wrong
 
-def ulp(value: float, dtype: torch.dtype) -> float:
-    """The spacing of ``dtype`` at ``value``."""
-    info = torch.finfo(dtype)
-    return info.eps * 2.0 ** math.floor(math.log2(max(abs(value), info.tiny)))
-
-
-def largest(x: Tensor) -> float:
-    return x.abs().max().item() if x.numel() else 0.0
+__all__ = ["assert_2x", "largest", "ulp"]
 
 
 def assert_2x(out: Tensor, plain: Tensor, ref64: Tensor, what: str = "") -> None:
@@ -27,6 +19,5 @@ def assert_2x(out: Tensor, plain: Tensor, ref64: Tensor, what: str = "") -> None
     assert out.shape == ref64.shape == plain.shape, f"{what}: shapes {out.shape}, {plain.shape}, {ref64.shape}"
     assert out.dtype == plain.dtype and ref64.dtype == torch.float64, f"{what}: dtypes {out.dtype}, {plain.dtype}, {ref64.dtype}"
     assert torch.isfinite(ref64).all(), f"{what}: the reference is not finite"
-    error, plain_error = largest(out.double() - ref64), largest(plain.double() - ref64)
-    limit = 2 * plain_error + ulp(largest(ref64), out.dtype)
-    assert error <= limit, f"{what}: off by {error:.3e}; plain PyTorch {plain_error:.3e}, limit {limit:.3e}"
+    wrong = why_wrong(out, plain, ref64)
+    assert wrong is None, f"{what}: {wrong}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from effnet_fast.benchmark.timing import interleaved
 from effnet_fast.cli.digits import BATCH, CLASSES, CONFIG, DEPTH, SIDE, WIDTH, load_digits, train_model
 from effnet_fast.cli.model import load_saved
 from effnet_fast.cli.options import count
@@ -26,6 +28,7 @@ from effnet_fast.inference.images import prepare, read_image
 from effnet_fast.inference.predict import Prediction, predict
 from effnet_fast.models import EfficientNet
 from effnet_fast.nn import explain
+from effnet_fast.ops import backend
 from effnet_fast.scaling import Cost
 from effnet_fast.weights import Preprocessing, preprocessing_of, save_checkpoint
 
@@ -63,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     predictions = list(predict(model, files, preprocessing, top=1, batch=BATCH, channels=1, classes=classes))
     wrong = [prediction for prediction in predictions if not _is_right(prediction)]
     accuracy = f"{100 * (1 - len(wrong) / len(files)):.2f} %"
-    agreement = _fused_against_plain(model, _prepared(files[:BATCH], preprocessing))
+    batch = _prepared(files[:BATCH], preprocessing)
+    agreement, times = _fused_against_plain(model, batch), _times(model, batch)
     _picture(model, preprocessing, predictions, f"{accuracy} of {len(files)} held-out digits are right").save(picture)
 
     cost = Cost.of(CONFIG)
@@ -73,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("MACs", f"{si(cost.macs)} per image"),
         ("accuracy", f"{accuracy} ({len(wrong)} of {len(files)} held-out digits wrong)"),
         ("fused and plain", agreement),
+        ("forward", times),
         ("time", f"{time.perf_counter() - started:.0f} s on {torch.get_num_threads()} threads"),
         ("checkpoint", checkpoint),
         ("held-out images", f"{out / 'held_out'} (effnet-fast predict {checkpoint} {out / 'held_out'})"),
@@ -106,6 +111,22 @@ def _fused_against_plain(model: EfficientNet, x: Tensor) -> str:
     blocks = explain(model, x[:1])
     fused_blocks = sum(block.plain is None for block in blocks)
     return f"logits differ by at most {(fused - plain).abs().max():.1g} ({fused_blocks} of {len(blocks)} blocks fused)"
+
+
+def _times(model: EfficientNet, x: Tensor) -> str:
+    """Time the forward on the best backends and on the reference alone."""
+
+    def fused() -> None:
+        model(x)
+
+    def reference() -> None:
+        with backend("reference"):
+            model(x)
+
+    with torch.no_grad():
+        seconds = interleaved({"fused": fused, "reference": reference}, rounds=15)
+    medians = [f"{name} {1e3 * statistics.median(times):.1f} ms" for name, times in seconds.items()]
+    return f"{' and '.join(medians)} for {len(x)} images (medians, in turn)"
 
 
 def _picture(model: EfficientNet, preprocessing: Preprocessing, predictions: list[Prediction], title: str) -> Image.Image:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from importlib import metadata
-from pathlib import Path
 
 from effnet_fast.cli.table import si, table
 
@@ -33,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from effnet_fast import __version__
+    from effnet_fast.benchmark.machine import cpu_model, version
     from effnet_fast.ops import native
 
     cuda = torch.version.cuda or (f"ROCm {torch.version.hip}" if torch.version.hip else "none: a CPU build of torch")
@@ -41,13 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
         ("effnet_fast", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__),
-        ("triton", _version("triton") or "not installed"),
+        ("triton", version("triton") or "not installed"),
         ("numpy", numpy.__version__),
         ("CUDA runtime", cuda),
-        ("CPU", f"{_cpu_model()}; {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        ("CPU", f"{cpu_model()}; {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         *(_gpus() or [("GPU", "none")]),
         ("compiled module", compiled),
-        *((name, _version(name) or f"not installed (for {use})") for name, use in _OPTIONAL.items()),
+        *((name, version(name) or f"not installed (for {use})") for name, use in _OPTIONAL.items()),
     ]
     width = max(len(name) for name, _ in facts)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in facts), end="\n\n")
@@ -77,22 +76,6 @@ def _backend_table(no_cuda: str) -> str:
     ]
     notes = "".join(f"\n[{number}] {reason}" for number, reason in enumerate(footnotes, start=1))
     return table(("operation", "backend", *tables), rows, "llll") + (f"\n{notes}" if notes else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _gpus() -> list[tuple[str, str]]:

@@ -56,6 +56,11 @@ def register(op: str, kernel: Kernel) -> None:
     _KERNELS[op].sort(key=lambda kernel: BACKENDS.index(kernel.backend))
 
 
+def kernels(op: str) -> tuple[Kernel, ...]:
+    """The registered kernels of ``op``, best first."""
+    return tuple(_KERNELS[op])
+
+
 def always(x: torch.Tensor) -> str | None:
     """``can_run`` of the reference kernels."""
     return None

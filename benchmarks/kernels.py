@@ -1,0 +1,208 @@
+"""The kernel suite's entrants: every op by ours and by plain PyTorch, on the same random inputs, checked before it is timed.
+
+Eager is what a user writes: separate calls, the squeeze as a mean, the gate as a product. The first and the last image of a batch
+are held to float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.case import DTYPES, Case
+from effnet_fast import ops
+from effnet_fast.benchmark.machine import last_level_cache
+from effnet_fast.benchmark.timing import GraphTimer, HostTimer, Refused, Skipped, Timer, copies
+from effnet_fast.benchmark.tolerance import why_wrong
+from effnet_fast.ops import backends
+
+PEER_FACTOR = 8.0  # a peer less accurate than plain PyTorch is timed all the same: that flatters it, not us
+CHECKED = 4096  # numbers that a check wants: the largest error of a few is luck
+_BACKEND = contextlib.ExitStack()  # what this process has asked for
+_IMAGES = ("x", "partial", "gate", "residual")
+Arguments = dict[str, Any]
+
+
+def ours(case: Case, backend: str) -> Timer:
+    """The op on one of its backends."""
+    kernel = next((kernel for kernel in backends.kernels(case.group) if kernel.backend == backend), None)
+    arguments = make(case)
+    reason = "no kernel of this op" if kernel is None else kernel.can_run(arguments.get("x", arguments.get("partial")))
+    if reason is not None:
+        raise Skipped(reason)
+    _BACKEND.close()
+    _BACKEND.enter_context(ops.backend(backend, strict=True))
+    op = getattr(ops, case.group)
+    return checked(case, lambda arguments: op(**arguments), arguments, 2.0)
+
+
+def eager(case: Case, layout: str) -> Timer:
+    return checked(case, _EAGER[case.group], make(case, layout), PEER_FACTOR, plain_arguments)
+
+
+def compiled(case: Case, options: dict[str, Any]) -> Timer:
+    """What eager runs, by torch.compile, channels_last."""
+    call = torch.compile(_EAGER[case.group], dynamic=False, fullgraph=True, **options)
+    return checked(case, call, make(case), PEER_FACTOR, plain_arguments)
+
+
+def checked(
+    case: Case,
+    call: Callable[[Arguments], Any],
+    arguments: Arguments,
+    factor: float = 2.0,
+    convert: Callable[[Arguments], Arguments] = lambda arguments: arguments,
+) -> Timer:
+    """A timer for ``call(convert(arguments))`` that goes round copies of them.
+
+    Raises Refused where a result is further from float64 than ``factor`` times eager's own distance allows.
+    """
+    assert case.launch is not None
+    torch.backends.cudnn.benchmark = True
+    made = case.batch * case.shape["c"] * case.shape.get("h", 1) * case.shape.get("w", 1)
+    outs, plains, exacts = [], [], []
+    for seed in range(min(32, math.ceil(CHECKED / made))):
+        draw = redrawn(arguments, seed) if seed else arguments
+        few = {name: _few(value) if name in _IMAGES else value for name, value in draw.items()}
+        wide = {name: _wide(value) for name, value in few.items()}
+        outs.append([_few(result) for result in _results(call(convert(draw)))])
+        plains.append(_results(_EAGER[case.group](plain_arguments(few))))
+        exacts.append(_results(_EAGER[case.group](plain_arguments(wide))))
+    for result in zip(*map(_joined, (outs, plains, exacts)), strict=True):
+        wrong = why_wrong(*result, factor)
+        if wrong is not None:
+            raise Refused(wrong)
+    del outs, plains, exacts, draw, few, wide
+    arguments = convert(arguments)
+    count = copies(case.launch.bytes(case.dtype, case.batch), last_level_cache(case.device))
+    sets = [arguments, *({name: _clone(value) for name, value in arguments.items()} for _ in range(count - 1))]
+    timer: type = GraphTimer if case.device == "cuda" else HostTimer
+    return timer(lambda i: call(sets[i]), count)
+
+
+def make(case: Case, layout: str = "channels_last") -> Arguments:
+    """Random arguments of the op, as keywords: the same for our op and for eager."""
+    d, dtype = case.shape, DTYPES[case.dtype]
+    generator = torch.Generator(case.device).manual_seed(0)
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        x = torch.randn(shape, generator=generator, device=case.device).to(dtype)
+        return x.contiguous(memory_format=form) if len(shape) == 4 else x
+
+    channels = d["c"]
+    if case.group == "squeeze_excite_gate":
+        reduced = d["reduced"]
+        return {
+            "partial": draw(case.batch, 1, channels, dtype=torch.float32) * d["count"],
+            "count": d["count"],
+            "reduce_weight": draw(reduced, channels, 1, 1) / channels**0.5,
+            "reduce_bias": draw(reduced),
+            "expand_weight": draw(channels, reduced, 1, 1) / reduced**0.5,
+            "expand_bias": draw(channels),
+            "activation": "silu",
+        }
+    depthwise = case.group == "depthwise_conv_bn_act"
+    outputs, kernel = (channels if depthwise else d["k"]), d.get("kernel", 1)
+    inputs = 1 if depthwise else channels
+    vectors = [draw(outputs, dtype=torch.float32) for _ in range(4)]
+    arguments: Arguments = {
+        "x": draw(case.batch, channels, d["h"], d["w"]),
+        "weight": draw(outputs, inputs, kernel, kernel) / (inputs * kernel**2) ** 0.5,
+        "norm": ops.Norm(1 + 0.2 * vectors[0], 0.5 * vectors[1], 0.1 * vectors[2], 0.5 + vectors[3].abs(), 1e-5),
+        "activation": "silu" if d["act"] else "identity",
+    }
+    if kernel > 1:
+        arguments["stride"], arguments["padding"] = d["stride"], (kernel // 2,) * 4
+    if depthwise:
+        arguments["squeeze"] = bool(d["squeeze"])
+        return arguments
+    size = [-(-side // d.get("stride", 1)) for side in (d["h"], d["w"])]
+    if d.get("gate"):
+        arguments["gate"] = draw(case.batch, channels, dtype=torch.float32).sigmoid()
+    if d["residual"]:
+        arguments["residual"] = draw(case.batch, outputs, *size)
+    return arguments
+
+
+def redrawn(arguments: Arguments, seed: int) -> Arguments:
+    """The same weights, other images."""
+    name = "partial" if "partial" in arguments else "x"
+    generator = torch.Generator(arguments[name].device).manual_seed(seed)
+    images = torch.empty_like(arguments[name]).normal_(generator=generator)
+    return {**arguments, name: images * arguments["count"] if name == "partial" else images}
+
+
+def plain_arguments(arguments: Arguments) -> Arguments:
+    """What plain PyTorch has in their place: the mean, and a gate in the images' dtype."""
+    arguments = dict(arguments)
+    if "partial" in arguments:
+        mean = arguments.pop("partial").sum(1) / arguments.pop("count")
+        arguments["mean"] = mean.to(arguments["reduce_weight"].dtype)[:, :, None, None]
+    if "gate" in arguments:
+        arguments["gate"] = arguments["gate"].to(arguments["x"].dtype)[:, :, None, None]
+    return arguments
+
+
+def _eager_conv(a: Arguments) -> Tensor:
+    groups = a["x"].shape[1] // a["weight"].shape[1]
+    x = a["x"] * a["gate"] if "gate" in a else a["x"]
+    padding, norm = a.get("padding", (0,))[0], a["norm"]
+    y = F.conv2d(x, a["weight"], stride=a.get("stride", 1), padding=padding, groups=groups)
+    y = F.batch_norm(y, norm.mean, norm.var, norm.weight, norm.bias, eps=norm.eps)
+    if a["activation"] == "silu":
+        y = F.silu(y, inplace=True)
+    return y + a["residual"] if "residual" in a else y
+
+
+def _eager_depthwise(a: Arguments) -> tuple[Tensor, Tensor]:
+    y = _eager_conv(a)
+    return y, y.mean((2, 3))
+
+
+def _eager_gate(a: Arguments) -> Tensor:
+    hidden = F.silu(F.conv2d(a["mean"], a["reduce_weight"], a["reduce_bias"]), inplace=True)
+    return F.conv2d(hidden, a["expand_weight"], a["expand_bias"]).sigmoid().flatten(1)
+
+
+_EAGER: dict[str, Callable[[Arguments], Any]] = {
+    "conv_bn_act": _eager_conv,
+    "depthwise_conv_bn_act": _eager_depthwise,
+    "squeeze_excite_gate": _eager_gate,
+    "pointwise_conv_bn_act": _eager_conv,
+}
+
+
+def _results(made: Any) -> list[Tensor]:
+    """The tensors to compare; partial sums as the mean that they stand for."""
+    if isinstance(made, Tensor):
+        return [made]
+    y, squeezed = made
+    return [y, squeezed.sum(1) / (y.shape[2] * y.shape[3]) if squeezed.dim() == 3 else squeezed]
+
+
+def _joined(draws: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(same) for same in zip(*draws, strict=True)]
+
+
+def _few(images: Tensor) -> Tensor:
+    """The first and the last."""
+    return images[:: max(1, images.shape[0] - 1)]
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, ops.Norm):
+        return ops.Norm(*map(_wide, value))
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, ops.Norm):
+        return ops.Norm(*map(_clone, value))
+    return value.clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value

@@ -1,0 +1,108 @@
+"""The model suite's entrants: whole nets in evaluation mode with the same weights, checked against timm's in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import effnet_fast
+from benchmarks.case import DTYPES, Case
+from benchmarks.kernels import PEER_FACTOR
+from effnet_fast.benchmark import calibrate, images
+from effnet_fast.benchmark.machine import last_level_cache
+from effnet_fast.benchmark.timing import EventTimer, GraphTimer, HostTimer, Refused, Timer, copies
+from effnet_fast.benchmark.tolerance import why_wrong
+
+
+def write_weights(case: Case) -> None:
+    """Write ``case.weights``: the net's calibrated weights, an image, and timm's answer to it in the dtype and in float64."""
+    net, size = case.nets[0], _size(case)
+    torch.manual_seed(0)
+    state = calibrate(effnet_fast.create_model(f"efficientnet_{net}"), size).state_dict()
+    image = images(1, size).to(DTYPES[case.dtype])
+    peer = _timm(case, state)
+    plain = peer(_on(case, image)).cpu()
+    exact = peer.to(torch.float64)
+    exact.load_state_dict(state)  # which the dtype has not rounded
+    reference = exact(image.to(case.device, torch.float64)).cpu()
+    torch.save({"state": state, "image": image, "plain": plain, "reference": reference}, case.weights)
+
+
+def ours(case: Case, graph: bool = False) -> Timer:
+    """effnet_fast's own model, on whatever backends it chooses."""
+    model = effnet_fast.create_model(f"efficientnet_{case.nets[0]}").eval()
+    return checked(case, lambda state: _placed(case, model, state), graph, 2.0)
+
+
+def accelerated(case: Case, graph: bool = False) -> Timer:
+    """timm's model after :func:`effnet_fast.accelerate`."""
+
+    def build(state: dict[str, Tensor]) -> nn.Module:
+        model = _timm(case, state)
+        effnet_fast.accelerate(model)
+        return model
+
+    return checked(case, build, graph, 2.0)
+
+
+def timm_eager(case: Case, layout: str = "channels_last", graph: bool = False) -> Timer:
+    return checked(case, lambda state: _timm(case, state, layout), graph, PEER_FACTOR, layout)
+
+
+def timm_compiled(case: Case, options: dict[str, Any]) -> Timer:
+    return checked(case, lambda state: torch.compile(_timm(case, state), dynamic=False, **options), False, PEER_FACTOR)
+
+
+def checked(
+    case: Case,
+    build: Callable[[dict[str, Tensor]], Callable[[Tensor], Tensor]],
+    graph: bool,
+    factor: float,
+    layout: str = "channels_last",
+) -> Timer:
+    """A timer for the net that ``build`` makes of the case's weights; Refused where it is wrong on the first or the last image."""
+    torch.backends.cudnn.benchmark = True
+    told = torch.load(case.weights)
+    run = build(told["state"])
+    first = images(case.batch, _size(case), seed=2).to(DTYPES[case.dtype])
+    first[0] = first[-1] = told["image"][0]
+    first = _on(case, first, layout)
+    out = run(first)[:: max(1, case.batch - 1)].cpu()
+    wrong = why_wrong(out, told["plain"].expand_as(out), told["reference"].expand_as(out), factor)
+    if wrong is not None:
+        raise Refused(wrong)
+    count = copies(first.numel() * first.element_size(), last_level_cache(case.device), most=16)
+    sets = [first, *(first.clone(memory_format=torch.preserve_format) for _ in range(count - 1))]
+    timer: type = HostTimer if case.device == "cpu" else GraphTimer if graph else EventTimer
+
+    def step(i: int) -> Tensor:
+        if case.device == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        return run(sets[i])
+
+    return timer(step, count)
+
+
+def _size(case: Case) -> tuple[int, int]:
+    side = effnet_fast.models.FAMILY[f"efficientnet_{case.nets[0]}"].resolution
+    return side, side
+
+
+def _on(case: Case, x: Tensor, layout: str = "channels_last") -> Tensor:
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    return x.to(case.device, DTYPES[case.dtype]).contiguous(memory_format=form)
+
+
+def _placed(case: Case, model: nn.Module, state: dict[str, Tensor], layout: str = "channels_last") -> nn.Module:
+    model.load_state_dict(state)
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    return model.eval().to(device=case.device, dtype=DTYPES[case.dtype], memory_format=form)
+
+
+def _timm(case: Case, state: dict[str, Tensor], layout: str = "channels_last") -> nn.Module:
+    import timm
+
+    return _placed(case, timm.create_model(f"efficientnet_{case.nets[0]}"), state, layout)

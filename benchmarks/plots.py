@@ -1,0 +1,135 @@
+"""Plots of one file of timings: speed-ups as bars, and every case under the roofline. Needs matplotlib (the ``bench`` extra)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from benchmarks.run import geomean
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; ours are warm.
+_OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442")
+_PEERS = ("#0072B2", "#56B4E9", "#009E73", "#000000", "#999999", "#666699")
+_MARKS = "os^Dv<>P"
+
+
+def draw(results: Path) -> list[Path]:
+    """Write ``NAME-speed.png`` and ``NAME-roofline.png`` beside ``NAME.json``."""
+    told = json.loads(results.read_text())
+    made = []
+    for name, plot in (("speed", _speed), ("roofline", _roofline)):
+        figure = plot(told)
+        path = results.with_name(f"{results.stem}-{name}.png")
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        made.append(path)
+    return made
+
+
+def _timed(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: entrant for name, entrant in case["entrants"].items() if entrant["status"] == "timed"}
+
+
+def _colours(told: dict[str, Any]) -> dict[str, str]:
+    names = list(dict.fromkeys(name for case in told["cases"] for name in _timed(case)))
+    ours = [name for name in names if name.startswith(("ours", "accelerated"))]
+    peers = [name for name in names if name not in ours]
+    return {
+        **{name: _OURS[i % len(_OURS)] for i, name in enumerate(ours)},
+        **{name: _PEERS[i % len(_PEERS)] for i, name in enumerate(peers)},
+    }
+
+
+def _short(group: str) -> str:
+    return group.replace("_", " ").replace(" bn act", "")
+
+
+def _title(told: dict[str, Any]) -> str:
+    where = told["machine"]
+    device = where["gpu"]["name"] if told["device"] == "cuda" else f"{where['cpu']}, {where['threads']} threads"
+    return f"{told['suite']}, {told['dtype']}, {device}, torch {where['versions']['torch']}, {where['date']}"
+
+
+def _speed(told: dict[str, Any]) -> Any:
+    """Speed-up over the baseline by group and batch; whiskers from the worst case to the best."""
+    colours, baseline = _colours(told), told["baseline"]
+    groups: dict[str, dict[str, list[float]]] = {}
+    for case in told["cases"]:
+        timed = _timed(case)
+        if baseline in timed:
+            batch = f"batch {case['batch']}" if told["suite"] == "model" else "one image" if case["batch"] == 1 else "large batch"
+            label = f"{_short(case['group'])}\n{batch}"
+            for name, entrant in timed.items():
+                speed = timed[baseline]["median_us"] / entrant["median_us"]
+                groups.setdefault(label, {}).setdefault(name, []).append(speed)
+    figure, axes = plt.subplots(figsize=(max(7, 1.2 + 1.5 * len(groups)), 4.6), layout="constrained")
+    colours.pop(baseline, None)  # the line at 1
+    axes.set_yscale("log", base=2)
+    width = 0.86 / max(1, len(colours))
+    present = [[name for name in colours if name in speeds] for speeds in groups.values()]
+    for name, colour in colours.items():
+        places: list[float] = []
+        heights: list[float] = []
+        errors: list[list[float]] = [[], []]
+        for group, speeds in enumerate(groups.values()):
+            if name in speeds:
+                number, others = present[group].index(name), len(present[group]) - 1
+                places.append(group + (number - others / 2) * width)
+                heights.append(geomean(speeds[name]))
+                errors[0].append(heights[-1] - min(speeds[name]))
+                errors[1].append(max(speeds[name]) - heights[-1])
+        spread = {"yerr": errors, "error_kw": {"lw": 0.8, "capsize": 2}} if any(map(any, errors)) else {}
+        axes.bar(places, [height - 1 for height in heights], width * 0.92, bottom=1, color=colour, label=name, **spread)
+    axes.axhline(1.0, color="black", lw=0.8)
+    axes.yaxis.set_major_formatter("{x:g}")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.5), max(high, 2))
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_ylabel(f"speed-up over {baseline}")
+    axes.set_title(_title(told), fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _roofline(told: dict[str, Any]) -> Any:
+    """Arithmetic intensity against rate: each group a mark, each of ours and the baseline a colour."""
+    shown = {name: colour for name, colour in _colours(told).items() if name.startswith("ours") or name == told["baseline"]}
+    figure, axes = plt.subplots(figsize=(8, 5.4), layout="constrained")
+    groups = list(dict.fromkeys(case["group"] for case in told["cases"]))
+    intensities = []
+    for case in told["cases"]:
+        if not case["flops"]:
+            continue
+        intensities.append(case["flops"] / case["bytes"])
+        for name, entrant in _timed(case).items():
+            if name in shown:
+                mark, filled = _MARKS[groups.index(case["group"]) % len(_MARKS)], case["batch"] > 1
+                face = shown[name] if filled else "none"
+                axes.plot(intensities[-1], entrant["gflop_s"], mark, ms=5, mec=shown[name], mfc=face, alpha=0.75)
+    if intensities:
+        low, high = min(intensities) / 1.5, max(intensities) * 1.5
+        copy, dense = told["roofline"]["copy_bytes_s"] / 1e9, told["roofline"]["dense_flop_s"] / 1e9
+        ridge = min(max(dense / copy, low), high)
+        roof = [min(dense, copy * at) for at in (low, ridge, high)]
+        label = f"copy {copy:.4g} GB/s,\nmatrix product {dense:.4g} GFLOP/s"
+        axes.plot([low, ridge, high], roof, color="black", lw=1.2, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    axes.set_title(_title(told), fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    for name, colour in shown.items():
+        axes.plot([], [], "s", color=colour, label=name)
+    for number, group in enumerate(groups):
+        axes.plot([], [], _MARKS[number % len(_MARKS)], color="grey", mfc="none", label=_short(group))
+    axes.plot([], [], " ", label="filled: large batch, open: one image")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure

@@ -1,0 +1,124 @@
+"""The cases and entrants of each suite, as data."""
+
+from __future__ import annotations
+
+from benchmarks import kernels, models
+from benchmarks.case import Case, Entrant
+from effnet_fast.benchmark.roofline import Launch, op_launches
+from effnet_fast.models import FAMILY
+from effnet_fast.ops.backends import BACKENDS
+
+NETS = ("b0", "b5", "b7", "b4", "b1", "b2", "b3", "b6")  # the first ones first: a time limit cuts the end off
+SUITES = ("kernels", "model")
+# Images that fill the chip, for nets; for kernels, halved until a call moves no more than MOST_BYTES.
+LARGE = {
+    "cpu": {"b0": 16, "b4": 8, "b5": 4, "b7": 2},
+    "cuda": {"b0": 256, "b4": 128, "b5": 64, "b7": 32},
+}
+KERNEL_LARGE = {"cpu": 16, "cuda": 128}
+MOST_BYTES = {"cpu": 1 << 28, "cuda": 3 << 30}
+
+
+def cases(suite: str, device: str, dtype: str, quick: bool = False) -> list[Case]:
+    """Every case of a suite; with ``quick`` B0's at batch 1."""
+    nets = NETS[:1] if quick else NETS
+    if suite == "model":
+        return [
+            Case(f"{net} n{batch}", net, (net,), batch, dtype, device)
+            for net in nets
+            if net in LARGE[device]
+            for batch in ((1,) if quick else (LARGE[device][net], 1))
+        ]
+    shapes: dict[str, tuple[Launch, list[str]]] = {}  # by what a kernel sees: the gate's divisor makes no other shape
+    for net in nets:
+        for launch in op_launches(FAMILY[f"efficientnet_{net}"]):
+            _, having = shapes.setdefault(_name(launch), (launch, []))
+            if net not in having:
+                having.append(net)
+    return [
+        Case(f"{name} n{batch}", launch.op, tuple(having), batch, dtype, device, launch)
+        for name, (launch, having) in shapes.items()
+        for batch in ((1,) if quick else (_fills(launch, device, dtype), 1))
+    ]
+
+
+def entrants(suite: str, device: str, quick: bool = False) -> list[Entrant]:
+    """Who takes part. BASELINE names the one that speed-ups are told against."""
+    found = [*_ENTRANTS[suite], *_COMPILED[suite, device]]
+    if device == "cuda":
+        found += _GRAPHS[suite]
+    return [entrant for entrant in found if entrant.quick or not quick]
+
+
+BASELINE = {"kernels": "eager channels_last", "model": "timm channels_last"}
+_ENTRANTS = {
+    "kernels": [
+        *(Entrant(f"ours {backend}", kernels.ours, (backend,)) for backend in BACKENDS if backend != "reference"),
+        Entrant("eager channels_last", kernels.eager, ("channels_last",)),
+        Entrant("eager nchw", kernels.eager, ("nchw",)),
+    ],
+    "model": [
+        Entrant("ours", models.ours),
+        Entrant("accelerated timm", models.accelerated),
+        Entrant("timm channels_last", models.timm_eager, ("channels_last",)),
+        Entrant("timm nchw", models.timm_eager, ("nchw",), quick=False),
+    ],
+}
+# Whole nets launched one kernel after another, and as CUDA graphs; single kernels are always timed inside one.
+_GRAPHS: dict[str, list[Entrant]] = {
+    "kernels": [],
+    "model": [
+        Entrant("ours, graph", models.ours, (True,)),
+        Entrant("accelerated timm, graph", models.accelerated, (True,)),
+        Entrant("timm channels_last, graph", models.timm_eager, ("channels_last", True)),
+    ],
+}
+
+
+def _compiled(suite: str, name: str, options: dict[str, object], beside: bool = True) -> Entrant:
+    prepare = kernels.compiled if suite == "kernels" else models.timm_compiled
+    # Every shape of eight nets compiled in each mode would take hours.
+    nets = ("b0", "b5") if suite == "kernels" else None
+    return Entrant(f"compile {name}", prepare, (options,), nets, beside, quick=False)
+
+
+# reduce-overhead is CUDA graphs: nothing on a CPU, and kernels are timed inside a graph already. Freezing is what a CPU gains most
+# from: it folds the norms and packs the weights.
+_COMPILED = {
+    ("kernels", "cpu"): [
+        _compiled("kernels", "default", {}),
+        _compiled("kernels", "max-autotune", {"mode": "max-autotune"}, beside=False),
+    ],
+    ("kernels", "cuda"): [
+        _compiled("kernels", "default", {}),
+        _compiled("kernels", "max-autotune", {"mode": "max-autotune-no-cudagraphs"}, beside=False),
+    ],
+    ("model", "cpu"): [
+        _compiled("model", "default", {}),
+        _compiled("model", "freezing", {"options": {"freezing": True}}),
+        _compiled("model", "max-autotune", {"options": {"freezing": True, "max_autotune": True}}, beside=False),
+    ],
+    ("model", "cuda"): [
+        _compiled("model", "default", {}),
+        _compiled("model", "reduce-overhead", {"mode": "reduce-overhead"}),
+        _compiled("model", "max-autotune", {"mode": "max-autotune"}, beside=False),
+    ],
+}
+
+
+def _fills(launch: Launch, device: str, dtype: str) -> int:
+    batch = KERNEL_LARGE[device]
+    while batch > 2 and launch.bytes(dtype, batch) > MOST_BYTES[device]:
+        batch //= 2
+    return batch
+
+
+def _name(launch: Launch) -> str:
+    d = dict(launch.shape)
+    op = launch.op.split("_")[0]
+    if op == "squeeze":
+        return f"gate c{d['c']} r{d['reduced']}"
+    outputs = f"-{d['k']}" if "k" in d else ""
+    window = f" k{d['kernel']}s{d['stride']}" if "kernel" in d else ""
+    extras = [name for name in ("gate", "residual") if d.get(name)]
+    return " ".join([f"{op} c{d['c']}{outputs} {d['h']}x{d['w']}{window}", *extras])

@@ -1,0 +1,268 @@
+"""Check and time a suite, and write what was measured as JSON; benchmarks/report.py makes tables and plots of it.
+
+    python -m benchmarks.run --suite kernels --device cpu --out benchmarks/results/kernels-cpu.json
+
+Every entrant has a process of its own and they take turns. An entrant whose result is wrong is refused, one that cannot run here is
+skipped, one that crashes or hangs has failed; each with its reason in the JSON, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import models, registry
+from benchmarks.case import Case, Entrant
+from effnet_fast.benchmark import machine
+from effnet_fast.benchmark.roofline import Launch, Machine, bound, launches
+from effnet_fast.benchmark.timing import Answer, Lane, Summary, race
+from effnet_fast.cli.table import table
+from effnet_fast.models import FAMILY
+
+PREPARE_SECONDS = 900.0  # a large net's max-autotune
+
+
+class Clock:
+    """How much of the ``seconds`` that the run may take is left."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=registry.SUITES, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write; what the workers print goes beside it")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on the CPU, bf16 on a GPU")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression, to be found in 'CASE [NETS]: ENTRANT'")
+    parser.add_argument("--quick", action="store_true", help="B0 alone, one image, short turns, nothing compiled")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="cases for which no time is left are skipped")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device; --device cpu would do")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a polite kill ends the entrants' processes too
+    dtype = options.dtype or {"cpu": "fp32", "cuda": "bf16"}[options.device]
+    results = run(
+        options.suite,
+        registry.cases(options.suite, options.device, dtype, options.quick),
+        registry.entrants(options.suite, options.device, options.quick),
+        options.out,
+        only=options.only,
+        quick=options.quick,
+        seconds=options.seconds,
+    )
+    print(summary(results))
+    return 0
+
+
+def run(
+    suite: str,
+    cases: list[Case],
+    entrants: list[Entrant],
+    out: Path,
+    only: str = "",
+    quick: bool = False,
+    seconds: float = math.inf,
+) -> dict[str, Any]:
+    """Measure ``cases``, rewriting ``out`` after each; returns what it holds.
+
+    Raises ValueError where ``only`` leaves nothing.
+    """
+    plan = [
+        (case, [e for e in entrants if e.takes(case) and re.search(only, f"{case.name} [{' '.join(case.nets)}]: {e.name}")])
+        for case in cases
+    ]
+    plan = [(case, chosen) for case, chosen in plan if chosen]
+    if not plan:
+        raise ValueError(f"benchmarks.run: no case and entrant contains {only!r}")
+    clock, device, dtype = Clock(seconds), plan[0][0].device, plan[0][0].dtype
+    rates = machine.measure(device, dtype)
+    results: dict[str, Any] = {
+        "suite": suite,
+        "device": device,
+        "dtype": dtype,
+        "quick": quick,
+        "machine": machine.facts(),
+        "roofline": {"name": rates.name, "copy_bytes_s": rates.copy, "dense_flop_s": rates.dense[dtype]},
+        "baseline": registry.BASELINE[suite],
+        "cases": [],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(entrant.name for _, chosen in plan for entrant in chosen))
+    turns = (1, 0.02) if quick else (5, 0.06) if suite == "kernels" else (4, 0.4)
+    with tempfile.TemporaryDirectory() as folder, _lanes(names, out) as lanes:
+        for number, (case, chosen) in enumerate(plan, start=1):
+            if suite == "model":
+                case = replace(case, weights=str(Path(folder, f"{case.nets[0]}.pt")))
+            row = _case_facts(case, rates)
+            row["entrants"] = _entrants(case, chosen, lanes, clock, turns)
+            _add_shares(row)
+            results["cases"].append(row)
+            write(results, out)
+            print(f"[{number:>{len(str(len(plan)))}}/{len(plan)}] {_line(row)}", flush=True)
+    return results
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """All of it or nothing."""
+    aside = out.with_suffix(".tmp")
+    aside.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(aside, out)
+
+
+@contextlib.contextmanager
+def _lanes(names: list[str], out: Path) -> Iterator[dict[str, Lane]]:
+    lanes = {name: Lane(out.with_suffix(f".{re.sub(r'[^a-z0-9]+', '-', name)}.log")) for name in [*names, "weights"]}
+    try:
+        yield lanes
+    finally:
+        for lane in lanes.values():
+            lane.stop()
+            if lane.log.exists() and not lane.log.stat().st_size:
+                lane.log.unlink()
+
+
+def _entrants(
+    case: Case, chosen: list[Entrant], lanes: dict[str, Lane], clock: Clock, turns: tuple[int, float]
+) -> dict[str, dict[str, Any]]:
+    """Prepare all entrants, race those that are ready."""
+    answers: dict[str, Answer] = {}
+    for entrant in chosen:  # start the processes, all at once
+        lanes[entrant.name].send("release")
+    for entrant in chosen:
+        lanes[entrant.name].answer(120)
+    if case.weights and not Path(case.weights).exists() and clock.left > 0:
+        made = lanes["weights"].ask(min(PREPARE_SECONDS, clock.left), "prepare", models.write_weights, case)
+        lanes["weights"].stop()
+        if made.status != "ok":
+            answers = {entrant.name: Answer(made.status, f"no weights to compare with: {made.value}") for entrant in chosen}
+    waiting = [entrant for entrant in chosen if entrant.name not in answers]
+    together = [entrant for entrant in waiting if entrant.beside] if case.device == "cuda" else []
+    for group in [together, *([entrant] for entrant in waiting if entrant not in together)]:
+        if clock.left <= 0:
+            answers |= {entrant.name: Answer("skipped", "no time was left") for entrant in group}
+            continue
+        for entrant in group:
+            lanes[entrant.name].send("prepare", entrant.prepare, case, *entrant.arguments)
+        for entrant in group:
+            answers[entrant.name] = lanes[entrant.name].answer(min(PREPARE_SECONDS, clock.left))
+    ready = {name: lanes[name] for name, answer in answers.items() if answer.status == "ok"}
+    raced = race(ready, *turns) if clock.left > 0 else dict.fromkeys(ready, Answer("skipped", "no time was left"))
+    for entrant in chosen:  # so that the next case finds the memory free
+        if lanes[entrant.name].process is not None:
+            lanes[entrant.name].ask(60, "release")
+    return {entrant.name: _outcome(answers[entrant.name], raced.get(entrant.name)) for entrant in chosen}
+
+
+def _outcome(prepared: Answer, raced: Answer | None) -> dict[str, Any]:
+    if raced is None or raced.status != "ok":
+        lost = raced or prepared
+        return {"status": lost.status, "reason": lost.value}
+    times: Summary = raced.value
+    return {
+        "status": "timed",
+        "median_us": times.median * 1e6,
+        "again_us": times.again * 1e6,
+        "quartiles_us": [quarter * 1e6 for quarter in times.quartiles],
+        "calls": times.calls,
+        **prepared.value,
+    }
+
+
+def _case_facts(case: Case, rates: Machine) -> dict[str, Any]:
+    """What the case must move and compute, and the bound that follows."""
+    facts = {"name": case.name, "group": case.group, "nets": list(case.nets), "batch": case.batch}
+    if case.launch is not None:
+        limit = case.launch.bound(rates, case.dtype, case.batch)
+        moved, flops = case.launch.bytes(case.dtype, case.batch), case.launch.flops(case.batch)
+        return {**facts, "bytes": moved, "flops": flops, "bound_us": limit.seconds * 1e6, "binds": limit.binds}
+    config = FAMILY[f"efficientnet_{case.nets[0]}"]
+    rows: dict[str, tuple[Launch, ...]] = {level: launches(config, level, rates, case.dtype) for level in ("L2", "L3")}
+    limits = {level: bound(rows[level], rates, case.dtype, case.batch) * 1e6 for level in rows}
+    moved = sum(row.bytes(case.dtype, case.batch, vectors=False) for row in rows["L2"])
+    flops = sum(row.flops(case.batch) for row in rows["L2"])
+    return {**facts, "bytes": moved, "flops": flops, "bound_us": limits["L2"], "bound_L3_us": limits["L3"], "binds": "sum"}
+
+
+def _add_shares(row: dict[str, Any]) -> None:
+    for entrant in row["entrants"].values():
+        if entrant["status"] == "timed":
+            seconds = entrant["median_us"] * 1e-6
+            entrant["gb_s"] = row["bytes"] / seconds / 1e9
+            entrant["gflop_s"] = row["flops"] / seconds / 1e9
+            entrant["share_of_bound"] = row["bound_us"] / entrant["median_us"]
+
+
+def _line(row: dict[str, Any]) -> str:
+    told = [
+        f"{name} {entrant['median_us']:.4g} us" if entrant["status"] == "timed" else f"{name} {entrant['status']}"
+        for name, entrant in row["entrants"].items()
+    ]
+    return f"{row['name']}: {', '.join(told)}"
+
+
+def geomean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+HEADER = ("what", "batch", "entrant", "cases", "us", "speed-up", "least", "of bound", "worst")
+
+
+def figures(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Under HEADER, a row for each group, kind of batch and entrant: how fast, against the baseline and against the bound."""
+    rows = []
+    for group in dict.fromkeys(case["group"] for case in results["cases"]):
+        for single in (False, True):
+            cases = [case for case in results["cases"] if case["group"] == group and (case["batch"] == 1) == single]
+            for name in dict.fromkeys(name for case in cases for name in case["entrants"]):
+                timed = [case for case in cases if case["entrants"].get(name, {}).get("status") == "timed"]
+                if timed:
+                    rows.append((group, "1" if single else "large", name, *_figures(timed, name, results["baseline"])))
+    return rows
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The figures, and what was not timed and why."""
+    rows, lost = figures(results), []
+    for case in results["cases"]:
+        for name, entrant in case["entrants"].items():
+            if entrant["status"] != "timed":
+                lost.append((entrant["status"], name, entrant["reason"]))
+    told = [table(HEADER, rows, "lllrrrrrr")] if rows else []
+    counts = {key: lost.count(key) for key in dict.fromkeys(lost)}
+    told += [f"{name} {status} on {count} cases: {reason}" for (status, name, reason), count in counts.items()]
+    return "\n".join(told)
+
+
+def _figures(cases: list[dict[str, Any]], name: str, baseline: str) -> tuple[str, ...]:
+    """Cases, geometric mean of microseconds, of speed-ups over the baseline and of shares of the bound, with the worst of each."""
+    mine = [case["entrants"][name] for case in cases]
+    against = [case["entrants"].get(baseline, {}).get("median_us") for case in cases]
+    ratios = [theirs / entrant["median_us"] for theirs, entrant in zip(against, mine, strict=True) if theirs]
+    shares = [entrant["share_of_bound"] for entrant in mine]
+    speed = (f"{geomean(ratios):.2f}", f"{min(ratios):.2f}") if ratios else ("-", "-")
+    us = geomean([entrant["median_us"] for entrant in mine])
+    return (str(len(cases)), f"{us:.4g}", *speed, f"{100 * geomean(shares):.0f} %", f"{100 * min(shares):.0f} %")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Fair timing: each entrant in a process of its own, all of them taking turns.
+
+Entrants that share a process fight over its threads, its allocator and its caches of compiled code; entrants timed one after the
+other meet a different clock. So a :class:`Lane` is a process that prepares one entrant and then runs it only when asked, and
+:func:`race` asks the lanes in turn, round after round. A lane that crashes or hangs costs its own entrant alone.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Step = Callable[[int], Any]
+
+
+class Refused(Exception):
+    """An entrant whose result is not correct: it is not timed."""
+
+
+class Skipped(Exception):
+    """An entrant that cannot run here, and why."""
+
+
+class Summary(NamedTuple):
+    """Seconds a call: the median of each of two passes, quartiles of both together."""
+
+    median: float
+    again: float
+    quartiles: tuple[float, float]
+    calls: int
+
+
+def summarize(passes: list[list[float]]) -> Summary:
+    every = sorted(passes[0] + passes[1])
+    quarters = statistics.quantiles(every, n=4) if len(every) > 1 else [every[0]] * 3
+    return Summary(statistics.median(passes[0]), statistics.median(passes[1]), (quarters[0], quarters[2]), len(every))
+
+
+def copies(moved: int, cache: int, most: int = 1024) -> int:
+    """How many sets of inputs to go round, so that none is still in the last-level cache of ``cache`` bytes when its turn comes
+    again: together more than three times as large, or ``most`` of them. ``moved``: bytes that one call moves."""
+    return max(2, min(most, math.ceil(3 * cache / max(1, moved)) + 1))
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call on the CPU, in turn, in this process: for a quick comparison of two forms of one forward."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(-warm_up, rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+class HostTimer:
+    """Times calls on the CPU. ``step(i)`` runs the entrant on input set i of ``sets``."""
+
+    def __init__(self, step: Step, sets: int) -> None:
+        self.step, self.sets, self.turn = step, sets, 0
+        before = _resident("VmRSS", reset=True)
+        step(0)
+        self.peak_bytes = max(0, _resident("VmHWM") - before)
+
+    def burst(self, seconds: float) -> list[float]:
+        """Seconds of each call, for about ``seconds`` and at least three calls."""
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < 3 or time.perf_counter() < end:
+            self.turn = (self.turn + 1) % self.sets
+            start = time.perf_counter()
+            self.step(self.turn)
+            times.append(time.perf_counter() - start)
+        return times
+
+
+class EventTimer:
+    """Times calls on a GPU between two events each, gaps between launches included: what eager PyTorch and compiled nets pay."""
+
+    def __init__(self, step: Step, sets: int) -> None:
+        self.step, self.sets, self.turn = step, sets, 0
+        for i in range(3):
+            step(i % sets)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        step(0)
+        torch.cuda.synchronize()
+        self.estimate = time.perf_counter() - start
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+    def burst(self, seconds: float) -> list[float]:
+        calls = max(3, min(500, math.ceil(seconds / self.estimate)))
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            self.turn = (self.turn + 1) % self.sets
+            self.step(self.turn)
+            mark.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+
+
+class GraphTimer:
+    """Times calls on a GPU inside one CUDA graph over all input sets, so that a small launch is not lost in the launching of it.
+
+    Results stay alive until their set's next turn: a call does not write into the lines that the last one left in the cache.
+    """
+
+    def __init__(self, step: Step, sets: int, least: float = 2e-3) -> None:
+        once = EventTimer(step, sets)
+        self.sets = sets
+        self.peak_bytes = once.peak_bytes
+        each = statistics.median(once.burst(0.01))
+        self.calls = sets * max(1, min(40, math.ceil(least / (each * sets))))
+        self.kept: list[Any] = [None] * sets
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for i in range(min(3, sets)):
+                step(i)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for i in range(self.calls):
+                self.kept[i % sets] = step(i % sets)
+        for _ in range(2):
+            self.graph.replay()
+        start = time.perf_counter()
+        self.graph.replay()
+        torch.cuda.synchronize()
+        self.estimate = time.perf_counter() - start
+
+    def burst(self, seconds: float) -> list[float]:
+        replays = max(3, min(200, math.ceil(seconds / self.estimate)))
+        marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+        for first, last in marks:
+            first.record()
+            self.graph.replay()
+            last.record()
+        torch.cuda.synchronize()
+        return [first.elapsed_time(last) / 1e3 / self.calls for first, last in marks]
+
+
+Timer = HostTimer | EventTimer | GraphTimer
+
+
+class Answer(NamedTuple):
+    """``status`` is "ok", "refused", "skipped" or "failed"; ``value`` what was asked for, or the reason."""
+
+    status: str
+    value: Any
+
+
+class Lane:
+    """A process that prepares entrants, one at a time, and runs the prepared one when asked. Its output goes to ``log``."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.process: Any = None
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, str(self.log)), daemon=False)
+        self.process.start()
+        theirs.close()
+
+    def send(self, request: str, *arguments: Any) -> None:
+        """Ask without waiting for the answer: "prepare" (function, arguments...), "burst" (seconds) or "release"."""
+        if self.process is None or not self.process.is_alive():
+            self.start()
+        self.connection.send((request, arguments))
+
+    def answer(self, timeout: float) -> Answer:
+        """The answer to the last request. A lane that dies or takes longer is ended; the next request starts a new process."""
+        try:
+            if self.connection.poll(max(0.0, timeout)):
+                return self.connection.recv()
+            reason = f"no answer within {timeout:.0f} s"
+        except (EOFError, ConnectionError):
+            self.process.join(5)
+            reason = f"its process ended with {self.process.exitcode}"
+        self.stop()
+        return Answer("failed", f"{reason}; see {self.log.name}")
+
+    def ask(self, timeout: float, request: str, *arguments: Any) -> Answer:
+        self.send(request, *arguments)
+        return self.answer(timeout)
+
+    def stop(self) -> None:
+        """End the process, politely first, and what it started (compile workers)."""
+        if self.process is not None:
+            self.connection.close()
+            self.process.join(3)
+        if self.process is not None and self.process.is_alive():
+            try:
+                os.killpg(self.process.pid, 9)
+            except (ProcessLookupError, PermissionError):
+                self.process.kill()
+            self.process.join(10)
+        self.process = None
+
+
+def race(lanes: dict[str, Lane], rounds: int, seconds: float, timeout: float = 120.0) -> dict[str, Answer]:
+    """Two passes of ``rounds`` rounds over lanes that are prepared, ``seconds`` a turn: a :class:`Summary` each, or why not."""
+    passes: dict[str, list[list[float]]] = {name: [[], []] for name in lanes}
+    lost: dict[str, Answer] = {}
+    for number in range(2):
+        for _ in range(rounds):
+            for name, lane in lanes.items():
+                if name in lost:
+                    continue
+                answer = lane.ask(timeout, "burst", seconds)
+                if answer.status == "ok":
+                    passes[name][number] += answer.value
+                else:
+                    lost[name] = answer
+    return {name: lost.get(name) or Answer("ok", summarize(passes[name])) for name in lanes}
+
+
+def _serve(connection: Connection, log: str) -> None:
+    """What a lane's process runs: one request after another until its pipe closes."""
+    os.setpgrp()
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_grad_enabled(False)
+    timer: Timer | None = None
+    while True:
+        try:
+            request, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            if request == "prepare":
+                timer = None
+                _release()
+                timer = arguments[0](*arguments[1:])
+                answer = Answer("ok", None if timer is None else {"sets": timer.sets, "peak_bytes": timer.peak_bytes})
+            elif request == "burst":
+                assert timer is not None
+                answer = Answer("ok", timer.burst(*arguments))
+            else:
+                timer = None
+                _release()
+                answer = Answer("ok", None)
+        except Refused as error:
+            timer, answer = None, Answer("refused", str(error))
+        except Skipped as error:
+            timer, answer = None, Answer("skipped", str(error))
+        except Exception as error:
+            traceback.print_exc()
+            timer, answer = None, Answer("failed", f"{type(error).__name__}: {str(error)[:400]}")
+        connection.send(answer)
+        if answer.status == "failed" and torch.cuda.is_initialized() and _context_is_dead():
+            os._exit(1)
+
+
+def _release() -> None:
+    """Forget the last entrant: its memory and what was compiled for it."""
+    torch._dynamo.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _context_is_dead() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _resident(field: str, reset: bool = False) -> int:
+    """Bytes of this process in memory, now ("VmRSS") or at most since the last reset ("VmHWM"); 0 where Linux does not tell."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(field)), 0)
