@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, native
 from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_like_output, conv_flops, empty_output
 from effnet_fast.ops.library import define
 from effnet_fast.ops.pointwise import reference
@@ -28,7 +28,19 @@ define(
     reference=reference.pointwise_conv_bn_act,
     fake=_fake,
     flops=_flops,
+    backends=("native",),
 )
+
+
+def _native_can_run(x: Tensor) -> str | None:
+    if native.REASON is not None:
+        return native.REASON
+    if x.device.type != "cpu":
+        return f"no native kernel for device {x.device.type!r}"
+    return None if x.dtype in (torch.float32, torch.bfloat16) else f"x is {x.dtype}; the native kernel takes float32 or bfloat16"
+
+
+backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.pointwise_conv_bn_act.native, _native_can_run))
 backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.pointwise_conv_bn_act.reference, backends.always))
 
 
