@@ -24,6 +24,8 @@ namespace {
 
 constexpr int kBlock = 24;             // rows that a thread takes on at once: a multiple of every kernel's rows
 constexpr int kChunk = 256;            // products added up before they join a total: a longer chain rounds worse than oneDNN
+constexpr int kSlice = 768;            // input channels taken on at once, so that kPacked holds more than a panel
+constexpr int kPartialRows = 1024;     // rows whose sums wait for the next slice
 constexpr int kPacked = 96 << 10;      // packed weights, in floats, that stay in L2 beside a block of rows
 constexpr int64_t kGrain = 1 << 20;    // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 constexpr double kPackCost = 0.4;      // packing a weight, and
@@ -37,6 +39,7 @@ struct Part {
 };
 
 // Rows of the register tile of V vectors: as many as the registers hold.
+constexpr int kMostRows = 12;
 template <int W, int V> constexpr int kRows = W == 16 ? (V == 3 ? 8 : 12) : V == 3 ? 4 : V == 2 ? 6 : 12;
 
 // --- packing ---------------------------------------------------------------------------------------------------------------
@@ -65,21 +68,21 @@ template <int W> EFFNET_INLINE void transpose(simd::Float<W> (&rows)[W]) {
   }
 }
 
-// One vector of channels: packed[i * pitch + lane] = weight[lane][i], zero for the lanes from `channels` on.
-template <int W, typename T> EFFNET_INLINE void pack(const T* weight, int depth, int channels, float* packed, int pitch) {
+// One vector of channels: packed[i * pitch + lane] = weight[lane * stride + i], zero for the lanes from `channels` on.
+template <int W, typename T> EFFNET_INLINE void pack(const T* weight, int stride, int depth, int channels, float* packed, int pitch) {
   using namespace simd;
   int i = 0;
   for (; channels == W && i + W <= depth; i += W) {
     Float<W> rows[W];
 #pragma GCC unroll 16
-    for (int lane = 0; lane < W; ++lane) rows[lane] = load<W>(weight + int64_t(lane) * depth + i);
+    for (int lane = 0; lane < W; ++lane) rows[lane] = load<W>(weight + int64_t(lane) * stride + i);
     transpose<W>(rows);
 #pragma GCC unroll 16
     for (int k = 0; k < W; ++k) store<W>(packed + int64_t(i + k) * pitch, rows[k]);
   }
   for (; i < depth; ++i)
     for (int lane = 0; lane < W; ++lane)
-      packed[int64_t(i) * pitch + lane] = lane < channels ? to_float(weight[int64_t(lane) * depth + i]) : 0.f;
+      packed[int64_t(i) * pitch + lane] = lane < channels ? to_float(weight[int64_t(lane) * stride + i]) : 0.f;
 }
 
 // scale and shift of a group of channels: norm(v) = v * scale + shift.
@@ -95,21 +98,31 @@ template <typename T> void fold(const Params& p, int first, int last, float* sca
 
 // --- rows ------------------------------------------------------------------------------------------------------------------
 
-// Rows [first, first + rows) of x in fp32, times the gates of the images that they belong to.
-template <int W, typename T> EFFNET_INLINE void gate_rows(const Params& p, int64_t first, int rows, float* output) {
+// Inputs [start, start + depth) of the rows from `first` on, in fp32, times the gates of the images that they belong to.
+template <int W, typename T>
+EFFNET_INLINE void gate_rows(const Params& p, int64_t first, int rows, int start, int depth, float* output, int pitch) {
   using namespace simd;
-  const int depth = p.in_channels;
-  for (int r = 0; r < rows; ++r, output += depth) {
-    const T* x = static_cast<const T*>(p.x) + (first + r) * depth;
-    const float* gate = p.gate ? p.gate + (first + r) / p.pixels * depth : nullptr;
+  for (int r = 0; r < rows; ++r, output += pitch) {
+    const T* x = static_cast<const T*>(p.x) + (first + r) * p.in_channels + start;
+    const float* gate = p.gate ? p.gate + (first + r) / p.pixels * p.in_channels + start : nullptr;
     int i = 0;
     for (; i + W <= depth; i += W) store<W>(output + i, gate ? load<W>(x + i) * load<W>(gate + i) : load<W>(x + i));
     for (; i < depth; ++i) output[i] = gate ? to_float(x[i]) * gate[i] : to_float(x[i]);
   }
 }
 
-// tile[R][V * W] = R rows of x times a packed panel.
-template <int W, int R, int V> EFFNET_INLINE void multiply(const float* x, const float* panel, int depth, float* tile) {
+struct Rows {
+  const float* at;
+  int pitch;
+};
+
+// A range of the input channels.
+struct Slice {
+  int start, depth;
+};
+
+// tile[R][V * W] = or, if `adds`, += R rows of x times a packed panel.
+template <int W, int R, int V> EFFNET_INLINE void multiply(const Rows& x, const float* panel, int depth, bool adds, float* tile) {
   using namespace simd;
   int start = 0;
   do {
@@ -121,7 +134,7 @@ template <int W, int R, int V> EFFNET_INLINE void multiply(const float* x, const
       for (int v = 0; v < V; ++v) weights[v] = load<W>(panel + (int64_t(i) * V + v) * W);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const float value = x[int64_t(r) * depth + i];
+        const float value = x.at[int64_t(r) * x.pitch + i];
 #pragma GCC unroll 3
         for (int v = 0; v < V; ++v) sums[r][v] += weights[v] * value;
       }
@@ -131,24 +144,42 @@ template <int W, int R, int V> EFFNET_INLINE void multiply(const float* x, const
 #pragma GCC unroll 3
       for (int v = 0; v < V; ++v) {
         float* total = tile + (r * V + v) * W;
-        store<W>(total, start == 0 ? sums[r][v] : load<W>(total) + sums[r][v]);
+        store<W>(total, start == 0 && !adds ? sums[r][v] : load<W>(total) + sums[r][v]);
       }
     start = end;
   } while (start < depth);
 }
 
-// Norm, activation and residual of a tile's first vectors; channel and row say where it lies in y.
-template <int W, int V, typename T>
-EFFNET_INLINE void finish(const Params& p, const float* tile, int rows, const float* scale, const float* shift, int64_t row,
-                          int channel) {
+// As many of the next rows as there is a kernel for, at most `rows`; returns how many.
+template <int W, int V, int R = kRows<W, V>>
+EFFNET_INLINE int multiply_some(const Rows& x, const float* panel, int depth, int rows, bool adds, float* tile) {
+  if constexpr (R > 1) {
+    constexpr int kFewer = R > 8 ? 8 : R > 4 ? 4 : R / 2;
+    if (rows < R) return multiply_some<W, V, kFewer>(x, panel, depth, rows, adds, tile);
+  }
+  multiply<W, R, V>(x, panel, depth, adds, tile);
+  return R;
+}
+
+// A panel of packed weights, and what becomes of its products.
+struct Panel {
+  const float *weights, *scale, *shift;
+  int vectors;
+  int channel;  // the first
+};
+
+// Norm, activation and residual of a tile, from that row of the output.
+template <int W, Activation activation, typename T>
+EFFNET_INLINE void finish(const Params& p, const Panel& panel, const float* tile, int64_t row, int rows) {
   using namespace simd;
   for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < V; ++v, tile += W) {
-      const int64_t at = (row + r) * p.out_channels + channel + v * W;
-      const int channels = std::min(W, p.out_channels - channel - v * W);
+    for (int v = 0; v < panel.vectors; ++v, tile += W) {
+      const int channel = panel.channel + v * W, channels = std::min(W, p.out_channels - channel);
+      const int64_t at = (row + r) * p.out_channels + channel;
       const T* residual = p.residual ? static_cast<const T*>(p.residual) + at : nullptr;
       T* y = static_cast<T*>(p.y) + at;
-      Float<W> value = activate<W>(p.activation, load<W>(tile) * load<W>(scale + v * W) + load<W>(shift + v * W));
+      Float<W> value = load<W>(tile) * load<W>(panel.scale + v * W) + load<W>(panel.shift + v * W);
+      value = activate<W>(activation, value);
       if (channels == W) {
         if (residual) value += load<W>(residual);
         store<W>(y, value);
@@ -165,22 +196,38 @@ EFFNET_INLINE void finish(const Params& p, const float* tile, int rows, const fl
   }
 }
 
-struct Panel {
-  const float *weights, *scale, *shift;
-  int channel;
-};
-
-// Rows [row, row + rows) of the output, R at a time and then ever fewer.
-template <int W, int R, int V, typename T>
-EFFNET_INLINE void run_panel(const Params& p, const float* x, const Panel& panel, int64_t row, int rows) {
-  alignas(64) float tile[R * V * W];
-  for (; rows >= R; rows -= R, row += R, x += int64_t(R) * p.in_channels) {
-    multiply<W, R, V>(x, panel.weights, p.in_channels, tile);
-    finish<W, V, T>(p, tile, R, panel.scale, panel.shift, row, panel.channel);
-  }
-  if constexpr (R > 1) {
-    constexpr int kFewer = R > 8 ? 8 : R > 4 ? 4 : R / 2;
-    if (rows > 0) run_panel<W, kFewer, V, T>(p, x, panel, row, rows);
+// Rows [row, row + rows) of the output, which come from x: the slice of its inputs that the panel holds the weights of. Between
+// slices the products wait in `partial`, [rows][panel.vectors * W].
+template <int W, typename T>
+EFFNET_INLINE void run_panel(const Params& p, const Panel& panel, Rows x, const Slice& slice, int64_t row, int rows, float* partial) {
+  alignas(64) float registers[kMostRows * 2 * W];
+  for (const int64_t last = row + rows; row < last;) {
+    const int left = int(last - row);
+    const bool adds = slice.start > 0, finishes = slice.start + slice.depth == p.in_channels;
+    float* tile = adds || !finishes ? partial : registers;
+    for (int r = 0; finishes && r < std::min(left, kMostRows); ++r)
+      for (int v = 0; v < panel.vectors; ++v) {
+        const int64_t at = (row + r) * p.out_channels + panel.channel + v * W;
+        __builtin_prefetch(static_cast<T*>(p.y) + at, 1);  // a tenth to a fifth of the time of outputs beyond L2
+        if (p.residual) __builtin_prefetch(static_cast<const T*>(p.residual) + at);
+      }
+    int taken = 0;
+    switch (panel.vectors) {
+      case 1: taken = multiply_some<W, 1>(x, panel.weights, slice.depth, left, adds, tile); break;
+      case 2: taken = multiply_some<W, 2>(x, panel.weights, slice.depth, left, adds, tile); break;
+      case 3: taken = multiply_some<W, 3>(x, panel.weights, slice.depth, left, adds, tile); break;
+    }
+    if (finishes) {
+      switch (p.activation) {
+        case Activation::silu: finish<W, Activation::silu, T>(p, panel, tile, row, taken); break;
+        case Activation::relu: finish<W, Activation::relu, T>(p, panel, tile, row, taken); break;
+        case Activation::relu6: finish<W, Activation::relu6, T>(p, panel, tile, row, taken); break;
+        default: finish<W, Activation::identity, T>(p, panel, tile, row, taken);
+      }
+    }
+    x.at += int64_t(taken) * x.pitch;
+    row += taken;
+    partial += taken * panel.vectors * W;
   }
 }
 
@@ -198,47 +245,62 @@ float* scratch(size_t floats) {
 
 constexpr int panel_vectors(int left) { return left == 1 || left == 3 ? left : 2; }
 
-template <int W, typename T> EFFNET_INLINE void run_part(const Part& part) {
-  const Params& p = *part.params;
-  const int depth = p.in_channels, vectors = (part.last_channel - part.first_channel + W - 1) / W;
-  const int groups = (vectors - 1) / std::max(2, kPacked / depth / W) + 1, most = (vectors - 1) / groups + 1;
-  const bool copies = p.gate || !std::is_same_v<T, float>;
-  float* scale = scratch(size_t(most) * W * (depth + 2) + (copies ? size_t(kBlock) * depth : 0));
-  float *shift = scale + most * W, *packed = shift + most * W, *block = packed + int64_t(most) * W * depth;
-
-  for (int begin = 0; begin < vectors; begin += most) {
-    const int count = std::min(most, vectors - begin), first = part.first_channel + begin * W;
-    const int last = std::min(part.last_channel, first + count * W);
-    std::fill_n(scale, 2 * most * W, 0.f);
-    with_dtype(p.norm_dtype, [&](auto type) { fold<decltype(type)>(p, first, last, scale, shift); });
-    for (int v = 0, panel = 0; v < count; v += panel) {
-      panel = panel_vectors(count - v);
-      for (int k = v; k < v + panel; ++k) {
-        const int channel = first + k * W, channels = std::min(W, last - channel);
-        float* target = packed + int64_t(v) * W * depth + (k - v) * W;
-        const int64_t offset = int64_t(channel) * depth;
-        switch (p.weight_dtype) {
-          case DType::fp32: pack<W>(static_cast<const float*>(p.weight) + offset, depth, channels, target, panel * W); break;
-          case DType::bf16: pack<W>(static_cast<const bf16*>(p.weight) + offset, depth, channels, target, panel * W); break;
-          case DType::fp16: pack<W>(static_cast<const fp16*>(p.weight) + offset, depth, channels, target, panel * W); break;
-        }
+// The panels of `count` vectors of channels from `first` on, up to `last`, packed one after another.
+template <int W>
+EFFNET_INLINE void pack_group(const Params& p, const Slice& slice, int first, int last, int count, float* packed) {
+  for (int v = 0, panel = 0; v < count; v += panel) {
+    panel = panel_vectors(count - v);
+    for (int k = v; k < v + panel; ++k) {
+      const int channel = first + k * W, channels = std::min(W, last - channel), in = p.in_channels, depth = slice.depth;
+      float* target = packed + int64_t(v) * W * depth + (k - v) * W;
+      const int64_t at = int64_t(channel) * in + slice.start;
+      switch (p.weight_dtype) {
+        case DType::fp32: pack<W>(static_cast<const float*>(p.weight) + at, in, depth, channels, target, panel * W); break;
+        case DType::bf16: pack<W>(static_cast<const bf16*>(p.weight) + at, in, depth, channels, target, panel * W); break;
+        case DType::fp16: pack<W>(static_cast<const fp16*>(p.weight) + at, in, depth, channels, target, panel * W); break;
       }
     }
-    for (int64_t row = part.first_row; row < part.last_row; row += kBlock) {
-      const int rows = int(std::min<int64_t>(kBlock, part.last_row - row));
-      const float* x = block;
-      if (copies) {
-        gate_rows<W, T>(p, row, rows, block);
-      } else {
-        x = static_cast<const float*>(p.x) + row * depth;
-      }
-      for (int v = 0, taken = 0; v < count; v += taken) {
-        taken = panel_vectors(count - v);
-        const Panel panel{packed + int64_t(v) * W * depth, scale + v * W, shift + v * W, first + v * W};
-        switch (taken) {
-          case 1: run_panel<W, kRows<W, 1>, 1, T>(p, x, panel, row, rows); break;
-          case 2: run_panel<W, kRows<W, 2>, 2, T>(p, x, panel, row, rows); break;
-          case 3: run_panel<W, kRows<W, 3>, 3, T>(p, x, panel, row, rows); break;
+  }
+}
+
+template <int W, typename T> EFFNET_INLINE void run_part(const Part& part) {
+  const Params& p = *part.params;
+  const int vectors = (part.last_channel - part.first_channel + W - 1) / W;
+  const int slices = (p.in_channels - 1) / kSlice + 1;
+  const int slice_depth = slices == 1 ? p.in_channels : ((p.in_channels - 1) / slices / kChunk + 1) * kChunk;
+  const int groups = (vectors - 1) / std::max(2, kPacked / slice_depth / W) + 1, most = (vectors - 1) / groups + 1;
+  const bool copies = p.gate || !std::is_same_v<T, float>;
+  const int pitch = ((slice_depth + 15) / 16 | 1) * 16;  // an odd number of lines: the block's rows fall into different sets of L1
+  const int64_t most_rows = std::min<int64_t>(slices == 1 ? INT64_MAX : kPartialRows, part.last_row - part.first_row);
+  const size_t block_size = copies ? size_t(kBlock) * pitch : 0, partial_size = slices == 1 ? 0 : size_t(most_rows) * most * W;
+  float* scale = scratch(size_t(most) * W * (slice_depth + 2) + block_size + partial_size);
+  float *shift = scale + most * W, *packed = shift + most * W, *block = packed + int64_t(most) * W * slice_depth;
+  float* partial = block + block_size;
+
+  for (int64_t top = part.first_row; top < part.last_row; top += most_rows) {
+    const int64_t bottom = std::min(part.last_row, top + most_rows);
+    for (int begin = 0; begin < vectors; begin += most) {
+      const int count = std::min(most, vectors - begin), first = part.first_channel + begin * W;
+      const int last = std::min(part.last_channel, first + count * W);
+      std::fill_n(scale, 2 * most * W, 0.f);
+      with_dtype(p.norm_dtype, [&](auto type) { fold<decltype(type)>(p, first, last, scale, shift); });
+      for (int start = 0; start < p.in_channels; start += slice_depth) {
+        const Slice slice{start, std::min(slice_depth, p.in_channels - start)};
+        pack_group<W>(p, slice, first, last, count, packed);
+        for (int64_t row = top; row < bottom; row += kBlock) {
+          const int rows = int(std::min<int64_t>(kBlock, bottom - row));
+          Rows x{block, pitch};
+          if (copies) {
+            gate_rows<W, T>(p, row, rows, slice.start, slice.depth, block, pitch);
+          } else {
+            x = {static_cast<const float*>(p.x) + row * p.in_channels + slice.start, p.in_channels};
+          }
+          for (int v = 0, taken = 0; v < count; v += taken) {
+            taken = panel_vectors(count - v);
+            const Panel panel{packed + int64_t(v) * W * slice.depth, scale + v * W, shift + v * W, taken, first + v * W};
+            float* waiting = slices == 1 ? nullptr : partial + (v * (bottom - top) + (row - top) * taken) * W;
+            run_panel<W, T>(p, panel, x, slice, row, rows, waiting);
+          }
         }
       }
     }
