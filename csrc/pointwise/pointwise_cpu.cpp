@@ -23,7 +23,7 @@ namespace effnet_fast::pointwise {
 namespace {
 
 constexpr int kBlock = 24;             // rows that a thread takes on at once: a multiple of every kernel's rows
-constexpr int kChunk = 256;            // products added up before they join a total: a longer chain rounds worse than oneDNN
+constexpr int kChunk = 64;             // products added up before they join a total: a longer chain rounds worse than oneDNN
 constexpr int kSlice = 768;            // input channels taken on at once, so that kPacked holds more than a panel
 constexpr int kPartialRows = 1024;     // rows whose sums wait for the next slice
 constexpr int kPacked = 96 << 10;      // packed weights, in floats, that stay in L2 beside a block of rows
