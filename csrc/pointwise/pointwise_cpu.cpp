@@ -69,7 +69,8 @@ template <int W> EFFNET_INLINE void transpose(simd::Float<W> (&rows)[W]) {
 }
 
 // One vector of channels: packed[i * pitch + lane] = weight[lane * stride + i], zero for the lanes from `channels` on.
-template <int W, typename T> EFFNET_INLINE void pack(const T* weight, int stride, int depth, int channels, float* packed, int pitch) {
+template <int W, typename T>
+EFFNET_INLINE void pack(const T* weight, int stride, int depth, int channels, float* packed, int pitch) {
   using namespace simd;
   int i = 0;
   for (; channels == W && i + W <= depth; i += W) {
@@ -198,8 +199,8 @@ EFFNET_INLINE void finish(const Params& p, const Panel& panel, const float* tile
 
 // Rows [row, row + rows) of the output, which come from x: the slice of its inputs that the panel holds the weights of. Between
 // slices the products wait in `partial`, [rows][panel.vectors * W].
-template <int W, typename T>
-EFFNET_INLINE void run_panel(const Params& p, const Panel& panel, Rows x, const Slice& slice, int64_t row, int rows, float* partial) {
+template <int W, typename T> EFFNET_INLINE void run_panel(const Params& p, const Panel& panel, Rows x, const Slice& slice,
+                                                          int64_t row, int rows, float* partial) {
   alignas(64) float registers[kMostRows * 2 * W];
   for (const int64_t last = row + rows; row < last;) {
     const int left = int(last - row);
@@ -246,8 +247,7 @@ float* scratch(size_t floats) {
 constexpr int panel_vectors(int left) { return left == 1 || left == 3 ? left : 2; }
 
 // The panels of `count` vectors of channels from `first` on, up to `last`, packed one after another.
-template <int W>
-EFFNET_INLINE void pack_group(const Params& p, const Slice& slice, int first, int last, int count, float* packed) {
+template <int W> EFFNET_INLINE void pack_group(const Params& p, const Slice& slice, int first, int last, int count, float* packed) {
   for (int v = 0, panel = 0; v < count; v += panel) {
     panel = panel_vectors(count - v);
     for (int k = v; k < v + panel; ++k) {
@@ -347,7 +347,9 @@ void conv_bn_act_cpu(const Params& p) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t across = i % split.by_channels, down = i / split.by_channels;
       const auto row = [&](int64_t k) { return k == split.by_rows ? p.rows : p.rows * k / split.by_rows / 4 * 4; };
-      const auto channel = [&](int64_t k) { return int(std::min<int64_t>(p.out_channels, vectors * k / split.by_channels * width)); };
+      const auto channel = [&](int64_t k) {
+        return int(std::min<int64_t>(p.out_channels, vectors * k / split.by_channels * width));
+      };
       run(Part{&p, row(down), row(down + 1), channel(across), channel(across + 1)});
     }
   });

@@ -1,5 +1,6 @@
 // The CPU kernel under the sanitizers.
 #include "cpu.h"
+
 #include "kernels.h"
 #include "pointwise/pointwise_cpu.cpp"
 

@@ -1,5 +1,6 @@
 // The CPU kernel under the sanitizers, and for every CPU kernel a thread pool that runs its ranges one after another, last first.
 #include "cpu.h"
+
 #include "kernels.h"
 #include "squeeze_excite/squeeze_excite_cpu.cpp"
 
