@@ -267,3 +267,12 @@ def test_public_function_takes_the_native_kernel():
     with backends.tracing() as trace:
         y = ops.pointwise_conv_bn_act(x, weight, ops.Norm(*norm), gate=gate, residual=residual, activation=activation)
     assert torch.equal(y, POINTWISE.native(*args)) and trace[0].backend == "native"
+
+
+def test_a_gate_over_many_rows_and_channels_goes_to_onednn():
+    for images, backend in ((15, "native"), (16, "reference")):
+        x, weight, *norm, gate, residual, activation = arguments(images, 960, 256, 8, 8)
+        with backends.tracing() as trace:
+            ops.pointwise_conv_bn_act(x, weight, ops.Norm(*norm), gate=gate, residual=residual, activation=activation)
+        assert trace[0].backend == backend
+        assert (trace[0].refused.get("native") == "a gate over many rows and channels: oneDNN is faster") == (images == 16)

@@ -43,6 +43,15 @@ def _native_can_run(x: Tensor) -> str | None:
     return None if x.dtype == torch.float32 else f"x is {x.dtype}; the native kernel takes float32 or bfloat16"
 
 
+def _unsupported(x: Tensor, weight: Tensor, gate: Tensor | None) -> str | None:
+    """On one core ours takes 1.03 to 1.15 of oneDNN's time there. A traced, symbolic batch is not asked: that would fix it."""
+    if x.device.type == "cpu" and gate is not None and weight.shape[1] >= 960 and weight.shape[0] >= 256:
+        rows = x.shape[0] * x.shape[2] * x.shape[3]
+        if isinstance(rows, int) and rows >= 1024:
+            return "a gate over many rows and channels: oneDNN is faster"
+    return None
+
+
 backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.pointwise_conv_bn_act.native, _native_can_run))
 backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.pointwise_conv_bn_act.reference, backends.always))
 
@@ -65,4 +74,4 @@ def pointwise_conv_bn_act(
         raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [K, C, 1, 1] would do")
     check_like_output(NAME, "gate", gate, (x.shape[0], x.shape[1]), x)
     check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]), x)
-    return backends.choose(NAME, x).overload(x, weight, *norm, gate, residual, activation)
+    return backends.choose(NAME, x, _unsupported(x, weight, gate)).overload(x, weight, *norm, gate, residual, activation)
