@@ -128,11 +128,78 @@ CPU_GATES = [
 ] + [Gate(batch, 1, 2304, 96, 0) for batch in (1, 40)]
 
 
-@pytest.mark.parametrize(("width", "flag"), [(4, None), (8, "avx2"), (16, "avx512dq")], ids=["baseline", "avx2", "avx512"])
-def test_squeeze_excite_gate_cpu(width, flag, modules):
+@pytest.fixture(params=[(4, None), (8, "avx2"), (16, "avx512dq")], ids=["baseline", "avx2", "avx512"])
+def width(request) -> int:
+    """Floats in a vector of each instruction set that this machine has."""
+    width, flag = request.param
     cpu = Path("/proc/cpuinfo")
     if width > 4 and not (cpu.exists() and f" {flag} " in cpu.read_text()):
         pytest.skip(f"this machine has no {flag}")
+    return width
+
+
+def test_squeeze_excite_gate_cpu(width, modules):
     outs = emulator.run(modules["sound"], [gate.call() for gate in CPU_GATES], EMULATED_WIDTH=str(width))
     for gate, out in zip(CPU_GATES, outs, strict=True):
         assert_2x(torch.from_numpy(out), gate.expected(torch.float32), gate.expected(torch.float64), str(gate))
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """A pointwise convolution on the CPU: N, H * W, C and K."""
+
+    images: int
+    pixels: int
+    channels: int
+    out: int
+    gate: bool = False
+    residual: bool = False
+    activation: str = "silu"
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    misalign: int = 0
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        g = torch.Generator().manual_seed(self.channels)
+        rows, c, k = self.images * self.pixels, self.channels, self.out
+        x, residual = torch.randn(rows, c, generator=g).to(self.dtype), torch.randn(rows, k, generator=g).to(self.dtype)
+        weight = (torch.randn(k, c, generator=g) / c**0.5).to(self.weight_dtype)
+        norm = torch.rand(4, k, generator=g) + torch.tensor([0.5, -0.5, -0.5, 0.5])[:, None]
+        gate = torch.rand(self.images, c, generator=g)
+        return [x, weight, norm, gate if self.gate else None, residual if self.residual else None]
+
+    def expected(self, dtype: torch.dtype) -> torch.Tensor:
+        x, weight, norm, gate, residual = (None if t is None else t.to(dtype) for t in self.tensors())
+        x = x if gate is None else x * gate.repeat_interleave(self.pixels, 0)
+        y = F.batch_norm(F.linear(x, weight), norm[2], norm[3], norm[0], norm[1], eps=1e-3)
+        y = {"identity": lambda t: t, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[self.activation](y)
+        return y if residual is None else y + residual
+
+    def call(self) -> tuple[str, tuple]:
+        raw = [None if t is None else (t if t.dtype == torch.float32 else t.view(torch.uint16)).numpy() for t in self.tensors()]
+        options = (ACTIVATIONS[self.activation], DTYPES[self.dtype], DTYPES[self.weight_dtype], self.misalign)
+        return "pointwise", (*raw, self.pixels, *options)
+
+
+# The last ones are shared between the three threads, by rows and by channels, and deep enough for several slices.
+POINTWISES = [
+    Pointwise(1, 1, 1, 1),
+    Pointwise(2, 7, 3, 13, True, True, "relu6"),
+    Pointwise(1, 25, 17, 33, True, misalign=1),
+    Pointwise(3, 9, 33, 3, True, True, "relu", misalign=1),
+    Pointwise(1, 47, 16, 96),
+    Pointwise(2, 11, 100, 100, False, True, "identity", weight_dtype=torch.float16),
+    Pointwise(2, 13, 35, 49, True, True, "silu", torch.bfloat16, torch.bfloat16, 1),
+    Pointwise(1, 23, 64, 24, False, False, "identity", torch.bfloat16),
+    Pointwise(5, 171, 65, 66, True, True, misalign=1),
+    Pointwise(1, 9, 1549, 277, True, True, "identity", misalign=1),
+    Pointwise(1, 6, 800, 640, False, True),
+]
+
+
+def test_pointwise_cpu(width, modules):
+    outs = emulator.run(modules["sound"], [pointwise.call() for pointwise in POINTWISES], EMULATED_WIDTH=str(width))
+    for pointwise, out in zip(POINTWISES, outs, strict=True):
+        y = torch.from_numpy(out if pointwise.dtype == torch.float32 else out.view(np.int16)).view(pointwise.dtype)
+        plain = pointwise.expected(torch.float32).to(pointwise.dtype)
+        assert_2x(y, plain, pointwise.expected(torch.float64), str(pointwise))

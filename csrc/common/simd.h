@@ -39,6 +39,11 @@ template <int W> EFFNET_INLINE Float<W> load(const fp16* p) {  // to_float(fp16)
   return (Float<W>)((is_subnormal & subnormal) | (~is_subnormal & normal) | (bits & 0x8000) << 16);
 }
 template <int W> EFFNET_INLINE void store(float* p, Float<W> v) { memcpy(p, &v, sizeof(v)); }
+template <int W> EFFNET_INLINE void store(bf16* p, Float<W> v) {  // rounds to nearest, ties to even; NaN stays NaN
+  const Int<W> bits = (Int<W>)v, rounded = bits + 0x7fff + ((bits >> 16) & 1), is_nan = v != v;
+  const auto half = __builtin_convertvector(((is_nan & (bits | 1 << 22)) | (~is_nan & rounded)) >> 16, typename Lanes<W>::Half);
+  memcpy(p, &half, sizeof(half));
+}
 
 template <int W> EFFNET_INLINE float sum(Float<W> v) {
   if constexpr (W == 1) {

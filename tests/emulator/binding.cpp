@@ -70,6 +70,47 @@ py::array_t<float> squeeze_excite_gate(const py::array& partial, int count, cons
   return result;
 }
 
+// On the CPU; x is [rows, C], norm [4, K]: weight, bias, mean and variance.
+py::array pointwise(const py::array& x, const py::array& weight, const py::array& norm, const std::optional<py::array>& gate,
+                    const std::optional<py::array>& residual, int pixels, int activation, int dtype, int weight_dtype,
+                    int misalign) {
+  const Buffer inputs(x, misalign), weights(weight, misalign), norms(norm, misalign);
+  const auto optional = [&](const std::optional<py::array>& a) {
+    return a ? std::optional<Buffer>(std::in_place, *a, misalign) : std::nullopt;
+  };
+  const std::optional<Buffer> gates = optional(gate), residuals = optional(residual);
+
+  effnet_fast::pointwise::Params p{};
+  p.rows = x.shape(0);
+  p.pixels = pixels;
+  p.in_channels = int(x.shape(1));
+  p.out_channels = int(weight.shape(0));
+  p.norm_epsilon = 1e-3f;
+  p.activation = Activation(activation);
+  p.dtype = DType(dtype);
+  p.weight_dtype = DType(weight_dtype);
+  p.norm_dtype = DType::fp32;
+  const Buffer y(x.itemsize() * p.rows * p.out_channels, misalign * x.itemsize());
+  std::memset(y.data(), 0xff, x.itemsize() * p.rows * p.out_channels);  // NaN
+  p.x = inputs.data();
+  p.weight = weights.data();
+  const float* const rows = reinterpret_cast<const float*>(norms.data());
+  p.norm_weight = rows;
+  p.norm_bias = rows + p.out_channels;
+  p.norm_mean = rows + 2 * p.out_channels;
+  p.norm_variance = rows + 3 * p.out_channels;
+  p.gate = gates ? reinterpret_cast<const float*>(gates->data()) : nullptr;
+  p.residual = residuals ? residuals->data() : nullptr;
+  p.y = y.data();
+  emulated::pointwise_cpu(p);
+  py::array result(x.dtype(), {p.rows, int64_t(p.out_channels)});
+  std::memcpy(result.mutable_data(), y.data(), result.nbytes());
+  return result;
+}
+
 }  // namespace
 
-PYBIND11_MODULE(emulated, m) { m.def("squeeze_excite_gate", &squeeze_excite_gate); }
+PYBIND11_MODULE(emulated, m) {
+  m.def("squeeze_excite_gate", &squeeze_excite_gate);
+  m.def("pointwise", &pointwise);
+}

@@ -1,16 +1,6 @@
-// The CPU kernel under the sanitizers, as on a machine whose vectors have $EMULATED_WIDTH floats, with a thread pool that runs
-// its ranges one after another, last first.
-#include <cstdlib>
-#include <cstring>
+// The CPU kernel under the sanitizers, and for every CPU kernel a thread pool that runs its ranges one after another, last first.
+#include "cpu.h"
 
-namespace emulated {
-inline bool supports(const char* feature) {
-  const int width = std::atoi(std::getenv("EMULATED_WIDTH"));
-  return std::strncmp(feature, "avx512", 6) == 0 ? width >= 16 : width >= 8;
-}
-}  // namespace emulated
-
-#define __builtin_cpu_supports(feature) emulated::supports(feature)
 #include "kernels.h"
 #include "squeeze_excite/squeeze_excite_cpu.cpp"
 

@@ -1,0 +1,108 @@
+// effnet_fast::pointwise_conv_bn_act.native. The schema is in effnet_fast/ops/pointwise.
+#include "../pointwise/params.h"
+
+#include <limits>
+
+#include "torch.h"
+
+namespace effnet_fast::binding {
+namespace {
+
+constexpr const char* kPointwise = "pointwise_conv_bn_act";
+
+using torch::headeronly::MemoryFormat;
+
+// Whether [N, C, H, W] lies in memory as [N, H, W, C] without gaps; strides of dimensions of size 1 mean nothing.
+bool is_channels_last(const Tensor& t) {
+  int64_t expected = 1;
+  for (const int64_t dimension : {1, 3, 2, 0}) {
+    if (t.size(dimension) != 1 && t.stride(dimension) != expected) return t.numel() == 0;
+    expected *= t.size(dimension);
+  }
+  return true;
+}
+Tensor as_channels_last(const Tensor& t) {
+  return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+}
+
+void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                   const Tensor& norm_mean, const Tensor& norm_variance, double norm_epsilon, const OptionalTensor& gate,
+                   const OptionalTensor& residual, const std::string& activation, const Tensor& y) {
+  check(x.dim() == 4, kPointwise, ": x has shape ", shape_text(x), ", expected [N, C, H, W]");
+  check(weight.dim() == 4, kPointwise, ": weight has shape ", shape_text(weight), ", expected [K, C, 1, 1]");
+  const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = weight.size(0);
+  constexpr int64_t limit = std::numeric_limits<int>::max() / 64;
+  check(in >= 1 && in < limit && out >= 1 && out < limit, kPointwise, ": C and K must be at least 1 and below 2^25, got C=", in,
+        ", K=", out);
+  const auto dtype = [&](const char* name, const Tensor& t) { return dtype_of(kPointwise, name, t); };
+  const auto checked = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) -> const Tensor& {
+    check_shape(kPointwise, name, t, shape);
+    check_same_device(kPointwise, name, t, x);
+    return t;
+  };
+
+  pointwise::Params p{};
+  p.dtype = dtype("x", x);
+  check(p.dtype != DType::fp16, kPointwise, ": x must be float32 or bfloat16");
+  p.weight_dtype = dtype("weight", weight);
+  p.norm_dtype = dtype("norm_mean", norm_mean);
+  const auto read_norm = [&](const char* name, const Tensor& t) {
+    check(dtype(name, checked(name, t, {out})) == p.norm_dtype, kPointwise, ": ", name, " must have the dtype of norm_mean");
+    return as_contiguous(t);
+  };
+  const auto read_optional_norm = [&](const char* name, const OptionalTensor& t) {
+    return t ? OptionalTensor(read_norm(name, *t)) : std::nullopt;
+  };
+  const Tensor inputs = as_channels_last(x), weights = as_contiguous(checked("weight", weight, {out, in, 1, 1}));
+  const Tensor mean = read_norm("norm_mean", norm_mean), variance = read_norm("norm_var", norm_variance);
+  const OptionalTensor scale = read_optional_norm("norm_weight", norm_weight);
+  const OptionalTensor shift = read_optional_norm("norm_bias", norm_bias);
+  OptionalTensor gates, residuals;
+  if (gate) {
+    check(dtype("gate", *gate) == DType::fp32, kPointwise, ": gate must be float32");
+    gates = as_contiguous(checked("gate", *gate, {images, in}));
+  }
+  if (residual) {
+    check(dtype("residual", *residual) == p.dtype, kPointwise, ": residual must have the dtype of x");
+    residuals = as_channels_last(checked("residual", *residual, {images, out, height, width}));
+  }
+  check(is_channels_last(checked("y", y, {images, out, height, width})), kPointwise, ": y must be channels_last");
+  check(dtype("y", y) == p.dtype, kPointwise, ": y must have the dtype of x");
+
+  const auto pointer = [](const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; };
+  p.x = inputs.const_data_ptr();
+  p.weight = weights.const_data_ptr();
+  p.norm_weight = pointer(scale);
+  p.norm_bias = pointer(shift);
+  p.norm_mean = mean.const_data_ptr();
+  p.norm_variance = variance.const_data_ptr();
+  p.gate = static_cast<const float*>(pointer(gates));
+  p.residual = pointer(residuals);
+  p.y = y.mutable_data_ptr();
+  p.rows = images * height * width;
+  p.pixels = height * width;
+  p.in_channels = int(in);
+  p.out_channels = int(out);
+  p.norm_epsilon = float(norm_epsilon);
+  p.activation = activation_of(kPointwise, activation);
+  if (p.rows > 0) pointwise::conv_bn_act_cpu(p);
+}
+
+Tensor pointwise_made(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                      const Tensor& norm_mean, const Tensor& norm_variance, double norm_epsilon, const OptionalTensor& gate,
+                      const OptionalTensor& residual, const std::string& activation) {
+  check(x.dim() == 4, kPointwise, ": x has shape ", shape_text(x), ", expected [N, C, H, W]");
+  check(weight.dim() == 4, kPointwise, ": weight has shape ", shape_text(weight), ", expected [K, C, 1, 1]");
+  Tensor y = torch::stable::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(),
+                                  std::nullopt, MemoryFormat::ChannelsLast);
+  pointwise_out(x, weight, norm_weight, norm_bias, norm_mean, norm_variance, norm_epsilon, gate, residual, activation, y);
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
+  m.impl("pointwise_conv_bn_act.native", TORCH_BOX(&pointwise_made));
+  m.impl("pointwise_conv_bn_act.native_out", TORCH_BOX(&pointwise_out));
+}
+
+}  // namespace
+}  // namespace effnet_fast::binding

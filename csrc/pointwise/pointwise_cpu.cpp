@@ -1,0 +1,358 @@
+// The pointwise convolution on the CPU: a GEMM of [rows, in_channels] with weight^T, gate in its prologue, norm, activation and
+// residual in its epilogue.
+//
+// A thread owns a rectangle of the output: a range of rows, a range of channels, or both (split_work). Vectors run along the
+// output channels. It packs the weights of a group of its channels, transposed, into scratch that stays in L2, and goes over its
+// rows kBlock at a time: the gate is multiplied into a copy of the block, and each panel of up to three vectors of channels is
+// multiplied with up to twelve rows in registers, in_channels deep, then finished while it is in L1.
+//
+// An output costs in_channels multiply-adds; x is read once for each group of channels, y is written and the residual read once,
+// the weights are read once by every thread that shares their channels. The multiply-adds bind, one vector of them for each half
+// of a vector loaded; below about 40 input channels SiLU does (20 instructions and a division a vector).
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../common/parallel.h"
+#include "../common/simd.h"
+#include "params.h"
+
+namespace effnet_fast::pointwise {
+namespace {
+
+constexpr int kBlock = 24;             // rows that a thread takes on at once: a multiple of every kernel's rows
+constexpr int kChunk = 64;             // products added up before they join a total: a longer chain rounds worse than oneDNN
+constexpr int kSlice = 768;            // input channels taken on at once, so that kPacked holds more than a panel
+constexpr int kPartialRows = 1024;     // rows whose sums wait for the next slice
+constexpr int kPacked = 96 << 10;      // packed weights, in floats, that stay in L2 beside a block of rows
+constexpr int64_t kGrain = 1 << 20;    // multiply-adds worth a thread: waking a sleeping one costs about 30 us
+constexpr double kPackCost = 0.4;      // packing a weight, and
+constexpr double kPrologueCost = 0.2;  // multiplying a gate into an input, in multiply-adds of a vector
+
+// The rectangle of the output that a thread owns.
+struct Part {
+  const Params* params;
+  int64_t first_row, last_row;
+  int first_channel, last_channel;  // the first is a multiple of the vector's width
+};
+
+// Rows of the register tile of V vectors: as many as the registers hold.
+constexpr int kMostRows = 12;
+template <int W, int V> constexpr int kRows = W == 16 ? (V == 3 ? 8 : 12) : V == 3 ? 4 : V == 2 ? 6 : 12;
+
+// --- packing ---------------------------------------------------------------------------------------------------------------
+
+template <int W, bool high, size_t... lane>
+EFFNET_INLINE simd::Float<W> interleave(simd::Float<W> a, simd::Float<W> b, std::index_sequence<lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (int(lane) / 2 + int(lane) % 2 * W + (high ? W / 2 : 0))...);
+#else
+  return __builtin_shuffle(a, b, simd::Int<W>{(int(lane) / 2 + int(lane) % 2 * W + (high ? W / 2 : 0))...});
+#endif
+}
+
+// log2(W) perfect shuffles of W rows transpose them.
+template <int W> EFFNET_INLINE void transpose(simd::Float<W> (&rows)[W]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    simd::Float<W> shuffled[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      shuffled[2 * i] = interleave<W, false>(rows[i], rows[i + W / 2], std::make_index_sequence<W>());
+      shuffled[2 * i + 1] = interleave<W, true>(rows[i], rows[i + W / 2], std::make_index_sequence<W>());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = shuffled[i];
+  }
+}
+
+// One vector of channels: packed[i * pitch + lane] = weight[lane * stride + i], zero for the lanes from `channels` on.
+template <int W, typename T>
+EFFNET_INLINE void pack(const T* weight, int stride, int depth, int channels, float* packed, int pitch) {
+  using namespace simd;
+  int i = 0;
+  for (; channels == W && i + W <= depth; i += W) {
+    Float<W> rows[W];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; ++lane) rows[lane] = load<W>(weight + int64_t(lane) * stride + i);
+    transpose<W>(rows);
+#pragma GCC unroll 16
+    for (int k = 0; k < W; ++k) store<W>(packed + int64_t(i + k) * pitch, rows[k]);
+  }
+  for (; i < depth; ++i)
+    for (int lane = 0; lane < W; ++lane)
+      packed[int64_t(i) * pitch + lane] = lane < channels ? to_float(weight[int64_t(lane) * stride + i]) : 0.f;
+}
+
+// scale and shift of a group of channels: norm(v) = v * scale + shift.
+template <typename T> void fold(const Params& p, int first, int last, float* scale, float* shift) {
+  const T *weight = static_cast<const T*>(p.norm_weight), *bias = static_cast<const T*>(p.norm_bias);
+  const T *mean = static_cast<const T*>(p.norm_mean), *variance = static_cast<const T*>(p.norm_variance);
+  for (int c = first; c < last; ++c) {
+    const float factor = (weight ? to_float(weight[c]) : 1.f) / std::sqrt(to_float(variance[c]) + p.norm_epsilon);
+    scale[c - first] = factor;
+    shift[c - first] = (bias ? to_float(bias[c]) : 0.f) - to_float(mean[c]) * factor;
+  }
+}
+
+// --- rows ------------------------------------------------------------------------------------------------------------------
+
+// Inputs [start, start + depth) of the rows from `first` on, in fp32, times the gates of the images that they belong to.
+template <int W, typename T>
+EFFNET_INLINE void gate_rows(const Params& p, int64_t first, int rows, int start, int depth, float* output, int pitch) {
+  using namespace simd;
+  for (int r = 0; r < rows; ++r, output += pitch) {
+    const T* x = static_cast<const T*>(p.x) + (first + r) * p.in_channels + start;
+    const float* gate = p.gate ? p.gate + (first + r) / p.pixels * p.in_channels + start : nullptr;
+    int i = 0;
+    for (; i + W <= depth; i += W) store<W>(output + i, gate ? load<W>(x + i) * load<W>(gate + i) : load<W>(x + i));
+    for (; i < depth; ++i) output[i] = gate ? to_float(x[i]) * gate[i] : to_float(x[i]);
+  }
+}
+
+struct Rows {
+  const float* at;
+  int pitch;
+};
+
+// A range of the input channels.
+struct Slice {
+  int start, depth;
+};
+
+// tile[R][V * W] = or, if `adds`, += R rows of x times a packed panel.
+template <int W, int R, int V> EFFNET_INLINE void multiply(const Rows& x, const float* panel, int depth, bool adds, float* tile) {
+  using namespace simd;
+  int start = 0;
+  do {
+    const int end = std::min(depth, start + kChunk);
+    Float<W> sums[R][V] = {};
+    for (int i = start; i < end; ++i) {
+      Float<W> weights[V];
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) weights[v] = load<W>(panel + (int64_t(i) * V + v) * W);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const float value = x.at[int64_t(r) * x.pitch + i];
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) sums[r][v] += weights[v] * value;
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        float* total = tile + (r * V + v) * W;
+        store<W>(total, start == 0 && !adds ? sums[r][v] : load<W>(total) + sums[r][v]);
+      }
+    start = end;
+  } while (start < depth);
+}
+
+// As many of the next rows as there is a kernel for, at most `rows`; returns how many.
+template <int W, int V, int R = kRows<W, V>>
+EFFNET_INLINE int multiply_some(const Rows& x, const float* panel, int depth, int rows, bool adds, float* tile) {
+  if constexpr (R > 1) {
+    constexpr int kFewer = R > 8 ? 8 : R > 4 ? 4 : R / 2;
+    if (rows < R) return multiply_some<W, V, kFewer>(x, panel, depth, rows, adds, tile);
+  }
+  multiply<W, R, V>(x, panel, depth, adds, tile);
+  return R;
+}
+
+// A panel of packed weights, and what becomes of its products.
+struct Panel {
+  const float *weights, *scale, *shift;
+  int vectors;
+  int channel;  // the first
+};
+
+// Norm, activation and residual of a tile, from that row of the output.
+template <int W, Activation activation, typename T>
+EFFNET_INLINE void finish(const Params& p, const Panel& panel, const float* tile, int64_t row, int rows) {
+  using namespace simd;
+  for (int r = 0; r < rows; ++r) {
+    for (int v = 0; v < panel.vectors; ++v, tile += W) {
+      const int channel = panel.channel + v * W, channels = std::min(W, p.out_channels - channel);
+      const int64_t at = (row + r) * p.out_channels + channel;
+      const T* residual = p.residual ? static_cast<const T*>(p.residual) + at : nullptr;
+      T* y = static_cast<T*>(p.y) + at;
+      Float<W> value = load<W>(tile) * load<W>(panel.scale + v * W) + load<W>(panel.shift + v * W);
+      value = activate<W>(activation, value);
+      if (channels == W) {
+        if (residual) value += load<W>(residual);
+        store<W>(y, value);
+      } else {
+        T edge[W] = {};
+        if (residual) {
+          memcpy(edge, residual, channels * sizeof(T));
+          value += load<W>(edge);
+        }
+        store<W>(edge, value);
+        memcpy(y, edge, channels * sizeof(T));
+      }
+    }
+  }
+}
+
+// Rows [row, row + rows) of the output, which come from x: the slice of its inputs that the panel holds the weights of. Between
+// slices the products wait in `partial`, [rows][panel.vectors * W].
+template <int W, typename T> EFFNET_INLINE void run_panel(const Params& p, const Panel& panel, Rows x, const Slice& slice,
+                                                          int64_t row, int rows, float* partial) {
+  alignas(64) float registers[kMostRows * 2 * W];
+  for (const int64_t last = row + rows; row < last;) {
+    const int left = int(last - row);
+    const bool adds = slice.start > 0, finishes = slice.start + slice.depth == p.in_channels;
+    float* tile = adds || !finishes ? partial : registers;
+    for (int r = 0; finishes && r < std::min(left, kMostRows); ++r)
+      for (int v = 0; v < panel.vectors; ++v) {
+        const int64_t at = (row + r) * p.out_channels + panel.channel + v * W;
+        __builtin_prefetch(static_cast<T*>(p.y) + at, 1);  // a tenth to a fifth of the time of outputs beyond L2
+        if (p.residual) __builtin_prefetch(static_cast<const T*>(p.residual) + at);
+      }
+    int taken = 0;
+    switch (panel.vectors) {
+      case 1: taken = multiply_some<W, 1>(x, panel.weights, slice.depth, left, adds, tile); break;
+      case 2: taken = multiply_some<W, 2>(x, panel.weights, slice.depth, left, adds, tile); break;
+      case 3: taken = multiply_some<W, 3>(x, panel.weights, slice.depth, left, adds, tile); break;
+    }
+    if (finishes) {
+      switch (p.activation) {
+        case Activation::silu: finish<W, Activation::silu, T>(p, panel, tile, row, taken); break;
+        case Activation::relu: finish<W, Activation::relu, T>(p, panel, tile, row, taken); break;
+        case Activation::relu6: finish<W, Activation::relu6, T>(p, panel, tile, row, taken); break;
+        default: finish<W, Activation::identity, T>(p, panel, tile, row, taken);
+      }
+    }
+    x.at += int64_t(taken) * x.pitch;
+    row += taken;
+    partial += taken * panel.vectors * W;
+  }
+}
+
+// --- a thread's part ---------------------------------------------------------------------------------------------------------
+
+// Kept from call to call: fresh memory costs more to fault in than a small layer costs to compute.
+float* scratch(size_t floats) {
+  struct alignas(64) Line {
+    float at[16];
+  };
+  thread_local std::vector<Line> lines;
+  if (lines.size() * 16 < floats) lines.resize((floats + 15) / 16);
+  return lines.data()->at;
+}
+
+constexpr int panel_vectors(int left) { return left == 1 || left == 3 ? left : 2; }
+
+// The panels of `count` vectors of channels from `first` on, up to `last`, packed one after another.
+template <int W> EFFNET_INLINE void pack_group(const Params& p, const Slice& slice, int first, int last, int count, float* packed) {
+  for (int v = 0, panel = 0; v < count; v += panel) {
+    panel = panel_vectors(count - v);
+    for (int k = v; k < v + panel; ++k) {
+      const int channel = first + k * W, channels = std::min(W, last - channel), in = p.in_channels, depth = slice.depth;
+      float* target = packed + int64_t(v) * W * depth + (k - v) * W;
+      const int64_t at = int64_t(channel) * in + slice.start;
+      switch (p.weight_dtype) {
+        case DType::fp32: pack<W>(static_cast<const float*>(p.weight) + at, in, depth, channels, target, panel * W); break;
+        case DType::bf16: pack<W>(static_cast<const bf16*>(p.weight) + at, in, depth, channels, target, panel * W); break;
+        case DType::fp16: pack<W>(static_cast<const fp16*>(p.weight) + at, in, depth, channels, target, panel * W); break;
+      }
+    }
+  }
+}
+
+template <int W, typename T> EFFNET_INLINE void run_part(const Part& part) {
+  const Params& p = *part.params;
+  const int vectors = (part.last_channel - part.first_channel + W - 1) / W;
+  const int slices = (p.in_channels - 1) / kSlice + 1;
+  const int slice_depth = slices == 1 ? p.in_channels : ((p.in_channels - 1) / slices / kChunk + 1) * kChunk;
+  const int groups = (vectors - 1) / std::max(2, kPacked / slice_depth / W) + 1, most = (vectors - 1) / groups + 1;
+  const bool copies = p.gate || !std::is_same_v<T, float>;
+  const int pitch = ((slice_depth + 15) / 16 | 1) * 16;  // an odd number of lines: the block's rows fall into different sets of L1
+  const int64_t most_rows = std::min<int64_t>(slices == 1 ? INT64_MAX : kPartialRows, part.last_row - part.first_row);
+  const size_t block_size = copies ? size_t(kBlock) * pitch : 0, partial_size = slices == 1 ? 0 : size_t(most_rows) * most * W;
+  float* scale = scratch(size_t(most) * W * (slice_depth + 2) + block_size + partial_size);
+  float *shift = scale + most * W, *packed = shift + most * W, *block = packed + int64_t(most) * W * slice_depth;
+  float* partial = block + block_size;
+
+  for (int64_t top = part.first_row; top < part.last_row; top += most_rows) {
+    const int64_t bottom = std::min(part.last_row, top + most_rows);
+    for (int begin = 0; begin < vectors; begin += most) {
+      const int count = std::min(most, vectors - begin), first = part.first_channel + begin * W;
+      const int last = std::min(part.last_channel, first + count * W);
+      std::fill_n(scale, 2 * most * W, 0.f);
+      with_dtype(p.norm_dtype, [&](auto type) { fold<decltype(type)>(p, first, last, scale, shift); });
+      for (int start = 0; start < p.in_channels; start += slice_depth) {
+        const Slice slice{start, std::min(slice_depth, p.in_channels - start)};
+        pack_group<W>(p, slice, first, last, count, packed);
+        for (int64_t row = top; row < bottom; row += kBlock) {
+          const int rows = int(std::min<int64_t>(kBlock, bottom - row));
+          Rows x{block, pitch};
+          if (copies) {
+            gate_rows<W, T>(p, row, rows, slice.start, slice.depth, block, pitch);
+          } else {
+            x = {static_cast<const float*>(p.x) + row * p.in_channels + slice.start, p.in_channels};
+          }
+          for (int v = 0, taken = 0; v < count; v += taken) {
+            taken = panel_vectors(count - v);
+            const Panel panel{packed + int64_t(v) * W * slice.depth, scale + v * W, shift + v * W, taken, first + v * W};
+            float* waiting = slices == 1 ? nullptr : partial + (v * (bottom - top) + (row - top) * taken) * W;
+            run_panel<W, T>(p, panel, x, slice, row, rows, waiting);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int W> EFFNET_INLINE void run_dtype(const Part& part) {
+  if (part.params->dtype == DType::bf16) return run_part<W, bf16>(part);
+  run_part<W, float>(part);
+}
+
+EFFNET_PER_ISA(run, (const Part& part), run_dtype, (part))
+
+struct Split {
+  int64_t by_rows;
+  int64_t by_channels;
+};
+
+// Threads that share channels each pack their weights, threads that share rows each multiply in their gates: the cheapest way to
+// cut the output into as many rectangles as there are threads.
+Split split_work(const Params& p, int threads) {
+  const int64_t width = simd::width(), vectors = (p.out_channels + width - 1) / width;
+  Split best{1, 1};
+  double least = INFINITY;
+  for (int64_t by_channels = 1; by_channels <= std::min<int64_t>(threads, vectors); ++by_channels) {
+    const int64_t by_rows = std::min(threads / by_channels, (p.rows + kBlock / 2 - 1) / (kBlock / 2));
+    const double mine = double((vectors - 1) / by_channels + 1), rows = double((p.rows - 1) / by_rows + 1);
+    const double cost = mine * double(width) * kPackCost + rows * (mine + (p.gate ? kPrologueCost : 0.));
+    if (cost < least) {
+      least = cost;
+      best = {by_rows, by_channels};
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+void conv_bn_act_cpu(const Params& p) {
+  const int64_t work = p.rows * p.in_channels * p.out_channels, width = simd::width();
+  const int64_t vectors = (p.out_channels + width - 1) / width;
+  const Split split = split_work(p, int(std::clamp<int64_t>(work / kGrain, 1, thread_count())));
+  parallel_for(split.by_rows * split.by_channels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t across = i % split.by_channels, down = i / split.by_channels;
+      const auto row = [&](int64_t k) { return k == split.by_rows ? p.rows : p.rows * k / split.by_rows / 4 * 4; };
+      const auto channel = [&](int64_t k) {
+        return int(std::min<int64_t>(p.out_channels, vectors * k / split.by_channels * width));
+      };
+      run(Part{&p, row(down), row(down + 1), channel(across), channel(across + 1)});
+    }
+  });
+}
+
+}  // namespace effnet_fast::pointwise

@@ -1,0 +1,278 @@
+"""pointwise_conv_bn_act on the compiled CPU kernel: against fp64 by the 2x rule, its laws, threads, views and errors."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_2x
+
+from effnet_fast import ops
+from effnet_fast.models import FAMILY
+from effnet_fast.ops import backends, native
+
+pytestmark = pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON))
+
+POINTWISE = torch.ops.effnet_fast.pointwise_conv_bn_act
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def arguments(images, channels, out, height, width, *, gate=True, residual=True, activation="silu", dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(images, c, height, width, generator=g).to(dtype) for c in (channels, out))
+    weight = torch.randn(out, channels, 1, 1, generator=g) / channels**0.5
+    norm = [torch.rand(out, generator=g) + shift for shift in (0.5, -0.5, -0.5, 0.5)]
+    gates = torch.rand(images, channels, generator=g)
+    last = {"memory_format": torch.channels_last}
+    return [
+        x.contiguous(**last),
+        weight.to(dtype),
+        *norm,
+        1e-3,
+        gates if gate else None,
+        y.contiguous(**last) if residual else None,
+        activation,
+    ]
+
+
+def wide(args):
+    return [a.double() if torch.is_tensor(a) else a for a in args]
+
+
+def check(args):
+    y = POINTWISE.native(*args)
+    assert y.dtype == args[0].dtype and y.is_contiguous(memory_format=torch.channels_last)
+    assert_2x(y, POINTWISE.reference(*args), POINTWISE.reference(*wide(args)), str([tuple(a.shape) for a in args[:2]]))
+    return y
+
+
+SIZES = [1, 3, 7, 13, 17, 33, 100]
+
+
+# Rows come in tiles of 12 or fewer, channels in panels of up to three vectors of 4, 8 or 16.
+@pytest.mark.parametrize("channels", SIZES)
+@pytest.mark.parametrize("out", SIZES)
+def test_odd_sizes(channels, out):
+    for (height, width), dtype in itertools.product([(1, 1), (1, 3), (7, 1), (1, 13), (17, 1), (3, 11), (5, 20)], DTYPES):
+        check(arguments(2, channels, out, height, width, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("gate", [False, True], ids=["", "gate"])
+def test_parts(gate, residual, activation, dtype):
+    for shape in [(3, 40, 24, 5, 7), (1, 24, 40, 6, 6)]:
+        check(arguments(*shape, gate=gate, residual=residual, activation=activation, dtype=dtype))
+
+
+def family_shapes() -> list[tuple[int, int, int, bool, bool]]:
+    """Every distinct pointwise shape of B0..B7: C, K, side, gate, residual."""
+    found = {}
+    for number in range(8):
+        config = FAMILY[f"efficientnet_b{number}"]
+        size, last = (config.resolution + 1) // 2, 0
+        for block in config.blocks():
+            if block.expanded_channels != block.in_channels:
+                found[block.in_channels, block.expanded_channels, size, False, False] = None
+            size = (size + block.stride - 1) // block.stride
+            residual = block.stride == 1 and block.in_channels == block.out_channels
+            found[block.expanded_channels, block.out_channels, size, True, residual] = None
+            last = block.out_channels
+        found[last, config.head_channels, size, False, False] = None
+    return list(found)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_family(images):
+    """All channels, few rows: sides keep their residues modulo 4."""
+    shapes = {(c, k, min(side, 4 + side % 4), gate, residual) for c, k, side, gate, residual in family_shapes()}
+    for channels, out, side, gate, residual in sorted(shapes):
+        activation = "identity" if gate else "silu"
+        check(arguments(images, channels, out, side, side, gate=gate, residual=residual, activation=activation))
+
+
+@pytest.mark.parametrize("shape", [(16, 96, 112, False), (672, 192, 7, True), (320, 1280, 7, False)], ids=str)
+def test_full_shapes(shape):
+    channels, out, side, gate = shape
+    check(arguments(1, channels, out, side, side, gate=gate, residual=gate))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1600, 330, 7, 7), (2, 16, 96, 40, 41), (5, 240, 40, 14, 14), (1, 64, 3000, 3, 3), (16, 801, 19, 13, 13)], ids=str
+)
+def test_threads_do_not_change_a_bit(shape, dtype):
+    """Shared by rows, by channels and by both; deep enough for several slices."""
+    args, before, outs = arguments(*shape, dtype=dtype), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            outs.append(POINTWISE.native(*args))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert torch.equal(outs[0], check(args))
+
+
+def sliced(t):
+    larger = torch.full([size + 2 for size in t.shape], float("nan"), dtype=t.dtype)
+    return larger[tuple(slice(1, -1) for _ in t.shape)].copy_(t)
+
+
+def misaligned(t):
+    """At an address that is no multiple of a vector, in the same layout."""
+    last = {"memory_format": torch.channels_last} if t.dim() == 4 else {}
+    dense = t.permute(0, 2, 3, 1).contiguous() if t.dim() == 4 else t
+    moved = torch.cat([dense.new_zeros(1), dense.flatten()])[1:].view(dense.shape)
+    moved = moved.permute(0, 3, 1, 2) if t.dim() == 4 else moved
+    assert moved.is_contiguous(**last)
+    return moved
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", [sliced, misaligned, torch.Tensor.contiguous], ids=["sliced", "misaligned", "NCHW"])
+def test_views(view, dtype):
+    for shape in [(2, 24, 40, 5, 7), (3, 1, 20, 4, 4), (2, 20, 1, 4, 4), (4, 9, 10, 1, 1), (1, 16, 16, 1, 9)]:
+        args = arguments(*shape, dtype=dtype)
+        views = [view(a) if torch.is_tensor(a) else a for a in args]
+        assert torch.equal(POINTWISE.native(*views), POINTWISE.native(*args))
+
+
+def test_no_images_and_no_pixels():
+    for shape in [(0, 24, 40, 5, 7), (2, 24, 40, 0, 3)]:
+        args = arguments(*shape)
+        assert POINTWISE.native(*args).shape == (shape[0], 40, *shape[3:])
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mixed_dtypes(weight_dtype, norm_dtype):
+    args = arguments(2, 35, 50, 5, 5, dtype=torch.bfloat16)
+    args[1] = args[1].to(weight_dtype)
+    args[2:6] = [a.to(norm_dtype) for a in args[2:6]]
+    check(args)
+
+
+def test_norm_without_weight_and_bias():
+    args = arguments(2, 35, 50, 5, 5)
+    args[2] = args[3] = None
+    check(args)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_pixels_spoil_themselves_alone(value):
+    args = arguments(2, 40, 33, 6, 5)
+    clean = POINTWISE.native(*args)
+    args[0][1, 7, 2, 3] = value
+    out, plain = POINTWISE.native(*args), POINTWISE.reference(*args)
+    keep = torch.ones(2, 6, 5, dtype=torch.bool)
+    keep[1, 2, 3] = False
+    assert torch.equal(out.movedim(1, -1)[keep], clean.movedim(1, -1)[keep])
+    assert torch.equal(out.isnan(), plain.isnan())
+
+
+def test_bf16_is_rounded_to_nearest():
+    """A GEMM with the identity, norm of ones, returns every kind of bf16 as it was, and rounds sums ties to even."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).reshape(1, 16, 64, 64)
+    one, zero = torch.ones(16), torch.zeros(16)
+    eye = torch.eye(16).reshape(16, 16, 1, 1)
+    finite = torch.where(x.isfinite() & (x.abs() > 1e-30), x, torch.zeros_like(x))  # 0 * inf would spoil the pixel
+    residual = finite.roll(1, 1).contiguous(memory_format=torch.channels_last)
+    y = POINTWISE.native(finite, eye, one, zero, zero, one, 0.0, None, residual, "identity")
+    assert torch.equal(y, (finite.float() + residual.float()).to(torch.bfloat16))
+
+
+shapes = st.tuples(*(st.integers(1, size) for size in (4, 70, 70, 6, 6)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 1000))
+def test_a_gate_of_ones_changes_nothing(shape, seed):
+    args = arguments(*shape, gate=False, seed=seed)
+    plain = POINTWISE.native(*args)
+    args[7] = torch.ones(shape[0], shape[1])
+    assert torch.equal(POINTWISE.native(*args), plain)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 1000), st.integers(-6, 6))
+def test_scaling_by_a_power_of_two_is_exact(shape, seed, exponent):
+    """Half of linearity, to the bit: without a shift, y(2^e x) = 2^e y(x)."""
+    args = arguments(*shape, residual=False, activation="identity", seed=seed)
+    args[3] = args[4] = torch.zeros(shape[2])
+    plain = POINTWISE.native(*args)
+    args[0] = args[0] * 2.0**exponent
+    assert torch.equal(POINTWISE.native(*args), plain * 2.0**exponent)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 1000))
+def test_sums_of_integers_are_exact(shape, seed):
+    """The other half: y(a + b) = y(a) + y(b), where all sums are small integers."""
+    args = arguments(*shape, gate=False, residual=False, activation="identity", seed=seed)
+    args[0], args[1] = args[0].mul(4).round(), args[1].mul(40).round()
+    args[2:7] = [None, None, torch.zeros(shape[2]), torch.ones(shape[2]), 0.0]
+    other = args[0].flip(1).contiguous(memory_format=torch.channels_last)
+    both = POINTWISE.native(args[0] + other, *args[1:])
+    assert torch.equal(both, POINTWISE.native(*args) + POINTWISE.native(other, *args[1:]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 1000), st.randoms())
+def test_permuted_images_give_permuted_outputs(shape, seed, random):
+    args = arguments(*shape, seed=seed)
+    order = random.sample(range(shape[0]), shape[0])
+    moved = [a[order] if i in (0, 7, 8) else a for i, a in enumerate(args)]
+    assert torch.equal(POINTWISE.native(*moved), POINTWISE.native(*args)[order])
+
+
+def test_out_form_refuses_another_layout():
+    args = arguments(2, 16, 24, 4, 4)
+    with pytest.raises(RuntimeError, match="pointwise_conv_bn_act: y must be channels_last"):
+        POINTWISE.native_out(*args, y=torch.empty(2, 24, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("position", "bad", "message"),
+    [
+        (0, torch.zeros(2, 24, 4), r"x has shape \[2, 24, 4\], expected \[N, C, H, W\]"),
+        (0, torch.zeros(2, 24, 4, 4, dtype=torch.float16), "x must be float32 or bfloat16"),
+        (0, torch.zeros(2, 24, 4, 4, dtype=torch.int32), "x must be float32, bfloat16 or float16"),
+        (0, torch.zeros(2, 0, 4, 4), "C and K must be at least 1"),
+        (1, torch.zeros(40, 20, 1, 1), r"weight has shape \[40, 20, 1, 1\], expected \[40, 24, 1, 1\]"),
+        (1, torch.zeros(40, 24), r"weight has shape \[40, 24\]"),
+        (2, torch.zeros(39), r"norm_weight has shape \[39\], expected \[40\]"),
+        (3, torch.zeros(40, dtype=torch.bfloat16), "norm_bias must have the dtype of norm_mean"),
+        (5, torch.zeros(41), r"norm_var has shape \[41\], expected \[40\]"),
+        (7, torch.zeros(2, 40), r"gate has shape \[2, 40\], expected \[2, 24\]"),
+        (7, torch.zeros(2, 24, dtype=torch.bfloat16), "gate must be float32"),
+        (8, torch.zeros(2, 24, 4, 4), r"residual has shape \[2, 24, 4, 4\], expected \[2, 40, 4, 4\]"),
+        (8, torch.zeros(2, 40, 4, 4, dtype=torch.bfloat16), "residual must have the dtype of x"),
+        (9, "gelu", "activation must be silu, relu, relu6 or identity, got 'gelu'"),
+    ],
+)
+def test_refuses(position, bad, message):
+    args = arguments(2, 24, 40, 4, 4)
+    args[position] = bad
+    with pytest.raises(RuntimeError, match=f"pointwise_conv_bn_act: {message}"):
+        POINTWISE.native(*args)
+
+
+def test_public_function_takes_the_native_kernel():
+    x, weight, *norm, gate, residual, activation = args = arguments(2, 24, 40, 4, 4)
+    with backends.tracing() as trace:
+        y = ops.pointwise_conv_bn_act(x, weight, ops.Norm(*norm), gate=gate, residual=residual, activation=activation)
+    assert torch.equal(y, POINTWISE.native(*args)) and trace[0].backend == "native"
+
+
+def test_a_gate_over_many_rows_and_channels_goes_to_onednn():
+    for images, backend in ((15, "native"), (16, "reference")):
+        x, weight, *norm, gate, residual, activation = arguments(images, 960, 256, 8, 8)
+        with backends.tracing() as trace:
+            ops.pointwise_conv_bn_act(x, weight, ops.Norm(*norm), gate=gate, residual=residual, activation=activation)
+        assert trace[0].backend == backend
+        assert (trace[0].refused.get("native") == "a gate over many rows and channels: oneDNN is faster") == (images == 16)
