@@ -1,6 +1,6 @@
 """Which backend runs an op: an ordered list of kernels, each with a reason why it cannot run, or none.
 
-The table is filled once, at import. A choice looks only at dtype and device; it is made above the dispatcher, so that
+The table is filled once, at import. A choice looks at dtype, device and what the op says of its other arguments; it is made above the dispatcher, so that
 ``torch.compile(fullgraph=True)`` sees one op and nothing of how it was chosen.
 """
 
@@ -61,8 +61,10 @@ def always(x: torch.Tensor) -> str | None:
     return None
 
 
-def choose(op: str, x: torch.Tensor) -> Kernel:
+def choose(op: str, x: torch.Tensor, unsupported: str | None = None) -> Kernel:
     """The kernel of ``op`` that runs for ``x``: the asked-for backend if it can, else the best that can.
+
+    ``unsupported`` is why the op's other arguments leave it to the reference, if they do.
 
     Raises RuntimeError where the asked-for backend cannot run and the request was strict.
     """
@@ -72,7 +74,7 @@ def choose(op: str, x: torch.Tensor) -> Kernel:
     chosen = None
     refused = dict.fromkeys(BACKENDS, "no kernel of this op")
     for kernel in kernels:
-        reason = kernel.can_run(x)
+        reason = kernel.can_run(x) or (unsupported if kernel.backend != "reference" else None)
         if reason is None and chosen is None:
             chosen = kernel
         refused[kernel.backend] = reason or "another backend comes first"
