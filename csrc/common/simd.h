@@ -68,9 +68,7 @@ template <int W> EFFNET_INLINE float sum(Float<W> v) {
   }
 }
 
-template <int W> EFFNET_INLINE Float<W> select(Int<W> mask, Float<W> yes, Float<W> no) {
-  return mask ? yes : no;
-}
+template <int W> EFFNET_INLINE Float<W> select(Int<W> mask, Float<W> yes, Float<W> no) { return mask ? yes : no; }
 
 // e^v within 2 ulp for v in [-87.3, 88.3]; infinity above, e^-87.3 below, NaN stays NaN. e^v = 2^n e^r with |r| <= ln2 / 2.
 template <int W> EFFNET_INLINE Float<W> exp(Float<W> v) {
@@ -115,6 +113,13 @@ inline int width() {
 #else
   return 4;
 #endif
+}
+
+// Floats in the widest vector, 16, 8, 4 or 1, that so many elements fill.
+inline int width_for(int elements) {
+  int lanes = width();
+  while (lanes > elements) lanes = lanes > 4 ? lanes / 2 : 1;
+  return lanes;
 }
 
 }  // namespace effnet_fast::simd

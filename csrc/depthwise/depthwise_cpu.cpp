@@ -93,9 +93,10 @@ EFFNET_INLINE void add_taps(const ForwardParams& p, const Block<W, K>& block, co
   }
 }
 
-// Output rows [first, last) of W channels from `channel` on.
-template <int W, int K, int S, typename T>
-EFFNET_INLINE void rows(const ForwardParams& p, int64_t image, Block<W, K>& block, int channel, int first, int last) {
+// Output rows [first, last) of W channels from `channel` on. Fetches x from the address `ahead` on, as many bytes as new ones are
+// read: all vectors of channels together fetch in order what the next rows need.
+template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const ForwardParams& p, int64_t image, Block<W, K>& block,
+                                                                   int channel, int first, int last, uintptr_t ahead) {
   using namespace simd;
   for (int row = first; row < last; ++row) {
     const int start = row * S - p.pad_top, from = std::max(start, 0), to = std::min(start + K, p.height);
@@ -105,6 +106,9 @@ EFFNET_INLINE void rows(const ForwardParams& p, int64_t image, Block<W, K>& bloc
     Float<W> sum{};
     for (int out = 0; out < p.out_width; out += kColumns) {
       const int column = out * S - p.pad_left;
+      for (int byte = 0; byte < kColumns * S * W * int(sizeof(T)); byte += 64, ahead += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead));
+      }
       Float<W> v[kColumns] = {};
       if (column >= 0 && column + (kColumns - 1) * S + K <= p.width) {
         add_taps<W, K, S, true>(p, block, x, from - start, to - from, column, v);
@@ -130,9 +134,14 @@ template <int W, int K, int S, typename T> EFFNET_INLINE void band(const Forward
   const int tile = std::max(1, (kTile / int(W * sizeof(T)) / p.width - K) / S);
   const int count = (b.end - b.begin + W - 1) / W;
   for (int i = 0; i < count; ++i) std::fill_n(blocks[i].sums, W, 0.f);
-  for (int row = b.first; row < b.last; row += tile)
-    for (int i = 0; i < count; ++i)
-      rows<W, K, S, T>(p, b.image, blocks[i], block_start<W>(b.begin + i * W, p.channels), row, std::min(row + tile, b.last));
+  const uintptr_t x = reinterpret_cast<uintptr_t>(p.x) + b.image * p.x_image * sizeof(T);
+  const uintptr_t bytes = uintptr_t(p.width) * S * W * sizeof(T);
+  for (int row = b.first; row < b.last; row += tile) {
+    const int last = std::min(row + tile, b.last);
+    uintptr_t ahead = x + ((last - 1) * S - p.pad_top + K) * p.x_row * sizeof(T);
+    for (int i = 0; i < count; ++i, ahead += (last - row) * bytes)
+      rows<W, K, S, T>(p, b.image, blocks[i], block_start<W>(b.begin + i * W, p.channels), row, last, ahead);
+  }
   if (!b.partial) return;
   for (int i = 0; i < count; ++i)
     memcpy(b.partial + block_start<W>(b.begin + i * W, p.channels), blocks[i].sums, W * sizeof(float));
@@ -180,13 +189,6 @@ template <int W> EFFNET_INLINE void run_any(const Task& t) {
 
 EFFNET_PER_ISA(run_vectors, (const Task& t), run_any, (t))
 
-// The widest vectors that the channels fill.
-int vector_width(int channels) {
-  int width = simd::width();
-  while (width > channels) width = width > 4 ? width / 2 : 1;
-  return width;
-}
-
 void run(const Task& t, int width) {
   if (width == simd::width()) return run_vectors(t);
 #if defined(__x86_64__)
@@ -202,7 +204,7 @@ void forward_cpu(const ForwardParams& p) {
   const int bands = p.pieces ? p.pieces : std::max(1, p.out_height / kRowsPerBand);
   const int64_t items = p.batch * bands, threads = thread_count();
   // Vectors of channels, the last with what is left over. As many groups of them as make the tasks divide among the threads.
-  const int width = vector_width(p.channels), vectors = p.channels / width;
+  const int width = simd::width_for(p.channels), vectors = p.channels / width;
   const int64_t groups = items >= 8 * threads ? 1 : std::min<int64_t>(vectors, threads / std::gcd(items, threads));
   const int64_t work =
       int64_t(p.out_height) * p.out_width * p.channels / (bands * groups) * (p.kernel * p.kernel + kActivationCost);

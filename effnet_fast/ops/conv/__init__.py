@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, native
 from effnet_fast.ops.common import (
     NORM_SCHEMA,
     Norm,
@@ -39,8 +39,16 @@ define(
     reference=reference.conv_bn_act,
     fake=_fake,
     flops=_flops,
+    backends=("native",),
 )
+backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.conv_bn_act.native, native.why_not))
 backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.conv_bn_act.reference, backends.always))
+
+
+def _unsupported(weight: Tensor, stride: int) -> str | None:
+    if weight.shape[1] > 4:
+        return f"{weight.shape[1]} input channels: the native kernel is for a stem's 1 to 4"
+    return None if weight.shape[2] == weight.shape[3] else f"kernel {tuple(weight.shape[2:])}: the native kernel takes square ones"
 
 
 def conv_bn_act(
@@ -70,4 +78,4 @@ def conv_bn_act(
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
         width = output_size(x.shape[3], weight.shape[3], stride, left, right)
         check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
-    return backends.choose(NAME, x).overload(x, weight, *norm, residual, stride, padding, activation)
+    return backends.choose(NAME, x, _unsupported(weight, stride)).overload(x, weight, *norm, residual, stride, padding, activation)
