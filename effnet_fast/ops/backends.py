@@ -1,7 +1,7 @@
 """Which backend runs an op: an ordered list of kernels, each with a reason why it cannot run, or none.
 
-The table is filled once, at import. A choice looks at dtype, device and what the op says of its other arguments; it is made above the dispatcher, so that
-``torch.compile(fullgraph=True)`` sees one op and nothing of how it was chosen.
+The table is filled once, at import. A choice looks at x's dtype and device and at what the op says of its other arguments; it is
+made above the dispatcher, so that ``torch.compile(fullgraph=True)`` sees one op and nothing of how it was chosen.
 """
 
 from __future__ import annotations
