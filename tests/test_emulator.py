@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -128,11 +129,81 @@ CPU_GATES = [
 ] + [Gate(batch, 1, 2304, 96, 0) for batch in (1, 40)]
 
 
-@pytest.mark.parametrize(("width", "flag"), [(4, None), (8, "avx2"), (16, "avx512dq")], ids=["baseline", "avx2", "avx512"])
-def test_squeeze_excite_gate_cpu(width, flag, modules):
+VECTORS = pytest.mark.parametrize(("width", "flag"), [(4, None), (8, "avx2"), (16, "avx512dq")], ids=["baseline", "avx2", "avx512"])
+
+
+def need_vectors(width: int, flag: str | None) -> None:
     cpu = Path("/proc/cpuinfo")
     if width > 4 and not (cpu.exists() and f" {flag} " in cpu.read_text()):
         pytest.skip(f"this machine has no {flag}")
+
+
+@VECTORS
+def test_squeeze_excite_gate_cpu(width, flag, modules):
+    need_vectors(width, flag)
     outs = emulator.run(modules["sound"], [gate.call() for gate in CPU_GATES], EMULATED_WIDTH=str(width))
     for gate, out in zip(CPU_GATES, outs, strict=True):
         assert_2x(torch.from_numpy(out), gate.expected(torch.float32), gate.expected(torch.float64), str(gate))
+
+
+def raw(t: torch.Tensor) -> np.ndarray:
+    return (t if t.dtype == torch.float32 else t.view(torch.uint16)).numpy()
+
+
+def from_raw(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(a) if dtype == torch.float32 else torch.from_numpy(a).view(dtype)
+
+
+class Convolution:
+    """A depthwise case, or a dense one that gives ``out`` channels, with arguments of its own type and activation."""
+
+    def __init__(self, case: cases.Case, seed: int, out: int | None = None) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.case, self.out, self.misalign, self.by_channel, self.pieces = case, out, seed % 2, seed % 3 == 0, 1 + seed % 5
+        self.dtype, self.activation = list(DTYPES)[seed % 3], list(ACTIVATIONS)[seed % 4]
+        channels = out or case.channels
+        self.x = torch.randn(case.images, case.height, case.width, case.channels, generator=g).to(self.dtype)
+        self.weight = torch.randn(channels, case.channels if out else 1, case.kernel, case.kernel, generator=g)
+        self.norm = torch.rand(4, channels, generator=g) + 0.5
+
+    def call(self) -> tuple[str, tuple]:
+        c = self.case
+        options = (list(c.padding), c.stride, ACTIVATIONS[self.activation], DTYPES[self.dtype])
+        tensors = raw(self.weight), raw(self.norm), *options
+        if self.out:
+            return "conv_cpu", (raw(self.x), self.by_channel, *tensors, self.misalign)
+        return "depthwise_cpu", (raw(self.x), *tensors, self.pieces, self.misalign)
+
+    def expected(self, dtype: torch.dtype) -> torch.Tensor:
+        c, (scale, shift, mean, var) = self.case, self.norm.to(dtype)
+        top, bottom, left, right = c.padding
+        x = F.pad(self.x.to(dtype).permute(0, 3, 1, 2), (left, right, top, bottom))
+        y = F.conv2d(x, self.weight.to(dtype), stride=c.stride, groups=1 if self.out else c.channels)
+        y = F.batch_norm(y, mean, var, scale, shift, eps=1e-3)
+        y = {"identity": lambda t: t, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[self.activation](y)
+        return y.permute(0, 2, 3, 1)
+
+    def check(self, result) -> None:
+        y = from_raw(result if self.out else result[0], self.dtype)
+        what = f"{self.case} {self.dtype} {self.activation}"
+        assert_2x(y, self.expected(self.dtype), self.expected(torch.float64), what)
+        if not self.out:
+            partial = torch.from_numpy(result[1])
+            assert_2x(partial.sum(1), y.float().sum((1, 2)), y.double().sum((1, 2)), what)
+
+
+CONVOLUTIONS = [Convolution(case, seed) for seed, case in enumerate(cases.REDUCED[len(cases.nasty()) :: 4])]
+CONVOLUTIONS += [Convolution(case, seed) for seed, case in enumerate(cases.nasty()) if case.images]  # the binding stops at none
+CONVOLUTIONS += [
+    Convolution(cases.Case(2, channels, 3 + seed, 14 - seed, kernel, stride, (kernel // 2, 0, 1, kernel // 2)), seed, out)
+    for kernel, stride in ((3, 2), (3, 1), (5, 2))
+    for seed, (channels, out) in enumerate([(3, 32), (1, 7), (4, 40), (2, 1), (3, 24), (3, 56)])
+]
+
+
+@VECTORS
+def test_convolutions_cpu(width, flag, modules):
+    need_vectors(width, flag)
+    results = emulator.run(modules["sound"], [c.call() for c in CONVOLUTIONS], EMULATED_WIDTH=str(width))
+    for convolution, result in zip(CONVOLUTIONS, results, strict=True):
+        convolution.check(result)

@@ -27,11 +27,13 @@ rule link
 build binding.o: binding {here}/binding.cpp
 build squeeze_excite_cpu.o: kernel {here}/squeeze_excite_cpu.cpp
   csrc = {csrc}
+build convolutions_cpu.o: kernel {here}/convolutions_cpu.cpp
+  csrc = {csrc}
 """
 NINJA_VARIANT = """\
 build {name}/squeeze_excite.o: kernel {here}/squeeze_excite.cpp
   csrc = {csrc}
-build {name}/emulated.so: link binding.o squeeze_excite_cpu.o {name}/squeeze_excite.o
+build {name}/emulated.so: link binding.o squeeze_excite_cpu.o convolutions_cpu.o {name}/squeeze_excite.o
 """
 
 

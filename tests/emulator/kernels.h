@@ -1,5 +1,7 @@
 // What the binding (without sanitizers) calls of the emulated kernels (with them).
 #pragma once
+#include "conv/params.h"
+#include "depthwise/params.h"
 #include "squeeze_excite/params.h"
 
 namespace emulated {
@@ -9,5 +11,9 @@ void squeeze_excite_gate(const effnet_fast::squeeze_excite::GateParams& p, int m
 
 // Runs csrc/squeeze_excite/squeeze_excite_cpu.cpp.
 void squeeze_excite_gate_cpu(const effnet_fast::squeeze_excite::GateParams& p);
+
+// Run csrc/depthwise/depthwise_cpu.cpp and csrc/conv/conv_cpu.cpp.
+void depthwise_cpu(const effnet_fast::depthwise::ForwardParams& p);
+void conv_cpu(const effnet_fast::conv::Params& p);
 
 }  // namespace emulated

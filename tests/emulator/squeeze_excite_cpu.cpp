@@ -1,18 +1,7 @@
-// The CPU kernel under the sanitizers, as on a machine whose vectors have $EMULATED_WIDTH floats, with a thread pool that runs
-// its ranges one after another, last first.
-#include <cstdlib>
-#include <cstring>
-
-namespace emulated {
-inline bool supports(const char* feature) {
-  const int width = std::atoi(std::getenv("EMULATED_WIDTH"));
-  return std::strncmp(feature, "avx512", 6) == 0 ? width >= 16 : width >= 8;
-}
-}  // namespace emulated
-
-#define __builtin_cpu_supports(feature) emulated::supports(feature)
-#include "kernels.h"
+// The gate's CPU kernel under the sanitizers, and a thread pool for all of them that runs its ranges one after another, last first.
 #include "squeeze_excite/squeeze_excite_cpu.cpp"
+#include "cpu.h"
+#include "kernels.h"
 
 namespace effnet_fast {
 int thread_count() { return 3; }

@@ -45,10 +45,12 @@ backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.conv_bn_
 backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.conv_bn_act.reference, backends.always))
 
 
-def _unsupported(weight: Tensor, stride: int) -> str | None:
+def _unsupported(weight: Tensor) -> str | None:
     if weight.shape[1] > 4:
         return f"{weight.shape[1]} input channels: the native kernel is for a stem's 1 to 4"
-    return None if weight.shape[2] == weight.shape[3] else f"kernel {tuple(weight.shape[2:])}: the native kernel takes square ones"
+    if weight.shape[2:] != (3, 3):
+        return f"kernel {weight.shape[2]}x{weight.shape[3]}: the native kernel is for a stem's 3x3"
+    return None
 
 
 def conv_bn_act(
@@ -78,4 +80,4 @@ def conv_bn_act(
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
         width = output_size(x.shape[3], weight.shape[3], stride, left, right)
         check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
-    return backends.choose(NAME, x, _unsupported(weight, stride)).overload(x, weight, *norm, residual, stride, padding, activation)
+    return backends.choose(NAME, x, _unsupported(weight)).overload(x, weight, *norm, residual, stride, padding, activation)
