@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,14 @@ pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 ACTIVATIONS = {"identity": 0, "silu": 1, "relu": 2, "relu6": 3}  # the enum of csrc/common/activation.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of csrc/common/dtype.h
+
+
+def raw(t: torch.Tensor) -> np.ndarray:
+    return (t if t.dtype == torch.float32 else t.view(torch.uint16)).numpy()
+
+
+def from_raw(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(a) if dtype == torch.float32 else torch.from_numpy(a).view(dtype)
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,7 @@ class Gate:
         return torch.sigmoid(F.linear(hidden, ew.flatten(1), eb))
 
     def call(self, seed: int = 0) -> tuple[str, tuple]:
-        raw = [None if t is None else (t if t.dtype == torch.float32 else t.view(torch.uint16)).numpy() for t in self.tensors()]
-        partial, rw, rb, ew, eb = raw
+        partial, rw, rb, ew, eb = (None if t is None else raw(t) for t in self.tensors())
         options = (ACTIVATIONS[self.activation], DTYPES[self.dtype], self.multiprocessors, seed, self.misalign)
         return "squeeze_excite_gate", (partial, 49, rw, rb, ew, eb, *options)
 
@@ -176,9 +184,9 @@ class Pointwise:
         return y if residual is None else y + residual
 
     def call(self) -> tuple[str, tuple]:
-        raw = [None if t is None else (t if t.dtype == torch.float32 else t.view(torch.uint16)).numpy() for t in self.tensors()]
+        tensors = [None if t is None else raw(t) for t in self.tensors()]
         options = (ACTIVATIONS[self.activation], DTYPES[self.dtype], DTYPES[self.weight_dtype], self.misalign)
-        return "pointwise", (*raw, self.pixels, *options)
+        return "pointwise", (*tensors, self.pixels, *options)
 
 
 # The last ones are shared between the three threads, by rows and by channels, and deep enough for several slices.
@@ -200,6 +208,58 @@ POINTWISES = [
 def test_pointwise_cpu(width, modules):
     outs = emulator.run(modules["sound"], [pointwise.call() for pointwise in POINTWISES], EMULATED_WIDTH=str(width))
     for pointwise, out in zip(POINTWISES, outs, strict=True):
-        y = torch.from_numpy(out if pointwise.dtype == torch.float32 else out.view(np.int16)).view(pointwise.dtype)
         plain = pointwise.expected(torch.float32).to(pointwise.dtype)
-        assert_2x(y, plain, pointwise.expected(torch.float64), str(pointwise))
+        assert_2x(from_raw(out, pointwise.dtype), plain, pointwise.expected(torch.float64), str(pointwise))
+
+
+class Convolution:
+    """A depthwise case, or a dense one that gives ``out`` channels, with arguments of its own type and activation."""
+
+    def __init__(self, case: cases.Case, seed: int, out: int | None = None) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.case, self.out, self.misalign, self.by_channel, self.pieces = case, out, seed % 2, seed % 3 == 0, 1 + seed % 5
+        self.dtype, self.activation = list(DTYPES)[seed % 3], list(ACTIVATIONS)[seed % 4]
+        channels = out or case.channels
+        self.x = torch.randn(case.images, case.height, case.width, case.channels, generator=g).to(self.dtype)
+        self.weight = torch.randn(channels, case.channels if out else 1, case.kernel, case.kernel, generator=g)
+        self.norm = torch.rand(4, channels, generator=g) + 0.5
+
+    def call(self) -> tuple[str, tuple]:
+        c = self.case
+        options = (list(c.padding), c.stride, ACTIVATIONS[self.activation], DTYPES[self.dtype])
+        tensors = raw(self.weight), raw(self.norm), *options
+        if self.out:
+            return "conv_cpu", (raw(self.x), self.by_channel, *tensors, self.misalign)
+        return "depthwise_cpu", (raw(self.x), *tensors, self.pieces, self.misalign)
+
+    def expected(self, dtype: torch.dtype) -> torch.Tensor:
+        c, (scale, shift, mean, var) = self.case, self.norm.to(dtype)
+        top, bottom, left, right = c.padding
+        x = F.pad(self.x.to(dtype).permute(0, 3, 1, 2), (left, right, top, bottom))
+        y = F.conv2d(x, self.weight.to(dtype), stride=c.stride, groups=1 if self.out else c.channels)
+        y = F.batch_norm(y, mean, var, scale, shift, eps=1e-3)
+        y = {"identity": lambda t: t, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[self.activation](y)
+        return y.permute(0, 2, 3, 1)
+
+    def check(self, result) -> None:
+        y = from_raw(result if self.out else result[0], self.dtype)
+        what = f"{self.case} {self.dtype} {self.activation}"
+        assert_2x(y, self.expected(self.dtype), self.expected(torch.float64), what)
+        if not self.out:
+            partial = torch.from_numpy(result[1])
+            assert_2x(partial.sum(1), y.float().sum((1, 2)), y.double().sum((1, 2)), what)
+
+
+CONVOLUTIONS = [Convolution(case, seed) for seed, case in enumerate(cases.REDUCED[len(cases.nasty()) :: 4])]
+CONVOLUTIONS += [Convolution(case, seed) for seed, case in enumerate(cases.nasty()) if case.images]  # the binding stops at none
+CONVOLUTIONS += [
+    Convolution(cases.Case(2, channels, 3 + seed, 14 - seed, kernel, stride, (kernel // 2, 0, 1, kernel // 2)), seed, out)
+    for kernel, stride in ((3, 2), (3, 1), (5, 2))
+    for seed, (channels, out) in enumerate([(3, 32), (1, 7), (4, 40), (2, 1), (3, 24), (3, 56)])
+]
+
+
+def test_convolutions_cpu(width, modules):
+    results = emulator.run(modules["sound"], [c.call() for c in CONVOLUTIONS], EMULATED_WIDTH=str(width))
+    for convolution, result in zip(CONVOLUTIONS, results, strict=True):
+        convolution.check(result)

@@ -1,29 +1,12 @@
 // effnet_fast::pointwise_conv_bn_act.native. The schema is in effnet_fast/ops/pointwise.
 #include "../pointwise/params.h"
 
-#include <limits>
-
-#include "torch.h"
+#include "conv.h"
 
 namespace effnet_fast::binding {
 namespace {
 
 constexpr const char* kPointwise = "pointwise_conv_bn_act";
-
-using torch::headeronly::MemoryFormat;
-
-// Whether [N, C, H, W] lies in memory as [N, H, W, C] without gaps; strides of dimensions of size 1 mean nothing.
-bool is_channels_last(const Tensor& t) {
-  int64_t expected = 1;
-  for (const int64_t dimension : {1, 3, 2, 0}) {
-    if (t.size(dimension) != 1 && t.stride(dimension) != expected) return t.numel() == 0;
-    expected *= t.size(dimension);
-  }
-  return true;
-}
-Tensor as_channels_last(const Tensor& t) {
-  return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
-}
 
 void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                    const Tensor& norm_mean, const Tensor& norm_variance, double norm_epsilon, const OptionalTensor& gate,
@@ -69,15 +52,14 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   check(is_channels_last(checked("y", y, {images, out, height, width})), kPointwise, ": y must be channels_last");
   check(dtype("y", y) == p.dtype, kPointwise, ": y must have the dtype of x");
 
-  const auto pointer = [](const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; };
   p.x = inputs.const_data_ptr();
   p.weight = weights.const_data_ptr();
-  p.norm_weight = pointer(scale);
-  p.norm_bias = pointer(shift);
+  p.norm_weight = data_or_null(scale);
+  p.norm_bias = data_or_null(shift);
   p.norm_mean = mean.const_data_ptr();
   p.norm_variance = variance.const_data_ptr();
-  p.gate = static_cast<const float*>(pointer(gates));
-  p.residual = pointer(residuals);
+  p.gate = static_cast<const float*>(data_or_null(gates));
+  p.residual = data_or_null(residuals);
   p.y = y.mutable_data_ptr();
   p.rows = images * height * width;
   p.pixels = height * width;

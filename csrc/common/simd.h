@@ -39,10 +39,23 @@ template <int W> EFFNET_INLINE Float<W> load(const fp16* p) {  // to_float(fp16)
   return (Float<W>)((is_subnormal & subnormal) | (~is_subnormal & normal) | (bits & 0x8000) << 16);
 }
 template <int W> EFFNET_INLINE void store(float* p, Float<W> v) { memcpy(p, &v, sizeof(v)); }
-template <int W> EFFNET_INLINE void store(bf16* p, Float<W> v) {  // rounds to nearest, ties to even; NaN stays NaN
-  const Int<W> bits = (Int<W>)v, rounded = bits + 0x7fff + ((bits >> 16) & 1), is_nan = v != v;
-  const auto half = __builtin_convertvector(((is_nan & (bits | 1 << 22)) | (~is_nan & rounded)) >> 16, typename Lanes<W>::Half);
-  memcpy(p, &half, sizeof(half));
+template <int W> EFFNET_INLINE void store_bits(void* p, Int<W> v) {
+  const auto bits = __builtin_convertvector(v, typename Lanes<W>::Half);
+  memcpy(p, &bits, sizeof(bits));
+}
+// To half types values are rounded to nearest, ties to even.
+template <int W> EFFNET_INLINE void store(bf16* p, Float<W> v) {
+  const Int<W> bits = (Int<W>)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  store_bits<W>(p, v == v ? rounded : (bits >> 16) | 0x40);
+}
+template <int W> EFFNET_INLINE void store(fp16* p, Float<W> v) {
+  const Int<W> bits = (Int<W>)v, magnitude = bits & 0x7fffffff;
+  const Int<W> normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const Int<W> subnormal = (Int<W>)((Float<W>)magnitude + 0.5f) - (126 << 23);  // the sum is rounded to multiples of 2^-24
+  Int<W> half = magnitude < (113 << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000 ? Int<W>{} + 0x7c00 : half;  // 65520 and more: infinity
+  half = magnitude > 0x7f800000 ? Int<W>{} + 0x7e00 : half;
+  store_bits<W>(p, half | ((bits >> 16) & 0x8000));
 }
 
 template <int W> EFFNET_INLINE float sum(Float<W> v) {
@@ -55,9 +68,7 @@ template <int W> EFFNET_INLINE float sum(Float<W> v) {
   }
 }
 
-template <int W> EFFNET_INLINE Float<W> select(Int<W> mask, Float<W> yes, Float<W> no) {
-  return (Float<W>)((mask & (Int<W>)yes) | (~mask & (Int<W>)no));
-}
+template <int W> EFFNET_INLINE Float<W> select(Int<W> mask, Float<W> yes, Float<W> no) { return mask ? yes : no; }
 
 // e^v within 2 ulp for v in [-87.3, 88.3]; infinity above, e^-87.3 below, NaN stays NaN. e^v = 2^n e^r with |r| <= ln2 / 2.
 template <int W> EFFNET_INLINE Float<W> exp(Float<W> v) {
@@ -102,6 +113,13 @@ inline int width() {
 #else
   return 4;
 #endif
+}
+
+// Floats in the widest vector, 16, 8, 4 or 1, that so many elements fill.
+inline int width_for(int elements) {
+  int lanes = width();
+  while (lanes > elements) lanes = lanes > 4 ? lanes / 2 : 1;
+  return lanes;
 }
 
 }  // namespace effnet_fast::simd

@@ -10,11 +10,11 @@
 // the weights are read once by every thread that shares their channels. The multiply-adds bind, one vector of them for each half
 // of a vector loaded; below about 40 input channels SiLU does (20 instructions and a division a vector).
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "../common/norm.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
 #include "params.h"
@@ -84,17 +84,6 @@ EFFNET_INLINE void pack(const T* weight, int stride, int depth, int channels, fl
   for (; i < depth; ++i)
     for (int lane = 0; lane < W; ++lane)
       packed[int64_t(i) * pitch + lane] = lane < channels ? to_float(weight[int64_t(lane) * stride + i]) : 0.f;
-}
-
-// scale and shift of a group of channels: norm(v) = v * scale + shift.
-template <typename T> void fold(const Params& p, int first, int last, float* scale, float* shift) {
-  const T *weight = static_cast<const T*>(p.norm_weight), *bias = static_cast<const T*>(p.norm_bias);
-  const T *mean = static_cast<const T*>(p.norm_mean), *variance = static_cast<const T*>(p.norm_variance);
-  for (int c = first; c < last; ++c) {
-    const float factor = (weight ? to_float(weight[c]) : 1.f) / std::sqrt(to_float(variance[c]) + p.norm_epsilon);
-    scale[c - first] = factor;
-    shift[c - first] = (bias ? to_float(bias[c]) : 0.f) - to_float(mean[c]) * factor;
-  }
 }
 
 // --- rows ------------------------------------------------------------------------------------------------------------------
@@ -277,13 +266,14 @@ template <int W, typename T> EFFNET_INLINE void run_part(const Part& part) {
   float *shift = scale + most * W, *packed = shift + most * W, *block = packed + int64_t(most) * W * slice_depth;
   float* partial = block + block_size;
 
+  const Norm norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_variance, p.norm_epsilon, p.norm_dtype};
   for (int64_t top = part.first_row; top < part.last_row; top += most_rows) {
     const int64_t bottom = std::min(part.last_row, top + most_rows);
     for (int begin = 0; begin < vectors; begin += most) {
       const int count = std::min(most, vectors - begin), first = part.first_channel + begin * W;
       const int last = std::min(part.last_channel, first + count * W);
       std::fill_n(scale, 2 * most * W, 0.f);
-      with_dtype(p.norm_dtype, [&](auto type) { fold<decltype(type)>(p, first, last, scale, shift); });
+      fold_norm(norm, first, last - first, scale, shift);
       for (int start = 0; start < p.in_channels; start += slice_depth) {
         const Slice slice{start, std::min(slice_depth, p.in_channels - start)};
         pack_group<W>(p, slice, first, last, count, packed);

@@ -27,3 +27,14 @@ REASON: str | None
 #: Whether the compiled module was built with CUDA kernels.
 CUDA_KERNELS: bool
 REASON, CUDA_KERNELS = _load()
+
+
+def why_not(x: torch.Tensor) -> str | None:
+    """``can_run`` of the convolutions' native kernels."""
+    if REASON is not None:
+        return REASON
+    if x.device.type != "cpu":
+        return f"no native kernel for device {x.device.type!r}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x is {x.dtype}; the native kernel takes float32, bfloat16 and float16"
+    return None

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "kernels.h"
 
@@ -108,9 +109,95 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
   return result;
 }
 
+// What both convolutions are given. Images and results are [N, H, W, C]; norm is [4, C]: weight, bias, mean, var.
+template <typename Params> void set_convolution(Params& p, const py::array& x, const py::array& weight,
+                                                const std::vector<int>& padding, int stride, int activation, int dtype) {
+  p.batch = x.shape(0);
+  p.height = int(x.shape(1));
+  p.width = int(x.shape(2));
+  p.channels = int(weight.shape(0));
+  p.kernel = int(weight.shape(2));
+  p.stride = stride;
+  p.pad_top = padding[0];
+  p.pad_left = padding[2];
+  p.out_height = (p.height + padding[0] + padding[1] - p.kernel) / stride + 1;
+  p.out_width = (p.width + padding[2] + padding[3] - p.kernel) / stride + 1;
+  p.eps = 1e-3f;
+  p.activation = Activation(activation);
+  p.dtype = DType(dtype);
+  p.weight_dtype = p.norm_dtype = DType::fp32;
+}
+
+template <typename Params> void set_norm(Params& p, const Buffer& norm, const Buffer& weight) {
+  const float* vectors = reinterpret_cast<const float*>(norm.data());
+  p.weight = weight.data();
+  p.norm_weight = vectors;
+  p.norm_bias = vectors + p.channels;
+  p.norm_mean = vectors + 2 * p.channels;
+  p.norm_var = vectors + 3 * p.channels;
+}
+
+// The bits of y, whose fresh memory is NaN in every type.
+template <typename Params> Buffer make_output(const Params& p, const py::array& x, int misalign) {
+  const size_t bytes = p.batch * p.out_height * p.out_width * p.channels * x.itemsize();
+  Buffer y(bytes, misalign * x.itemsize());
+  std::memset(y.data(), 0xff, bytes);
+  return y;
+}
+
+template <typename Params> py::array copy_output(const Params& p, const py::array& x, const Buffer& y) {
+  py::array result(x.dtype(), std::vector<int64_t>{p.batch, p.out_height, p.out_width, p.channels});
+  std::memcpy(result.mutable_data(), y.data(), result.nbytes());
+  return result;
+}
+
+py::tuple depthwise_cpu(const py::array& x, const py::array& weight, const py::array& norm, const std::vector<int>& padding,
+                        int stride, int activation, int dtype, int pieces, int misalign) {
+  const Buffer input(x, misalign), taps(weight, misalign), vectors(norm, misalign);
+  effnet_fast::depthwise::ForwardParams p{};
+  set_convolution(p, x, weight, padding, stride, activation, dtype);
+  set_norm(p, vectors, taps);
+  const Buffer y = make_output(p, x, misalign), partial(sizeof(float) * p.batch * pieces * p.channels, 0);
+  p.x = input.data();
+  p.x_pixel = p.channels;
+  p.x_row = p.x_pixel * p.width;
+  p.x_image = p.x_row * p.height;
+  p.y = y.data();
+  p.partial = reinterpret_cast<float*>(partial.data());
+  p.pieces = pieces;
+  std::fill_n(p.partial, p.batch * pieces * p.channels, NAN);
+  emulated::depthwise_cpu(p);
+  py::array_t<float> sums({p.batch, int64_t(pieces), int64_t(p.channels)});
+  std::copy_n(p.partial, sums.size(), sums.mutable_data());
+  return py::make_tuple(copy_output(p, x, y), sums);
+}
+
+// by_channel: x is handed over as [N, C, H, W].
+py::array conv_cpu(const py::array& x, bool by_channel, const py::array& weight, const py::array& norm,
+                   const std::vector<int>& padding, int stride, int activation, int dtype, int misalign) {
+  const py::array stored =
+      by_channel ? py::array(py::module_::import("numpy").attr("ascontiguousarray")(x.attr("transpose")(0, 3, 1, 2))) : x;
+  const Buffer input(stored, misalign), taps(weight, misalign), vectors(norm, misalign);
+  effnet_fast::conv::Params p{};
+  set_convolution(p, x, weight, padding, stride, activation, dtype);
+  set_norm(p, vectors, taps);
+  const Buffer y = make_output(p, x, misalign);
+  p.in_channels = int(x.shape(3));
+  p.x = input.data();
+  p.x_image = int64_t(p.height) * p.width * p.in_channels;
+  p.x_channel = by_channel ? int64_t(p.height) * p.width : 1;
+  p.x_row = by_channel ? p.width : p.width * p.in_channels;
+  p.x_pixel = by_channel ? 1 : p.in_channels;
+  p.y = y.data();
+  emulated::conv_cpu(p);
+  return copy_output(p, x, y);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
   m.def("squeeze_excite_gate", &squeeze_excite_gate);
   m.def("pointwise", &pointwise);
+  m.def("depthwise_cpu", &depthwise_cpu);
+  m.def("conv_cpu", &conv_cpu);
 }

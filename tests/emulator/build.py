@@ -29,11 +29,13 @@ build squeeze_excite_cpu.o: kernel {here}/squeeze_excite_cpu.cpp
   csrc = {csrc}
 build pointwise_cpu.o: kernel {here}/pointwise_cpu.cpp
   csrc = {csrc}
+build convolutions_cpu.o: kernel {here}/convolutions_cpu.cpp
+  csrc = {csrc}
 """
 NINJA_VARIANT = """\
 build {name}/squeeze_excite.o: kernel {here}/squeeze_excite.cpp
   csrc = {csrc}
-build {name}/emulated.so: link binding.o squeeze_excite_cpu.o pointwise_cpu.o {name}/squeeze_excite.o
+build {name}/emulated.so: link binding.o squeeze_excite_cpu.o pointwise_cpu.o convolutions_cpu.o {name}/squeeze_excite.o
 """
 
 

@@ -1,5 +1,7 @@
 // What the binding (without sanitizers) calls of the emulated kernels (with them).
 #pragma once
+#include "conv/params.h"
+#include "depthwise/params.h"
 #include "pointwise/params.h"
 #include "squeeze_excite/params.h"
 
@@ -13,5 +15,9 @@ void squeeze_excite_gate_cpu(const effnet_fast::squeeze_excite::GateParams& p);
 
 // Runs csrc/pointwise/pointwise_cpu.cpp.
 void pointwise_cpu(const effnet_fast::pointwise::Params& p);
+
+// Run csrc/depthwise/depthwise_cpu.cpp and csrc/conv/conv_cpu.cpp.
+void depthwise_cpu(const effnet_fast::depthwise::ForwardParams& p);
+void conv_cpu(const effnet_fast::conv::Params& p);
 
 }  // namespace emulated

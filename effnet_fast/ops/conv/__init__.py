@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, native
 from effnet_fast.ops.common import (
     NORM_SCHEMA,
     Norm,
@@ -38,8 +39,18 @@ _reference = define(
     reference=reference.conv_bn_act,
     fake=_fake,
     flops=_flops,
+    backends=("native",),
 )
+backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.conv_bn_act.native, native.why_not))
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
+
+
+def _unsupported(weight: Tensor) -> str | None:
+    if weight.shape[1] > 4:
+        return f"{weight.shape[1]} input channels: the native kernel is for a stem's 1 to 4"
+    if weight.shape[2:] != (3, 3):
+        return f"kernel {weight.shape[2]}x{weight.shape[3]}: the native kernel is for a stem's 3x3"
+    return None
 
 
 def conv_bn_act(
@@ -69,4 +80,4 @@ def conv_bn_act(
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
         width = output_size(x.shape[3], weight.shape[3], stride, left, right)
         check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
-    return backends.choose(NAME, x).run(x, weight, *norm, residual, stride, padding, activation)
+    return backends.choose(NAME, x, _unsupported(weight)).run(x, weight, *norm, residual, stride, padding, activation)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, native
 from effnet_fast.ops.common import NORM_SCHEMA, Norm, accumulator, check_conv, check_window, conv_flops, empty_output, output_size
 from effnet_fast.ops.depthwise import reference
 from effnet_fast.ops.library import define
@@ -30,8 +31,26 @@ _reference = define(
     reference=reference.depthwise_conv_bn_act,
     fake=_fake,
     flops=_flops,
+    backends=("native",),
+)
+
+
+def _native_pieces(x: Tensor, height: int, width: int) -> int:
+    """Bands of 7 rows or a little more: what one thread works on at a time, small enough to share an image out evenly."""
+    return max(1, min(height // 7, 16))
+
+
+backends.register(
+    NAME,
+    backends.Kernel("native", torch.ops.effnet_fast.depthwise_conv_bn_act.native, native.why_not, _native_pieces),
 )
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always, lambda x, height, width: 1))
+
+
+def _unsupported(weight: Tensor, stride: int) -> str | None:
+    if weight.shape[2] != weight.shape[3] or weight.shape[2] not in (3, 5):
+        return f"kernel {weight.shape[2]}x{weight.shape[3]}: the native kernels take 3x3 and 5x5"
+    return None if stride in (1, 2) else f"stride {stride}: the native kernels take 1 and 2"
 
 
 def depthwise_conv_bn_act(
@@ -51,7 +70,7 @@ def depthwise_conv_bn_act(
     if weight.shape[1] != 1:
         raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [C, 1, k, k] would do")
     check_window(NAME, x, weight.shape[2:], stride, padding)
-    kernel, pieces = backends.choose(NAME, x), 0
+    kernel, pieces = backends.choose(NAME, x, _unsupported(weight, stride)), 0
     if squeeze:
         top, bottom, left, right = padding
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)

@@ -1,0 +1,209 @@
+// A dense k x k convolution from few channels (an EfficientNet's stem: 3x3, stride 2, 3 to 32-64 channels), its norm, activation
+// and residual on the CPU, channels_last out.
+//
+// A thread owns whole output rows. It first copies the k input rows under one to a buffer of floats with the padding around them,
+// as planes or, where x is channels_last, pixel by pixel: x is read in its own order, whatever its strides and type. Then kPixels
+// neighbouring outputs of two vectors of channels are summed up in registers: k*k*in_channels multiply-adds for each, one load of
+// an input a kPixels * 2 of them. For the stem these, 27 a vector, bind, with some 20 instructions of SiLU.
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "../common/norm.h"
+#include "../common/parallel.h"
+#include "../common/simd.h"
+#include "params.h"
+
+namespace effnet_fast::conv {
+namespace {
+
+constexpr int kPixels = 6;
+constexpr int64_t kGrain = 1 << 19;  // multiply-adds worth a thread: waking a sleeping one costs about 30 us
+
+struct alignas(64) Line {
+  float at[16];
+};
+
+// Memory that is kept from call to call.
+float* reserve(std::vector<Line>& memory, size_t floats) {
+  if (memory.size() * 16 < floats) memory.resize(floats / 16 + 1);
+  return memory.data()->at;
+}
+
+// The weight as [vectors][taps][W] for vectors of W channels, taps in the order (row, channel, column) of the kernel; then the
+// folded norm as [vectors][2][W].
+struct Packed {
+  const float* weight;
+  const float* norm;
+};
+
+// The padded rows under one output row.
+struct Window {
+  float* at;
+  int row, channel, pixel;  // strides
+};
+
+struct Task {
+  const Params* params;
+  Packed packed;
+  int64_t first, last;  // output rows, numbered through the images
+};
+
+int taps(const Params& p) { return p.kernel * p.kernel * p.in_channels; }
+
+// Vectors overlap where W does not divide the channels: the last one computes some of its neighbour's again.
+int vector_start(int vector, int width, int channels) { return std::min(vector * width, channels - width); }
+
+Packed pack(const Params& p, int width, std::vector<Line>& memory) {
+  const int vectors = (p.channels + width - 1) / width, area = p.kernel * p.kernel;
+  float* const weight = reserve(memory, size_t(vectors) * (taps(p) + 2) * width);
+  float* const norm = weight + size_t(vectors) * taps(p) * width;
+  for (int v = 0; v < vectors; ++v) {
+    const int start = vector_start(v, width, p.channels);
+    fold_norm(Norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_var, p.eps, p.norm_dtype}, start, width, norm + 2 * v * width,
+              norm + (2 * v + 1) * width);
+    with_dtype(p.weight_dtype, [&](auto type) {
+      const auto* source = static_cast<const decltype(type)*>(p.weight) + int64_t(start) * taps(p);
+      float* packed = weight + size_t(v) * taps(p) * width;
+      for (int row = 0; row < p.kernel; ++row)
+        for (int c = 0; c < p.in_channels; ++c)
+          for (int column = 0; column < p.kernel; ++column)
+            for (int lane = 0; lane < width; ++lane)
+              *packed++ = to_float(source[int64_t(lane) * taps(p) + c * area + row * p.kernel + column]);
+    });
+  }
+  return {weight, norm};
+}
+
+template <typename T> EFFNET_INLINE void copy_rows(const Params& p, int64_t image, int row, const Window& window) {
+  const int start = row * p.stride - p.pad_top;
+  const bool by_pixel = p.x_channel == 1 && p.x_pixel == p.in_channels;
+  const int runs = by_pixel ? 1 : p.in_channels, length = by_pixel ? p.width * p.in_channels : p.width;
+  const int64_t step = by_pixel ? 1 : p.x_pixel;
+  for (int r = 0; r < p.kernel; ++r) {
+    for (int c = 0; c < runs; ++c) {
+      float* to = window.at + r * window.row + c * window.channel + p.pad_left * window.pixel;
+      if (start + r < 0 || start + r >= p.height) {
+        std::fill_n(to, length, 0.f);
+        continue;
+      }
+      const T* from = static_cast<const T*>(p.x) + image * p.x_image + c * p.x_channel + (start + r) * p.x_row;
+      if (step == 1) {
+        for (int i = 0; i < length; ++i) to[i] = to_float(from[i]);
+      } else {
+        for (int i = 0; i < length; ++i) to[i] = to_float(from[i * step]);
+      }
+    }
+  }
+}
+
+// kPixels outputs of N vectors from channel `start` on, the first `count` of them stored.
+template <int W, int N, typename T> EFFNET_INLINE void tile(const Params& p, const Window& window, const float* x,
+                                                            const float* weight, const float* norm, int64_t y, int count) {
+  using namespace simd;
+  const int all = taps(p), step = p.stride * window.pixel;
+  Float<W> v[kPixels][N] = {};
+  for (int row = 0; row < p.kernel; ++row)
+    for (int c = 0; c < p.in_channels; ++c) {
+      const float* at = x + row * window.row + c * window.channel;
+      for (int column = 0; column < p.kernel; ++column, at += window.pixel, weight += W) {
+        Float<W> w[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) w[n] = load<W>(weight + n * all * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < kPixels; ++i)
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) v[i][n] += at[i * step] * w[n];
+      }
+    }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const Float<W> scale = load<W>(norm + 2 * n * W), shift = load<W>(norm + (2 * n + 1) * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kPixels; ++i) v[i][n] = v[i][n] * scale + shift;
+  }
+  const auto each = [&](Activation constant) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kPixels; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) v[i][n] = activate<W>(constant, v[i][n]);
+  };
+  switch (p.activation) {
+    case Activation::silu: each(Activation::silu); break;
+    case Activation::relu: each(Activation::relu); break;
+    case Activation::relu6: each(Activation::relu6); break;
+    default: break;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kPixels; ++i, y += p.channels) {
+    if (i >= count) break;
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      if (p.residual) v[i][n] += load<W>(static_cast<const T*>(p.residual) + y + n * W);
+      store<W>(static_cast<T*>(p.y) + y + n * W, v[i][n]);
+    }
+  }
+}
+
+template <int W, typename T> EFFNET_INLINE void run_task(const Task& t) {
+  const Params& p = *t.params;
+  const bool by_pixel = p.x_channel == 1 && p.x_pixel == p.in_channels;
+  const int rounded = (p.out_width + kPixels - 1) / kPixels * kPixels;
+  const int columns = std::max((rounded - 1) * p.stride + p.kernel, p.pad_left + p.width);
+  Window window{nullptr, columns * p.in_channels, by_pixel ? 1 : columns, by_pixel ? p.in_channels : 1};
+  thread_local std::vector<Line> memory;
+  window.at = reserve(memory, size_t(p.kernel) * window.row);
+  std::fill_n(window.at, p.kernel * window.row, 0.f);
+  const int vectors = (p.channels + W - 1) / W;
+  for (int64_t row = t.first; row < t.last; ++row) {
+    copy_rows<T>(p, row / p.out_height, int(row % p.out_height), window);
+    for (int v = 0, both; v < vectors; v += both ? 2 : 1) {
+      const float* weight = t.packed.weight + int64_t(v) * taps(p) * W;
+      const float* norm = t.packed.norm + 2 * v * W;
+      const int start = vector_start(v, W, p.channels);
+      both = (v + 2) * W <= p.channels;
+      for (int out = 0; out < p.out_width; out += kPixels) {
+        const float* x = window.at + out * p.stride * window.pixel;
+        const int64_t y = (row * p.out_width + out) * p.channels + start;
+        const int count = std::min(kPixels, p.out_width - out);
+        if (both) {
+          tile<W, 2, T>(p, window, x, weight, norm, y, count);
+        } else {
+          tile<W, 1, T>(p, window, x, weight, norm, y, count);
+        }
+      }
+    }
+  }
+}
+
+template <int W> EFFNET_INLINE void run_any(const Task& t) {
+  switch (t.params->dtype) {
+    case DType::fp32: return run_task<W, float>(t);
+    case DType::bf16: return run_task<W, bf16>(t);
+    case DType::fp16: return run_task<W, fp16>(t);
+  }
+}
+
+EFFNET_PER_ISA(run_vectors, (const Task& t), run_any, (t))
+
+void run(const Task& t, int width) {
+  if (width == simd::width()) return run_vectors(t);
+#if defined(__x86_64__)
+  if (width == 8) return run_vectors_avx2(t);
+  if (width == 4) return run_vectors_baseline(t);
+#endif
+  run_any<1>(t);
+}
+
+}  // namespace
+
+void conv_cpu(const Params& p) {
+  const int width = simd::width_for(p.channels);
+  thread_local std::vector<Line> memory;
+  const Packed packed = pack(p, width, memory);
+  const int64_t work = int64_t(p.out_width) * p.channels * taps(p);
+  parallel_for(p.batch * p.out_height, kGrain / (work + 1) + 1,
+               [&](int64_t begin, int64_t end) { run(Task{&p, packed, begin, end}, width); });
+}
+
+}  // namespace effnet_fast::conv

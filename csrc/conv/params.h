@@ -1,0 +1,32 @@
+// What the dense convolution kernel is given, and the function that starts it.
+#pragma once
+#include <cstdint>
+
+#include "../common/activation.h"
+#include "../common/dtype.h"
+
+namespace effnet_fast::conv {
+
+// y = activation(norm(conv(x))) + residual, norm(v) = (v - mean) / sqrt(var + eps) * norm_weight + norm_bias. Everything is
+// contiguous in the order given, x but for its strides; of any alignment.
+struct Params {
+  const void* x;                               // [batch, in_channels, height, width]
+  const void* weight;                          // [channels, in_channels, kernel, kernel], of type weight_dtype
+  const void* norm_weight;                     // [channels] or null (ones); the four vectors are of type norm_dtype
+  const void* norm_bias;                       // [channels] or null (zeros)
+  const void* norm_mean;                       // [channels]
+  const void* norm_var;                        // [channels]
+  const void* residual;                        // [batch, out_height, out_width, channels], of x's type, or null
+  void* y;                                     // [batch, out_height, out_width, channels], of x's type
+  int64_t batch;                               // > 0
+  int64_t x_image, x_channel, x_row, x_pixel;  // strides of x in elements
+  int in_channels, channels, height, width, out_height, out_width;
+  int kernel, stride, pad_top, pad_left;
+  float eps;
+  Activation activation;
+  DType dtype, weight_dtype, norm_dtype;
+};
+
+void conv_cpu(const Params& p);
+
+}  // namespace effnet_fast::conv

@@ -1,0 +1,220 @@
+// Depthwise convolution, norm, activation and the squeeze's sums on the CPU, channels_last.
+//
+// A vector holds W channels. One step computes kColumns neighbouring outputs of a row in registers, so that an input pixel is
+// loaded once for all the outputs it meets in that row; the sums stay in a register for a row. For an output of W channels that
+// is k*k multiply-adds, about k*k * 13/20 loads from L1 (5x5, stride 1), some 20 instructions of SiLU, one store. Memory sees x and
+// y once: 3x3 is bound by it where the image is large, 5x5 and small images by the multiply-adds.
+//
+// An image is cut into bands of rows, one for each piece of the squeeze. In a band kTile bytes of x, for one vector of channels,
+// are used up before the next vector's: they stay in L1 for the k rows that read them. A thread owns whole bands; where those do
+// not divide evenly among the threads, groups of vectors of channels are shared too. Neither changes a result.
+#include <algorithm>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "../common/norm.h"
+#include "../common/parallel.h"
+#include "../common/simd.h"
+#include "params.h"
+
+namespace effnet_fast::depthwise {
+namespace {
+
+constexpr int kColumns = 4;
+constexpr int kTile = 16 << 10;
+constexpr int kRowsPerBand = 7;      // where no sums are asked for
+constexpr int64_t kGrain = 1 << 19;  // multiply-adds worth a thread: waking a sleeping one costs about 30 us
+constexpr int kActivationCost = 16;  // of an output's norm, activation and store, in multiply-adds
+
+// W channels of the weight, the folded norm, and the running sums.
+template <int W, int K> struct Block {
+  float weight[K * K][W];
+  float scale[W], shift[W], sums[W];
+};
+
+// One image's share of the work.
+struct Band {
+  int64_t image;
+  int first, last;  // output rows
+  int begin, end;   // channels
+  float* partial;   // [channels] or null
+};
+
+template <int W> EFFNET_INLINE int block_start(int channel, int channels) { return std::min(channel, channels - W); }
+
+// Blocks overlap where W does not divide the channels: the last one computes some of its neighbour's again.
+template <int W, int K> EFFNET_INLINE void pack(const ForwardParams& p, int begin, int end, Block<W, K>* blocks) {
+  const Norm norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_var, p.eps, p.norm_dtype};
+  for (int channel = begin; channel < end; channel += W) {
+    Block<W, K>& block = *blocks++;
+    const int first = block_start<W>(channel, p.channels);
+    fold_norm(norm, first, W, block.scale, block.shift);
+    with_dtype(p.weight_dtype, [&](auto type) {
+      const auto* weight = static_cast<const decltype(type)*>(p.weight) + int64_t(first) * K * K;
+      for (int lane = 0; lane < W; ++lane)
+        for (int tap = 0; tap < K * K; ++tap) block.weight[tap][lane] = to_float(weight[lane * K * K + tap]);
+    });
+  }
+}
+
+template <int W, int N> EFFNET_INLINE void activate_all(Activation activation, simd::Float<W>* v) {
+  const auto each = [&](Activation constant) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) v[i] = simd::activate<W>(constant, v[i]);
+  };
+  switch (activation) {
+    case Activation::silu: return each(Activation::silu);
+    case Activation::relu: return each(Activation::relu);
+    case Activation::relu6: return each(Activation::relu6);
+    default: return;
+  }
+}
+
+// Adds to v the taps of kColumns outputs whose windows start at input column `column`; kInside if none of them leaves the image
+// sideways. x is column 0 of the first row under the kernel's rows [tap_row, tap_row + tap_rows), which are inside the image.
+template <int W, int K, int S, bool kInside, typename T>
+EFFNET_INLINE void add_taps(const ForwardParams& p, const Block<W, K>& block, const T* x, int tap_row, int tap_rows, int column,
+                            simd::Float<W>* v) {
+  using namespace simd;
+  for (int row = 0; row < tap_rows; ++row, x += p.x_row) {
+    const T* pixels = x + column * p.x_pixel;
+    Float<W> weight[K];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) weight[k] = load<W>(block.weight[(tap_row + row) * K + k]);
+#pragma GCC unroll 16
+    for (int q = 0; q < (kColumns - 1) * S + K; ++q) {
+      if (!kInside && unsigned(column + q) >= unsigned(p.width)) continue;
+      const Float<W> pixel = load<W>(pixels + q * p.x_pixel);
+#pragma GCC unroll 8
+      for (int i = 0; i < kColumns; ++i)
+        if (q >= i * S && q < i * S + K) v[i] += pixel * weight[q - i * S];
+    }
+  }
+}
+
+// Output rows [first, last) of W channels from `channel` on. Fetches x from the address `ahead` on, as many bytes as new ones are
+// read: all vectors of channels together fetch in order what the next rows need.
+template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const ForwardParams& p, int64_t image, Block<W, K>& block,
+                                                                   int channel, int first, int last, uintptr_t ahead) {
+  using namespace simd;
+  for (int row = first; row < last; ++row) {
+    const int start = row * S - p.pad_top, from = std::max(start, 0), to = std::min(start + K, p.height);
+    const T* x = static_cast<const T*>(p.x) + image * p.x_image + from * p.x_row + channel;
+    T* y = static_cast<T*>(p.y) + (image * p.out_height + row) * p.out_width * p.channels + channel;
+    const Float<W> scale = load<W>(block.scale), shift = load<W>(block.shift);
+    Float<W> sum{};
+    for (int out = 0; out < p.out_width; out += kColumns) {
+      const int column = out * S - p.pad_left;
+      for (int byte = 0; byte < kColumns * S * W * int(sizeof(T)); byte += 64, ahead += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead));
+      }
+      Float<W> v[kColumns] = {};
+      if (column >= 0 && column + (kColumns - 1) * S + K <= p.width) {
+        add_taps<W, K, S, true>(p, block, x, from - start, to - from, column, v);
+      } else {
+        add_taps<W, K, S, false>(p, block, x, from - start, to - from, column, v);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kColumns; ++i) v[i] = v[i] * scale + shift;
+      activate_all<W, kColumns>(p.activation, v);
+#pragma GCC unroll 8
+      for (int i = 0; i < kColumns; ++i, y += p.channels) {
+        if (out + i >= p.out_width) break;
+        store<W>(y, v[i]);
+        if constexpr (!std::is_same_v<T, float>) v[i] = load<W>(y);
+        sum += v[i];
+      }
+    }
+    store<W>(block.sums, load<W>(block.sums) + sum);
+  }
+}
+
+template <int W, int K, int S, typename T> EFFNET_INLINE void band(const ForwardParams& p, const Band& b, Block<W, K>* blocks) {
+  const int tile = std::max(1, (kTile / int(W * sizeof(T)) / p.width - K) / S);
+  const int count = (b.end - b.begin + W - 1) / W;
+  for (int i = 0; i < count; ++i) std::fill_n(blocks[i].sums, W, 0.f);
+  const uintptr_t x = reinterpret_cast<uintptr_t>(p.x) + b.image * p.x_image * sizeof(T);
+  const uintptr_t bytes = uintptr_t(p.width) * S * W * sizeof(T);
+  for (int row = b.first; row < b.last; row += tile) {
+    const int last = std::min(row + tile, b.last);
+    uintptr_t ahead = x + ((last - 1) * S - p.pad_top + K) * p.x_row * sizeof(T);
+    for (int i = 0; i < count; ++i, ahead += (last - row) * bytes)
+      rows<W, K, S, T>(p, b.image, blocks[i], block_start<W>(b.begin + i * W, p.channels), row, last, ahead);
+  }
+  if (!b.partial) return;
+  for (int i = 0; i < count; ++i)
+    memcpy(b.partial + block_start<W>(b.begin + i * W, p.channels), blocks[i].sums, W * sizeof(float));
+}
+
+// A range of bands, numbered through the images, over one group of channels.
+struct Task {
+  const ForwardParams* params;
+  int bands;  // of an image
+  int64_t first, last;
+  int begin, end;  // channels
+};
+
+template <int W, int K, int S, typename T> EFFNET_INLINE void run_task(const Task& t) {
+  const ForwardParams& p = *t.params;
+  struct alignas(64) Line {
+    float at[16];
+  };
+  // Kept from call to call: fresh memory costs more to fault in than a small image costs to compute.
+  thread_local std::vector<Line> scratch;
+  const size_t lines = (t.end - t.begin + W - 1) / W * sizeof(Block<W, K>) / sizeof(Line) + 1;
+  if (scratch.size() < lines) scratch.resize(lines);
+  auto* blocks = reinterpret_cast<Block<W, K>*>(scratch.data());
+  pack<W, K>(p, t.begin, t.end, blocks);
+  for (int64_t i = t.first; i < t.last; ++i) {
+    const int64_t image = i / t.bands, at = i % t.bands;
+    const int first = int(at * p.out_height / t.bands), last = int((at + 1) * p.out_height / t.bands);
+    band<W, K, S, T>(p, Band{image, first, last, t.begin, t.end, p.pieces ? p.partial + i * p.channels : nullptr}, blocks);
+  }
+}
+
+template <int W, typename T> EFFNET_INLINE void run_kernel(const Task& t) {
+  const ForwardParams& p = *t.params;
+  if (p.kernel == 3) return p.stride == 1 ? run_task<W, 3, 1, T>(t) : run_task<W, 3, 2, T>(t);
+  return p.stride == 1 ? run_task<W, 5, 1, T>(t) : run_task<W, 5, 2, T>(t);
+}
+
+template <int W> EFFNET_INLINE void run_any(const Task& t) {
+  switch (t.params->dtype) {
+    case DType::fp32: return run_kernel<W, float>(t);
+    case DType::bf16: return run_kernel<W, bf16>(t);
+    case DType::fp16: return run_kernel<W, fp16>(t);
+  }
+}
+
+EFFNET_PER_ISA(run_vectors, (const Task& t), run_any, (t))
+
+void run(const Task& t, int width) {
+  if (width == simd::width()) return run_vectors(t);
+#if defined(__x86_64__)
+  if (width == 8) return run_vectors_avx2(t);
+  if (width == 4) return run_vectors_baseline(t);
+#endif
+  run_any<1>(t);
+}
+
+}  // namespace
+
+void forward_cpu(const ForwardParams& p) {
+  const int bands = p.pieces ? p.pieces : std::max(1, p.out_height / kRowsPerBand);
+  const int64_t items = p.batch * bands, threads = thread_count();
+  // Vectors of channels, the last with what is left over. As many groups of them as make the tasks divide among the threads.
+  const int width = simd::width_for(p.channels), vectors = p.channels / width;
+  const int64_t groups = items >= 8 * threads ? 1 : std::min<int64_t>(vectors, threads / std::gcd(items, threads));
+  const int64_t work =
+      int64_t(p.out_height) * p.out_width * p.channels / (bands * groups) * (p.kernel * p.kernel + kActivationCost);
+  parallel_for(groups * items, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin / items; group * items < end; ++group) {
+      const auto channel = [&](int64_t g) { return g == groups ? p.channels : int(g * vectors / groups) * width; };
+      const int64_t first = std::max<int64_t>(begin - group * items, 0), last = std::min(end - group * items, items);
+      run(Task{&p, bands, first, last, channel(group), channel(group + 1)}, width);
+    }
+  });
+}
+
+}  // namespace effnet_fast::depthwise
