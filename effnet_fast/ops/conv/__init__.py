@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, triton_backend
 from effnet_fast.ops.common import (
     NORM_SCHEMA,
     Norm,
@@ -39,8 +39,20 @@ define(
     reference=reference.conv_bn_act,
     fake=_fake,
     flops=_flops,
+    backends=("triton",),
 )
+triton_backend.register(NAME, _fake)
+backends.register(NAME, backends.Kernel("triton", torch.ops.effnet_fast.conv_bn_act.triton, triton_backend.can_run))
 backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.conv_bn_act.reference, backends.always))
+
+
+def is_stem(weight: Tensor, stride: int) -> bool:
+    """Whether a convolution is one that kernels other than the reference are for.
+
+    A dense k x k convolution of many channels (FusedMBConv) is bound by multiplications, and libraries do those near the peak; a
+    stem is bound by memory, and a library would make three passes of it.
+    """
+    return tuple(weight.shape[2:]) == (3, 3) and stride == 2 and weight.shape[1] <= 4
 
 
 def conv_bn_act(
@@ -70,4 +82,7 @@ def conv_bn_act(
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
         width = output_size(x.shape[3], weight.shape[3], stride, left, right)
         check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
-    return backends.choose(NAME, x).overload(x, weight, *norm, residual, stride, padding, activation)
+    unsupported = None
+    if not is_stem(weight, stride):
+        unsupported = "kernels are for the stem (3x3, stride 2, at most 4 channels); other dense convolutions are cuDNN's and oneDNN's"
+    return backends.choose(NAME, x, unsupported).overload(x, weight, *norm, residual, stride, padding, activation)

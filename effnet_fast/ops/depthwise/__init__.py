@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, triton_backend
 from effnet_fast.ops.common import NORM_SCHEMA, Norm, accumulator, check_conv, check_window, conv_flops, empty_output, output_size
 from effnet_fast.ops.depthwise import reference
 from effnet_fast.ops.library import define
 
 NAME = "depthwise_conv_bn_act"
+KERNELS, STRIDES = ((3, 3), (5, 5)), (1, 2)  # that kernels other than the reference take
 
 
 def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, pieces):
@@ -31,6 +32,20 @@ define(
     reference=reference.depthwise_conv_bn_act,
     fake=_fake,
     flops=_flops,
+    backends=("triton",),
+)
+triton_backend.register(NAME, _fake)
+
+
+def triton_pieces(x: Tensor, height: int, width: int) -> int:
+    """So many that the programs (an image's piece of 64 channels each) fill a large GPU several times over, at most one for 32 pixels;
+    and few enough that the gate's kernel adds them up in no time."""
+    others = max(x.shape[0] * ((x.shape[1] + 63) // 64), 1)
+    return max(min((2048 + others - 1) // others, (height * width + 31) // 32, 128), 1)
+
+
+backends.register(
+    NAME, backends.Kernel("triton", torch.ops.effnet_fast.depthwise_conv_bn_act.triton, triton_backend.can_run, triton_pieces)
 )
 backends.register(
     NAME,
@@ -57,7 +72,11 @@ def depthwise_conv_bn_act(
     if weight.shape[1] != 1:
         raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [C, 1, k, k] would do")
     check_window(NAME, x, weight.shape[2:], stride, padding)
-    kernel, pieces = backends.choose(NAME, x), 0
+    window, pieces = (weight.shape[2], weight.shape[3]), 0
+    unsupported = None
+    if window not in KERNELS or stride not in STRIDES:
+        unsupported = f"kernel size {window} and stride {stride}: kernels have 3x3 and 5x5, strides 1 and 2"
+    kernel = backends.choose(NAME, x, unsupported)
     if squeeze:
         top, bottom, left, right = padding
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)

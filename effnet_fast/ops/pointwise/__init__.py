@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, triton_backend
 from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_like_output, conv_flops, empty_output
 from effnet_fast.ops.library import define
 from effnet_fast.ops.pointwise import reference
@@ -28,6 +28,11 @@ define(
     reference=reference.pointwise_conv_bn_act,
     fake=_fake,
     flops=_flops,
+    backends=("triton",),
+)
+triton_backend.register(NAME, _fake)
+backends.register(
+    NAME, backends.Kernel("triton", torch.ops.effnet_fast.pointwise_conv_bn_act.triton, triton_backend.can_run)
 )
 backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.pointwise_conv_bn_act.reference, backends.always))
 
