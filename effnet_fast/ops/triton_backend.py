@@ -26,7 +26,9 @@ def can_run(x: Tensor) -> str | None:
         return REASON
     if x.device.type != _DEVICE:
         return f"x is on {x.device.type!r}; Triton {'interprets' if INTERPRETED else 'runs'} kernels on {_DEVICE!r}"
-    return None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"x is {x.dtype}; Triton's kernels have no such one"
+    return (
+        None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"x is {x.dtype}; Triton's kernels have no such one"
+    )
 
 
 def register(name: str, allocate: Callable[..., Any]) -> None:

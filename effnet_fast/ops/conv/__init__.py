@@ -84,5 +84,5 @@ def conv_bn_act(
         check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
     unsupported = None
     if not is_stem(weight, stride):
-        unsupported = "kernels are for the stem (3x3, stride 2, at most 4 channels); other dense convolutions are cuDNN's and oneDNN's"
+        unsupported = "kernels are for the stem (3x3, stride 2, at most 4 channels); libraries do other dense convolutions"
     return backends.choose(NAME, x, unsupported).overload(x, weight, *norm, residual, stride, padding, activation)

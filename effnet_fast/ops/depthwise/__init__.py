@@ -38,8 +38,8 @@ triton_backend.register(NAME, _fake)
 
 
 def triton_pieces(x: Tensor, height: int, width: int) -> int:
-    """So many that the programs (an image's piece of 64 channels each) fill a large GPU several times over, at most one for 32 pixels;
-    and few enough that the gate's kernel adds them up in no time."""
+    """So many that the programs (an image's piece of 64 channels each) fill a large GPU several times over, one for 32 pixels at
+    most; and few enough that the gate's kernel adds them up in no time."""
     others = max(x.shape[0] * ((x.shape[1] + 63) // 64), 1)
     return max(min((2048 + others - 1) // others, (height * width + 31) // 32, 128), 1)
 

@@ -31,9 +31,7 @@ define(
     backends=("triton",),
 )
 triton_backend.register(NAME, _fake)
-backends.register(
-    NAME, backends.Kernel("triton", torch.ops.effnet_fast.pointwise_conv_bn_act.triton, triton_backend.can_run)
-)
+backends.register(NAME, backends.Kernel("triton", torch.ops.effnet_fast.pointwise_conv_bn_act.triton, triton_backend.can_run))
 backends.register(NAME, backends.Kernel("reference", torch.ops.effnet_fast.pointwise_conv_bn_act.reference, backends.always))
 
 

@@ -108,6 +108,7 @@ class Config:
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def _power_of_2(size: int, least: int, most: int) -> int:
@@ -116,30 +117,32 @@ def _power_of_2(size: int, least: int, most: int) -> int:
 
 
 def choose_config(rows: int, channels: int, outputs: int, itemsize: int, tensor_cores: bool, sms: int) -> Config:
-    """The default launch, from the shape of the GEMM and the GPU's number of multiprocessors; nothing here was tuned on a GPU.
+    """The default launch, from the shape of the GEMM and the GPU's number of multiprocessors: reasoned, not tuned on a GPU.
 
-    Tensor cores take tiles of up to 128 x 128. fp32 without them multiplies from registers: a quarter of the tile, short steps.
+    Four warps hold 64 x 128 sums, 64 a thread, and with all of the epilogue stay under 255 registers: two programs or more share a
+    multiprocessor. 128 x 128 over eight warps takes as many registers a thread, since each then holds the folded norm of 64
+    columns, and leaves room for one program alone. fp32 without tensor cores multiplies from registers: half the tile, short steps.
     """
     largest = 128 if tensor_cores else 64
-    # Up to one tile's width of output channels are one tile, so that x is loaded once. Wider ones: as few padded channels as can be.
+    # Up to one tile's width of output channels are one tile: x is loaded once. Wider ones: as few padded channels as can be.
     block_n = _power_of_2(outputs, 16, largest)
     if outputs > largest and triton.cdiv(outputs, largest // 2) % 2:
         block_n = largest // 2
-    block_m = _power_of_2(rows, 16, largest)
-    # 7x7 and 14x14 at batch 1: narrower tiles until every multiprocessor has one. First fewer pixels: the weight is read again from
-    # L2, x is not; then fewer outputs.
+    block_m = _power_of_2(rows, 16, 128 if tensor_cores and block_n <= 32 else 64)
+    # 7x7 and 14x14 at batch 1: smaller tiles until every multiprocessor has one. First fewer pixels: what is read again then is the
+    # weight, which L2 holds; then fewer outputs.
     while triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < sms and block_m > 16:
         block_m //= 2
     while triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < sms and block_n > 16:
         block_n //= 2
+    small = block_m * block_n <= 512
+    num_warps = 2 if small else 4
     if not tensor_cores:
-        return Config(block_m, block_n, 16, 4 if block_m * block_n > 512 else 2, 2)
+        # All registers that a thread can have, said outright: ptxas would spill a few of them to fit a sixth program.
+        return Config(block_m, block_n, 32, num_warps, 2, 255)
     # 128 bytes of x a row and step: whole cache lines. Small tiles wait for L2 rather than for HBM: twice the bytes in flight.
-    small = block_m * block_n <= 1024
     block_k = _power_of_2(channels, 16, (256 if small else 128) // itemsize)
-    steps = triton.cdiv(channels, block_k)
-    num_warps = 8 if block_m * block_n >= 128 * 128 else 4 if block_m * block_n > 512 else 2
-    return Config(block_m, block_n, block_k, num_warps, min(steps + 1, 4 if small else 3))
+    return Config(block_m, block_n, block_k, num_warps, min(triton.cdiv(channels, block_k) + 1, 4 if small else 3))
 
 
 def launch(
@@ -190,4 +193,5 @@ def launch(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )

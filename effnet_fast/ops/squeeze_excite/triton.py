@@ -1,7 +1,7 @@
 """squeeze_excite_gate in Triton: the partial sums added up, two matrix-vector products and the sigmoid.
 
-The weights, 2*C*R of them, are all that is read in bulk, and from L2. With many images one launch: a program makes the hidden vector
-of its image, and its share of the gates from it; those that share an image make the same hidden vector again. With few images and
+The weights, 2*C*R of them, are all that is read in bulk, and from L2. With many images one launch: a program makes the hidden
+vector of its image, and its share of the gates from it; those that share an image make the same hidden vector again. With few images and
 large weights that would have each multiprocessor read them all: two launches then, each split over rows of its weight.
 """
 
@@ -21,6 +21,7 @@ def _hidden(partial, pieces, count, weight, bias, r, channels, reduced, ACTIVATI
     """activation(reduce(mean)) at rows ``r``, for the image whose sums ``partial`` points to."""
     r_inside = r < reduced
     total = tl.zeros([r.shape[0], BLOCK_C], tl.float32)
+    per_pixel = tl.div_rn(1.0, count.to(tl.float32))
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         c_inside = c < channels
@@ -29,7 +30,7 @@ def _hidden(partial, pieces, count, weight, bias, r, channels, reduced, ACTIVATI
             sums += tl.load(partial + piece * channels + c, mask=c_inside, other=0.0)
         mask = r_inside[:, None] & c_inside[None, :]
         w = tl.load(weight + r[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += w * tl.div_rn(sums, count.to(tl.float32))[None, :]
+        total += w * (sums * per_pixel)[None, :]
     out = tl.sum(total, 1)
     if bias is not None:
         out += tl.load(bias + r, mask=r_inside, other=0.0).to(tl.float32)
@@ -127,8 +128,8 @@ def launch(
     partial = partial.contiguous()
     reduce_weight, expand_weight = reduce_weight.contiguous(), expand_weight.contiguous()
     block_r, sms = triton.next_power_of_2(reduced), processors(partial.device)
-    # A tile of weights is 4096 elements: 32 registers a thread.
-    block_c = min(max(4096 // block_r, 8), 256)
+    # A tile of weights is 2048 elements, 16 a thread.
+    block_c = min(max(2048 // block_r, 8), 256)
     if images >= sms or reduced * channels <= 2**16:
         # Few images: as many programs an image as there are blocks of channels, up to two for every multiprocessor.
         splits = min(triton.cdiv(channels, block_c), max(2 * sms // images, 1))
@@ -153,5 +154,5 @@ def launch(
         num_warps=4,
     )
     programs = images * triton.cdiv(channels, block_c)
-    arguments = hidden, expand_weight, expand_bias, gate, channels, reduced
-    run(_expand, programs, *arguments, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+    to_gate = hidden, expand_weight, expand_bias, gate, channels, reduced
+    run(_expand, programs, *to_gate, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
