@@ -156,7 +156,7 @@ def test_every_block_is_fused_in_eval_and_plain_in_training():
         "pointwise_conv_bn_act",
         "squeeze_excite_gate",
     }
-    assert "native" in str(rows) and "triton: no kernel of this op" in str(rows)
+    assert "native" in str(rows) and "triton: x is on 'cpu'" in str(rows)
     assert all("gradient" in (row.plain or "") for row in effnet_fast.explain(model, x, grad=True))
     assert all("training" in (row.plain or "") for row in effnet_fast.explain(model.train(), torch.zeros(2, 3, 32, 32)))
     with pytest.raises(ValueError, match="accelerate"):

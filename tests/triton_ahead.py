@@ -3,9 +3,9 @@
 python tests/triton_ahead.py 80|90|100 all|covering
 
 The launches are those that the ops would make for every layer of B0 to B7 at batch 1, 16, 128 and 256: the ops' own launch
-functions run on meta tensors, with the launch itself recorded. ``covering`` takes each configuration of a kernel and its types once.
-To stdout goes one JSON object a kernel (its name, constants, registers, bytes of shared memory, and bytes of stack, where registers
-spill to), and one that counts them last.
+functions run on meta tensors, with the launch itself recorded. ``covering`` takes each configuration of a kernel once
+in fp32, tf32, bf16 and with mixed types, in its fullest form. To stdout goes one JSON object a kernel (its name, constants,
+registers, bytes of shared memory, and bytes of stack, where registers spill to), and one that counts them last.
 """
 
 from __future__ import annotations
@@ -142,15 +142,21 @@ def compile_ahead(launch: Launch, arch: int) -> dict[str, Any]:
 
 
 def covering(found: dict[Launch, None]) -> list[Launch]:
-    """Of the launches that differ in alignment, residual, activation or bias alone, the one with most tensors."""
+    """Of the launches that differ in alignment, residual, activation or bias alone, the one with most tensors; fp16 is as bf16."""
     fullest: dict[Any, Launch] = {}
     for launch in found:
         kernel, signature, constants, *shape = launch
+        if "*fp16" in dict(signature).values():
+            continue
         key = (
             kernel,
             dict(signature).get("x", dict(signature)[kernel.arg_names[0]]),
             dict(signature).get("weight"),
-            tuple((name, value) for name, value in constants if isinstance(value, (int, str)) and not name.startswith("ALIGN")),
+            tuple(
+                (name, value)
+                for name, value in constants
+                if isinstance(value, (int, str)) and not name.startswith(("ALIGN", "ACTIV"))
+            ),
             *shape,
         )
         if key not in fullest or len(signature) > len(fullest[key][1]):

@@ -139,7 +139,7 @@ def choose_config(rows: int, channels: int, outputs: int, itemsize: int, tensor_
     num_warps = 2 if small else 4
     if not tensor_cores:
         # All registers that a thread can have, said outright: ptxas would spill a few of them to fit a sixth program.
-        return Config(block_m, block_n, 32, num_warps, 2, 255)
+        return Config(block_m, block_n, 16, num_warps, 2, 255)
     # 128 bytes of x a row and step: whole cache lines. Small tiles wait for L2 rather than for HBM: twice the bytes in flight.
     block_k = _power_of_2(channels, 16, (256 if small else 128) // itemsize)
     return Config(block_m, block_n, block_k, num_warps, min(triton.cdiv(channels, block_k) + 1, 4 if small else 3))

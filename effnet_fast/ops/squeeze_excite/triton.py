@@ -1,8 +1,8 @@
 """squeeze_excite_gate in Triton: the partial sums added up, two matrix-vector products and the sigmoid.
 
 The weights, 2*C*R of them, are all that is read in bulk, and from L2. With many images one launch: a program makes the hidden
-vector of its image, and its share of the gates from it; those that share an image make the same hidden vector again. With few images and
-large weights that would have each multiprocessor read them all: two launches then, each split over rows of its weight.
+vector of its image, and its share of the gates from it; those that share an image make the same hidden vector again. With few
+images and large weights that would have each multiprocessor read them all: two launches then, each split over rows of its weight.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def launch(
         # Few images: as many programs an image as there are blocks of channels, up to two for every multiprocessor.
         splits = min(triton.cdiv(channels, block_c), max(2 * sms // images, 1))
         arguments = partial, reduce_weight, reduce_bias, expand_weight, expand_bias, gate, pieces, count, channels, reduced, splits
-        run(_one_launch, images * splits, *arguments, ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+        # A quarter of the registers to a program; left alone, ptxas spills two of them to fit a fifth or sixth.
+        options = {"num_warps": 4, "maxnreg": 128}
+        run(_one_launch, images * splits, *arguments, ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, **options)
         return
     hidden = torch.empty((images, reduced), dtype=torch.float32, device=partial.device)
     run(
