@@ -173,6 +173,6 @@ def launch(
         BLOCK_P=config.block_p,
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,
-        # A third of the registers to a program; left alone, ptxas spills a few of 5x5's to fit a fourth.
-        maxnreg=168 if kernel == 5 else None,
+        # All registers that a thread can have; left alone, ptxas spills some of 5x5's to fit more programs.
+        maxnreg=255 if kernel == 5 else None,
     )
