@@ -128,8 +128,9 @@ def _has_bias(conv: nn.Conv2d) -> bool:
 def _why_not_shape(part: ConvNormAct, role: str) -> str | None:
     conv = part.conv
     kernel, stride = conv.kernel_size, conv.stride
-    if type(kernel) is not tuple or type(stride) is not tuple:
+    if type(kernel) is not tuple or type(stride) not in (tuple, list):  # efficientnet_pytorch's convolutions hold a list
         return f"a {role} convolution has kernel size {kernel!r} and stride {stride!r}"
+    stride = tuple(stride)
     groups = conv.in_channels if role == "depthwise" else 1
     if conv.groups != groups or (role == "depthwise" and conv.out_channels != conv.in_channels):
         return f"a {role} convolution has {conv.groups} groups, {conv.in_channels} channels in and {conv.out_channels} out"

@@ -8,7 +8,7 @@ allocates nothing. The choice between backends is made in :mod:`effnet_fast.ops.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def define(
     def reference_out(*args: Any, **out: torch.Tensor) -> None:
         made = reference(*args)
         for result, tensor in zip(results, made if isinstance(made, tuple) else (made,), strict=True):
-            _check_out(name, result, out[result], tensor)
+            check_out(name, result, out[result], tensor.shape, tensor.dtype)
             out[result].copy_(tensor)
 
     _LIBRARY.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
@@ -75,10 +75,16 @@ def define(
     return reference
 
 
+def implement(overload: str, function: Callable[..., Any], key: str) -> None:
+    """Give ``OP.BACKEND`` its kernel for a dispatch key, from Python."""
+    _LIBRARY.impl(overload, function, key)
+
+
 def _writes_only(*args: Any, **out: torch.Tensor) -> None:
     """The fake of every ``_out`` form: it has no result."""
 
 
-def _check_out(name: str, result: str, given: torch.Tensor, made: torch.Tensor) -> None:
-    if given.shape != made.shape or given.dtype != made.dtype:
-        raise ValueError(f"{name}: {result} is {tuple(given.shape)} {given.dtype}; {tuple(made.shape)} {made.dtype} would do")
+def check_out(name: str, result: str, given: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Refuse a tensor that the result of an ``_out`` form does not fit."""
+    if given.shape != torch.Size(shape) or given.dtype != dtype:
+        raise ValueError(f"{name}: {result} is {tuple(given.shape)} {given.dtype}; {tuple(shape)} {dtype} would do")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends, native
+from effnet_fast.ops import backends, native, triton_backend
 from effnet_fast.ops.common import (
     NORM_SCHEMA,
     Norm,
@@ -39,18 +39,21 @@ _reference = define(
     reference=reference.conv_bn_act,
     fake=_fake,
     flops=_flops,
-    backends=("native",),
+    backends=("native", "triton"),
 )
+triton_backend.register(NAME, _fake)
 backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.conv_bn_act.native, native.why_not))
+backends.register(NAME, backends.Kernel("triton", torch.ops.effnet_fast.conv_bn_act.triton, triton_backend.can_run))
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
 
 
-def _unsupported(weight: Tensor) -> str | None:
-    if weight.shape[1] > 4:
-        return f"{weight.shape[1]} input channels: the native kernel is for a stem's 1 to 4"
-    if weight.shape[2:] != (3, 3):
-        return f"kernel {weight.shape[2]}x{weight.shape[3]}: the native kernel is for a stem's 3x3"
-    return None
+def is_stem(weight: Tensor, stride: int) -> bool:
+    """Whether a convolution is one that kernels other than the reference are for.
+
+    A dense k x k convolution of many channels (FusedMBConv) is bound by multiplications, and libraries do those near the peak; a
+    stem is bound by memory, and a library would make three passes of it.
+    """
+    return tuple(weight.shape[2:]) == (3, 3) and stride == 2 and weight.shape[1] <= 4
 
 
 def conv_bn_act(
@@ -80,4 +83,8 @@ def conv_bn_act(
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
         width = output_size(x.shape[3], weight.shape[3], stride, left, right)
         check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
-    return backends.choose(NAME, x, _unsupported(weight)).run(x, weight, *norm, residual, stride, padding, activation)
+    unsupported = None
+    if not is_stem(weight, stride):
+        window = f"{weight.shape[2]}x{weight.shape[3]} of {weight.shape[1]} input channels, stride {stride}"
+        unsupported = f"kernel {window}: only the reference takes others than a stem's (3x3 of at most 4, stride 2)"
+    return backends.choose(NAME, x, unsupported).run(x, weight, *norm, residual, stride, padding, activation)

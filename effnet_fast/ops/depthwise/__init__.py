@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends, native
+from effnet_fast.ops import backends, native, triton_backend
 from effnet_fast.ops.common import NORM_SCHEMA, Norm, accumulator, check_conv, check_window, conv_flops, empty_output, output_size
 from effnet_fast.ops.depthwise import reference
 from effnet_fast.ops.library import define
 
 NAME = "depthwise_conv_bn_act"
+KERNELS, STRIDES = ((3, 3), (5, 5)), (1, 2)  # that kernels other than the reference take
 
 
 def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, pieces):
@@ -31,8 +32,9 @@ _reference = define(
     reference=reference.depthwise_conv_bn_act,
     fake=_fake,
     flops=_flops,
-    backends=("native",),
+    backends=("native", "triton"),
 )
+triton_backend.register(NAME, _fake)
 
 
 def _native_pieces(x: Tensor, height: int, width: int) -> int:
@@ -40,17 +42,27 @@ def _native_pieces(x: Tensor, height: int, width: int) -> int:
     return max(1, min(height // 7, 16))
 
 
+def triton_pieces(x: Tensor, height: int, width: int) -> int:
+    """So many that the programs (an image's piece of 64 channels each) fill a large GPU several times over, one for 32 pixels at
+    most; and few enough that the gate's kernel adds them up in no time."""
+    others = max(x.shape[0] * ((x.shape[1] + 63) // 64), 1)
+    return max(min((2048 + others - 1) // others, (height * width + 31) // 32, 128), 1)
+
+
 backends.register(
     NAME,
     backends.Kernel("native", torch.ops.effnet_fast.depthwise_conv_bn_act.native, native.why_not, _native_pieces),
+)
+backends.register(
+    NAME, backends.Kernel("triton", torch.ops.effnet_fast.depthwise_conv_bn_act.triton, triton_backend.can_run, triton_pieces)
 )
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always, lambda x, height, width: 1))
 
 
 def _unsupported(weight: Tensor, stride: int) -> str | None:
-    if weight.shape[2] != weight.shape[3] or weight.shape[2] not in (3, 5):
-        return f"kernel {weight.shape[2]}x{weight.shape[3]}: the native kernels take 3x3 and 5x5"
-    return None if stride in (1, 2) else f"stride {stride}: the native kernels take 1 and 2"
+    if (weight.shape[2], weight.shape[3]) not in KERNELS:
+        return f"kernel {weight.shape[2]}x{weight.shape[3]}: only the reference takes others than 3x3 and 5x5"
+    return None if stride in STRIDES else f"stride {stride}: only the reference takes others than 1 and 2"
 
 
 def depthwise_conv_bn_act(

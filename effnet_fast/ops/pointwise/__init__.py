@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends, native
+from effnet_fast.ops import backends, native, triton_backend
 from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_like_output, conv_flops, empty_output
 from effnet_fast.ops.library import define
 from effnet_fast.ops.pointwise import reference
@@ -29,8 +29,9 @@ _reference = define(
     reference=reference.pointwise_conv_bn_act,
     fake=_fake,
     flops=_flops,
-    backends=("native",),
+    backends=("native", "triton"),
 )
+triton_backend.register(NAME, _fake)
 
 
 def _native_can_run(x: Tensor) -> str | None:
@@ -53,6 +54,7 @@ def _unsupported(x: Tensor, weight: Tensor, gate: Tensor | None) -> str | None:
 
 
 backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.pointwise_conv_bn_act.native, _native_can_run))
+backends.register(NAME, backends.Kernel("triton", torch.ops.effnet_fast.pointwise_conv_bn_act.triton, triton_backend.can_run))
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
 
 

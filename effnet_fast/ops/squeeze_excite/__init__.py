@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends, native
+from effnet_fast.ops import backends, native, triton_backend
 from effnet_fast.ops.common import ACTIVATIONS, check_no_gradient
 from effnet_fast.ops.library import define
 from effnet_fast.ops.squeeze_excite import reference
@@ -29,8 +29,9 @@ _reference = define(
     reference=reference.squeeze_excite_gate,
     fake=_fake,
     flops=_flops,
-    backends=("native",),
+    backends=("native", "triton"),
 )
+triton_backend.register(NAME, _fake)
 
 
 def _native_can_run(partial: Tensor) -> str | None:
@@ -43,7 +44,15 @@ def _native_can_run(partial: Tensor) -> str | None:
     return None if partial.dtype == torch.float32 else f"partial sums are {partial.dtype}; the native kernel takes float32"
 
 
+def _triton_can_run(partial: Tensor) -> str | None:
+    reason = triton_backend.can_run(partial)
+    if reason is None and partial.dtype != torch.float32:
+        return f"partial sums are {partial.dtype}; the Triton kernel takes float32"
+    return reason
+
+
 backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.squeeze_excite_gate.native, _native_can_run))
+backends.register(NAME, backends.Kernel("triton", torch.ops.effnet_fast.squeeze_excite_gate.triton, _triton_can_run))
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
 
 

@@ -1,0 +1,160 @@
+"""squeeze_excite_gate in Triton: the partial sums added up, two matrix-vector products and the sigmoid.
+
+The weights, 2*C*R of them, are all that is read in bulk, and from L2. With many images one launch: a program makes the hidden
+vector of its image, and its share of the gates from it; those that share an image make the same hidden vector again. With few
+images and large weights that would have each multiprocessor read them all: two launches then, each split over rows of its weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effnet_fast.ops.library import check_out
+from effnet_fast.ops.triton_common import activate, processors, run, sigmoid
+
+
+@triton.jit
+def _hidden(partial, pieces, count, weight, bias, r, channels, reduced, ACTIVATION: tl.constexpr, BLOCK_C: tl.constexpr):
+    """activation(reduce(mean)) at rows ``r``, for the image whose sums ``partial`` points to."""
+    r_inside = r < reduced
+    total = tl.zeros([r.shape[0], BLOCK_C], tl.float32)
+    per_pixel = tl.div_rn(1.0, count.to(tl.float32))
+    for start in range(0, channels, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        c_inside = c < channels
+        sums = tl.zeros([BLOCK_C], tl.float32)
+        for piece in range(pieces):
+            sums += tl.load(partial + piece * channels + c, mask=c_inside, other=0.0)
+        mask = r_inside[:, None] & c_inside[None, :]
+        w = tl.load(weight + r[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += w * (sums * per_pixel)[None, :]
+    out = tl.sum(total, 1)
+    if bias is not None:
+        out += tl.load(bias + r, mask=r_inside, other=0.0).to(tl.float32)
+    return tl.where(r_inside, activate(out, ACTIVATION), 0.0)
+
+
+@triton.jit
+def _gate(hidden, weight, bias, c, r, channels, reduced):
+    """sigmoid(expand(hidden)) at channels ``c``; ``hidden`` holds all rows ``r``."""
+    mask = (c < channels)[:, None] & (r < reduced)[None, :]
+    w = tl.load(weight + c[:, None] * reduced + r[None, :], mask=mask, other=0.0).to(tl.float32)
+    out = tl.sum(w * hidden[None, :], 1)
+    if bias is not None:
+        out += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
+    return sigmoid(out)
+
+
+@triton.jit(do_not_specialize=["pieces", "count", "channels", "reduced", "splits"])
+def _one_launch(
+    partial,
+    reduce_weight,
+    reduce_bias,
+    expand_weight,
+    expand_bias,
+    gate,
+    pieces,
+    count,
+    channels,
+    reduced,
+    splits,
+    ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    r = tl.arange(0, BLOCK_R)
+    sums = partial + image * pieces * channels
+    hidden = _hidden(sums, pieces, count, reduce_weight, reduce_bias, r, channels, reduced, ACTIVATION, BLOCK_C)
+    for start in range(split * BLOCK_C, channels, splits * BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        out = _gate(hidden, expand_weight, expand_bias, c, r, channels, reduced)
+        tl.store(gate + image * channels + c, out, mask=c < channels)
+
+
+@triton.jit(do_not_specialize=["pieces", "count", "channels", "reduced"])
+def _reduce(
+    partial,
+    weight,
+    bias,
+    hidden,
+    pieces,
+    count,
+    channels,
+    reduced,
+    ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = tl.cdiv(reduced, BLOCK_R)
+    image, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    sums = partial + image * pieces * channels
+    out = _hidden(sums, pieces, count, weight, bias, r, channels, reduced, ACTIVATION, BLOCK_C)
+    tl.store(hidden + image * reduced + r, out, mask=r < reduced)
+
+
+@triton.jit(do_not_specialize=["channels", "reduced"])
+def _expand(hidden, weight, bias, gate, channels, reduced, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    blocks = tl.cdiv(channels, BLOCK_C)
+    image, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    c, r = block * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    values = tl.load(hidden + image * reduced + r, mask=r < reduced, other=0.0)
+    tl.store(gate + image * channels + c, _gate(values, weight, bias, c, r, channels, reduced), mask=c < channels)
+
+
+def launch(
+    partial: Tensor,
+    count: int,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    activation: str,
+    *,
+    gate: Tensor,
+) -> None:
+    """Write ``squeeze_excite_gate(...)`` into ``gate``."""
+    images, pieces, channels = partial.shape
+    reduced = reduce_weight.shape[0]
+    check_out("squeeze_excite_gate", "gate", gate, (images, channels), torch.float32)
+    if not gate.is_contiguous():
+        raise ValueError(f"squeeze_excite_gate: gate has strides {gate.stride()}; contiguous would do")
+    if gate.numel() == 0:
+        return
+    partial = partial.contiguous()
+    reduce_weight, expand_weight = reduce_weight.contiguous(), expand_weight.contiguous()
+    block_r, sms = triton.next_power_of_2(reduced), processors(partial.device)
+    # A tile of weights is 2048 elements, 16 a thread.
+    block_c = min(max(2048 // block_r, 8), 256)
+    if images >= sms or reduced * channels <= 2**16:
+        # Few images: as many programs an image as there are blocks of channels, up to two for every multiprocessor.
+        splits = min(triton.cdiv(channels, block_c), max(2 * sms // images, 1))
+        arguments = partial, reduce_weight, reduce_bias, expand_weight, expand_bias, gate, pieces, count, channels, reduced, splits
+        # A quarter of the registers to a program; left alone, ptxas spills two of them to fit a fifth or sixth.
+        options = {"num_warps": 4, "maxnreg": 128}
+        run(_one_launch, images * splits, *arguments, ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, **options)
+        return
+    hidden = torch.empty((images, reduced), dtype=torch.float32, device=partial.device)
+    run(
+        _reduce,
+        images * triton.cdiv(reduced, 4),
+        partial,
+        reduce_weight,
+        reduce_bias,
+        hidden,
+        pieces,
+        count,
+        channels,
+        reduced,
+        ACTIVATION=activation,
+        BLOCK_R=4,
+        BLOCK_C=1024,
+        num_warps=4,
+    )
+    programs = images * triton.cdiv(channels, block_c)
+    to_gate = hidden, expand_weight, expand_bias, gate, channels, reduced
+    run(_expand, programs, *to_gate, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)

@@ -1,0 +1,52 @@
+"""The ``.triton`` kernels: registered with torch at import, imported (and triton with them) at their first call."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_fast.ops.library import NAMESPACE, implement
+
+#: Why triton cannot be used, in one sentence; None if it is installed.
+REASON = None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+#: Whether triton's own switch asks for its interpreter, which runs the kernels on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def can_run(x: Tensor) -> str | None:
+    """Why no Triton kernel takes this ``x``, or None."""
+    if REASON is not None:
+        return REASON
+    if x.device.type != _DEVICE:
+        return f"x is on {x.device.type!r}; Triton {'interprets' if INTERPRETED else 'runs'} kernels on {_DEVICE!r}"
+    return (
+        None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"x is {x.dtype}; Triton's kernels have no such one"
+    )
+
+
+def register(name: str, allocate: Callable[..., Any]) -> None:
+    """Implement ``name.triton`` and ``name.triton_out`` by ``launch(*args, **out)`` of the module ``triton`` in the op's folder.
+
+    allocate  makes the op's results, unwritten, from its arguments
+    """
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).triton_out
+    results = [argument.name for argument in overload._schema.arguments if argument.is_out]
+    module = f"{allocate.__module__}.triton"
+
+    def out_form(*args: Any, **out: Tensor) -> None:
+        importlib.import_module(module).launch(*args, **out)
+
+    def returning(*args: Any) -> Any:
+        made = allocate(*args)
+        out_form(*args, **dict(zip(results, made if isinstance(made, tuple) else (made,), strict=True)))
+        return made
+
+    implement(f"{name}.triton", returning, _DEVICE.upper())
+    implement(f"{name}.triton_out", out_form, _DEVICE.upper())

@@ -1,0 +1,132 @@
+"""What the Triton kernels share: the norm folded, the activations, rounding, and the launch.
+
+Only the ``triton`` modules of the ops import this one, at their first call: it needs triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effnet_fast.ops.library import check_out
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def stored(value, dtype: tl.constexpr):
+    """fp32 ``value`` rounded to the nearest of ``dtype``, ties to even. The interpreter alone would truncate to bf16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, nearest, bits).to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def converted(value, dtype: tl.constexpr):
+    """A loaded ``value`` in ``dtype``: a weight of another precision beside x."""
+    if value.dtype == dtype:
+        return value
+    else:
+        return stored(value.to(tl.float32), dtype)
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """``a @ b + total`` in fp32. The interpreter's products of halves are not those of tensor cores, which are exact."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def folded_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, channels, mask):
+    """(scale, shift) of the batch norm at ``channels``, fp32. A Newton step mends the 2 ulp of rsqrt. Every thread does this for
+    all of its channels: a correctly rounded root and quotient would cost more than the product itself."""
+    variance = tl.load(norm_var + channels, mask=mask, other=1.0).to(tl.float32) + norm_eps
+    scale = tl.rsqrt(variance)
+    scale *= 1.5 - 0.5 * variance * scale * scale
+    if norm_weight is not None:
+        scale *= tl.load(norm_weight + channels, mask=mask, other=1.0).to(tl.float32)
+    shift = -tl.load(norm_mean + channels, mask=mask, other=0.0).to(tl.float32) * scale
+    if norm_bias is not None:
+        shift += tl.load(norm_bias + channels, mask=mask, other=0.0).to(tl.float32)
+    return scale, shift
+
+
+@triton.jit
+def sigmoid(value):
+    return 1.0 / (1.0 + tl.exp(-value))
+
+
+@triton.jit
+def activate(value, ACTIVATION: tl.constexpr):
+    """Of fp32 ``value``. Comparisons rather than min and max: a NaN goes through."""
+    if ACTIVATION == "silu":
+        value = value / (1.0 + tl.exp(-value))
+    elif ACTIVATION == "relu":
+        value = tl.where(value < 0.0, 0.0, value)
+    elif ACTIVATION == "relu6":
+        value = tl.where(value < 0.0, 0.0, value)
+        value = tl.where(value > 6.0, 6.0, value)
+    return value
+
+
+def alignment(channels: int) -> int:
+    """Elements that every row of ``channels`` is a multiple of, at most 16.
+
+    A kernel gets the row length as ``channels // alignment``, times this constant: Triton itself sees only multiples of 16, and
+    would load EfficientNet's 24, 40, 56 and 136 channels element by element.
+    """
+    return math.gcd(channels, 16)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU. The interpreter has one, so that it takes few large tiles."""
+    return _processors(device.index) if device.type == "cuda" else 1
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """How fp32 products are made: as torch says that convolutions may be, now. Halves need no choice."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x``, or a copy of it whose memory is [N, H, W, C]."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors of a norm, each as one run of memory."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def check_output(op: str, y: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """Refuse a ``y`` of an ``_out`` form that the kernel cannot write."""
+    check_out(op, "y", y, shape, x.dtype)
+    if not y.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"{op}: y has strides {y.stride()}; channels_last would do")
+
+
+def run(
+    kernel: Any, programs: int, *args: Any, num_warps: int, num_stages: int = 1, maxnreg: int | None = None, **constants: Any
+) -> None:
+    """Launch on the device and the stream of the first argument, a tensor. Fusion into FMAs is asked for: Triton 3.10 has another
+    default."""
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "enable_fp_fusion": True}
+    with torch.cuda.device_of(args[0]):
+        kernel[(programs,)](*args, **options, **constants)

@@ -1,0 +1,102 @@
+"""The Triton kernels: interpreted on the CPU, compiled ahead of time for GPUs that are not here, and run where one is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from effnet_fast import ops
+from effnet_fast.ops import backends, triton_backend
+
+HERE = Path(__file__).parent
+ALL_LAUNCHES = "EFFNET_FAST_TEST_ALL_LAUNCHES"
+needs_triton = pytest.mark.skipif(triton_backend.REASON is not None, reason=str(triton_backend.REASON))
+
+
+def pytest_of(selection: str, **environment: str) -> None:
+    """Run triton_kernels.py in a process of its own: triton takes its interpreter, or not, once a process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "triton_kernels.py")]
+    done = subprocess.run([*command, "-k", selection], capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("selection", ["test_depthwise", "not test_depthwise"])
+def test_interpreted(selection):
+    pytest_of(selection, TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.gpu
+def test_on_a_gpu():
+    pytest_of("test_", TRITON_INTERPRET="0")
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_launches_compile_within_their_budget(arch):
+    """Nothing spills, and two programs fit in a multiprocessor's registers (65536) and shared memory.
+
+    By default each configuration of each kernel once, in its fullest form: 150 an architecture; with
+    EFFNET_FAST_TEST_ALL_LAUNCHES=1 all of B0 to B7's launches, 520 to 550.
+    """
+    everything = os.environ.get(ALL_LAUNCHES) == "1"
+    command = [sys.executable, str(HERE / "triton_ahead.py"), str(arch), "all" if everything else "covering"]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join((str(HERE.parent), os.environ["PYTHONPATH"])),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    *kernels, summary = map(json.loads, done.stdout.splitlines())
+    print(f"sm_{arch}: {summary}" + ("" if everything else f"; all of them with {ALL_LAUNCHES}=1"))
+    assert {kernel["kernel"] for kernel in kernels} == {
+        "conv._kernel",
+        "depthwise._kernel",
+        "pointwise._kernel",
+        "squeeze_excite._one_launch",
+        "squeeze_excite._reduce",
+        "squeeze_excite._expand",
+    }
+    capacity = (164 if arch == 80 else 228) * 1024
+    for kernel in kernels:
+        assert kernel["stack"] == 0, f"spills: {kernel}"
+        assert 2 * kernel["registers"] * kernel["num_warps"] * 32 <= 65536, f"registers: {kernel}"
+        assert 2 * (kernel["shared"] + 1024) <= capacity, f"shared memory: {kernel}"  # the system takes 1 KB of each program's
+
+
+def test_reasons(monkeypatch):
+    assert set(backends.reasons()["triton"]) == set(backends.reasons()["reference"])
+    x = torch.zeros(1, 16, 2, 2)
+    monkeypatch.setattr(triton_backend, "REASON", None)
+    assert triton_backend.can_run(x) == "x is on 'cpu'; Triton runs kernels on 'cuda'"
+    monkeypatch.setattr(triton_backend, "_DEVICE", "cpu")
+    assert triton_backend.can_run(x) is None and triton_backend.can_run(x.half()) is None
+    assert "torch.float64" in str(triton_backend.can_run(x.double()))
+    monkeypatch.setattr(triton_backend, "REASON", "triton is not installed")
+    assert triton_backend.can_run(x) == "triton is not installed"
+
+
+def test_what_kernels_do_not_take_is_the_references(monkeypatch):
+    """A kernel that could run is passed by, with the reason."""
+    monkeypatch.setattr(triton_backend, "REASON", None)
+    monkeypatch.setattr(triton_backend, "_DEVICE", "cpu")
+    x, n = torch.ones(1, 16, 8, 8), ops.Norm(None, None, torch.zeros(16), torch.ones(16), 1e-3)
+    with backends.tracing() as trace:
+        ops.depthwise_conv_bn_act(x, torch.ones(16, 1, 7, 7), n, stride=1, padding=(3,) * 4, activation="relu", squeeze=True)
+        ops.conv_bn_act(x, torch.ones(16, 16, 3, 3), n, stride=1, padding=(1,) * 4, activation="relu")
+    assert [choice.backend for choice in trace] == ["reference"] * 2
+    assert "kernel 7x7" in trace[0].refused["triton"] and "16 input channels" in trace[1].refused["triton"]
+
+
+def test_importing_the_package_leaves_triton_alone():
+    code = "import sys, torch; before = 'triton' in sys.modules; import effnet_fast; sys.exit(before != ('triton' in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,238 @@
+"""The Triton kernels against plain PyTorch by the 2x rule: on a GPU, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1).
+
+The interpreter is chosen before triton is imported, so test_triton.py runs this file in a pytest of its own.
+"""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from test_ops import DTYPES, norm, outputs, plain_conv, strided, wide
+from tolerance import assert_2x, largest
+
+import effnet_fast
+from effnet_fast import ops
+from effnet_fast.ops import backends, triton_backend
+from effnet_fast.ops.depthwise import triton as depthwise
+from effnet_fast.ops.pointwise import triton as pointwise
+from effnet_fast.ops.squeeze_excite import triton as squeeze_excite
+
+OPS = torch.ops.effnet_fast
+DEVICE = "cpu" if triton_backend.INTERPRETED else "cuda"
+SHAPES = [case for case in cases.REDUCED if case not in cases.nasty()]
+DEPTHWISE = [*cases.nasty(), *(SHAPES[::12] if triton_backend.INTERPRETED else SHAPES)]
+
+
+@pytest.fixture(autouse=True)
+def strictly_triton():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
+    with effnet_fast.backend("triton", strict=True):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def norm_on_device(channels: int, dtype: torch.dtype = torch.float32) -> ops.Norm:
+    return ops.Norm(*(value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in norm(channels, dtype)))
+
+
+@pytest.mark.parametrize(("number", "case"), list(enumerate(DEPTHWISE)), ids=str)
+def test_depthwise(number, case):
+    """A storage type and an activation in turn; the interpreter has no time for all of them."""
+    for dtype in (DTYPES[number % 3],) if triton_backend.INTERPRETED else DTYPES:
+        x, weight = rand(*case[:4], dtype=dtype), rand(case.channels, 1, case.kernel, case.kernel)
+        n, activation = norm_on_device(case.channels), ops.ACTIVATIONS[number % 4]
+        args = {"stride": case.stride, "padding": case.padding, "activation": activation}
+        y, partial = ops.depthwise_conv_bn_act(x, weight, n, squeeze=True, **args)
+        plain = plain_conv(x, weight, n, **args, groups=case.channels)
+        assert_2x(y, plain, plain_conv(wide(x), wide(weight), wide(n), **args, groups=case.channels), str(dtype))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        total = y.double().sum((2, 3))
+        assert largest(partial.double().sum(1) - total) <= 2 * largest(y.float().sum((2, 3)) - total) + 1e-6 * largest(total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise_pieces(dtype):
+    """Any number of pieces, more than there are tiles too, covers the image; none leaves the sums out; y stays the same."""
+    x, weight, n = rand(2, 35, 9, 8, dtype=dtype), rand(35, 1, 3, 3, dtype=dtype), norm_on_device(35, dtype)
+    expected, whole = OPS.depthwise_conv_bn_act.triton(x, weight, *n, 1, [1] * 4, "silu", 1)
+    for pieces in (0, 2, 5):
+        y, partial = OPS.depthwise_conv_bn_act.triton(x, weight, *n, 1, [1] * 4, "silu", pieces)
+        assert torch.equal(y, expected) and partial.shape == (2, pieces, 35)
+        if pieces:
+            torch.testing.assert_close(partial.sum(1), whole[:, 0], rtol=1e-6, atol=1e-5)
+
+
+def test_depthwise_of_an_image_beyond_32_bits(monkeypatch):
+    """The wide form of the offsets gives the same; the image itself is only so large on a GPU."""
+    x, weight, n = rand(1, 24, 9, 7), rand(24, 1, 5, 5), norm_on_device(24)
+    expected = OPS.depthwise_conv_bn_act.triton(x, weight, *n, 2, [2] * 4, "silu", 1)
+    run = depthwise.run
+    monkeypatch.setattr(depthwise, "run", lambda *args, **constants: run(*args, **{**constants, "WIDE": True}))
+    torch.testing.assert_close(OPS.depthwise_conv_bn_act.triton(x, weight, *n, 2, [2] * 4, "silu", 1), expected, rtol=0, atol=0)
+
+
+# images, channels, height, width, outputs; a tile has 64 rows or fewer, so the first spans two images and the second many.
+POINTWISE = [(3, 24, 7, 11, 40), (4, 32, 5, 5, 16), (1, 40, 1, 1, 8), (0, 16, 4, 4, 16), (3, 13, 3, 9, 17), (1, 136, 7, 7, 130)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "processors"), [*((shape, 1) for shape in POINTWISE), (POINTWISE[0], 132)], ids=str)
+def test_pointwise(shape, dtype, processors, monkeypatch):
+    monkeypatch.setattr(pointwise, "processors", lambda device: processors)
+    images, channels, height, width, out = shape
+    x, residual = rand(images, channels, height, width, dtype=dtype), rand(images, out, height, width, dtype=dtype)
+    weight, n, gate = rand(out, channels, 1, 1) / channels**0.5, norm_on_device(out), torch.rand(images, channels).to(DEVICE)
+    for activation, g, r in (("silu", None, None), ("identity", gate, residual), ("relu6", gate, None), ("relu", None, residual)):
+        y = ops.pointwise_conv_bn_act(x, weight, n, gate=g, residual=r, activation=activation)
+        gated = x if g is None else x * g.to(dtype)[:, :, None, None]
+        gated64 = wide(x) if g is None else wide(x) * wide(g)[:, :, None, None]
+        plain = plain_conv(gated, weight, n, 1, (0, 0, 0, 0), 1, activation, r)
+        assert_2x(y, plain, plain_conv(gated64, wide(weight), wide(n), 1, (0, 0, 0, 0), 1, activation, wide(r)), activation)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_pointwise_gates_each_image_by_its_own():
+    """Gates of one image, then zeros for the next: no row of a tile that spans both takes the other's."""
+    x, weight = torch.ones(2, 16, 9, 8, device=DEVICE), torch.ones(16, 16, 1, 1, device=DEVICE)
+    n = ops.Norm(None, None, torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE), 0.0)
+    gate = torch.tensor([[1.0], [0.0]], device=DEVICE).expand(2, 16)
+    y = ops.pointwise_conv_bn_act(x, weight, n, gate=gate, activation="identity")
+    assert (y[0] == 16).all() and (y[1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "outputs"), [((2, 3, 33, 32), 32), ((1, 1, 7, 9), 13), ((2, 4, 12, 9), 72), ((1, 3, 1, 1), 16)])
+def test_stem(shape, outputs, dtype):
+    for view, padding in (("channels_last", (1, 1, 1, 1)), ("sliced", (1, 2, 1, 1)), ("contiguous", (1, 1, 2, 2))):
+        x, weight, n = strided(rand(*shape, dtype=dtype), view), rand(outputs, shape[1], 3, 3), norm_on_device(outputs)
+        args = {"stride": 2, "padding": padding, "activation": "silu"}
+        plain = plain_conv(x, weight, n, **args, groups=1)
+        residual = torch.randn_like(plain) if view == "sliced" else None
+        for w in (weight, weight.contiguous(memory_format=torch.channels_last)):
+            y = ops.conv_bn_act(x, w, n, **args, residual=residual)
+            ref = plain_conv(wide(x), wide(weight), wide(n), **args, groups=1, residual=wide(residual))
+            assert_2x(y, plain if residual is None else plain + residual, ref, view)
+
+
+def test_other_dense_convolutions_are_refused():
+    x, n, n16 = rand(1, 16, 8, 8), norm_on_device(8), norm_on_device(16)
+    args = {"stride": 1, "padding": (3,) * 4, "activation": "silu", "squeeze": True}
+    with pytest.raises(RuntimeError, match="kernels are for the stem"):
+        ops.conv_bn_act(x, rand(8, 16, 3, 3), n, stride=1, padding=(1,) * 4, activation="silu")
+    with pytest.raises(RuntimeError, match=r"kernel size \(7, 7\)"):
+        ops.depthwise_conv_bn_act(x, rand(16, 1, 7, 7), n16, **args)
+    with effnet_fast.backend("triton"):
+        assert ops.conv_bn_act(x, rand(8, 16, 3, 3), n, stride=1, padding=(1,) * 4, activation="silu").shape == (1, 8, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "processors"),
+    [((2, 1, 32, 8), 1), ((1, 3, 13, 1), 132), ((0, 1, 16, 4), 1), ((4, 2, 596, 4), 6), ((1, 1, 556, 119), 132)],
+    ids=str,
+)
+def test_gate(shape, processors, dtype, monkeypatch):
+    """The last has so large weights that few images take two launches; the one before it shares an image between programs."""
+    monkeypatch.setattr(squeeze_excite, "processors", lambda device: processors)
+    images, pieces, channels, squeezed = shape
+    partial = rand(images, pieces, channels) * 49
+    reduce, expand = (rand(squeezed, channels, 1, 1) / channels**0.5).to(dtype), rand(channels, squeezed, 1, 1).to(dtype)
+    for activation in ("silu", "relu"):
+        for biases in ((None, None), (rand(squeezed, dtype=dtype), rand(channels, dtype=dtype))):
+            args = partial, 49, reduce, biases[0], expand, biases[1]
+            gate = ops.squeeze_excite_gate(*args, activation=activation)
+            ref = OPS.squeeze_excite_gate.reference(*map(wide, args), activation)
+            assert_2x(gate, OPS.squeeze_excite_gate.reference(*args, activation), ref, activation)
+
+
+@pytest.mark.parametrize("how", ["channels_last", "sliced", "misaligned"])
+def test_strides_do_not_matter(how):
+    x, n, w3, w1 = rand(2, 24, 9, 7), norm_on_device(24), rand(24, 1, 3, 3), rand(24, 24, 1, 1)
+    args = {"stride": 2, "padding": (1, 1, 0, 1), "activation": "silu", "squeeze": True}
+    for made, expected in zip(
+        ops.depthwise_conv_bn_act(strided(x, how), strided(w3, how), n, **args),
+        ops.depthwise_conv_bn_act(x, w3, n, **args),
+        strict=True,
+    ):
+        assert torch.equal(made, expected)
+    gate = torch.rand(2, 48).to(DEVICE)[:, ::2]
+    z = ops.pointwise_conv_bn_act(x, w1, n, gate=gate.contiguous(), residual=x, activation="silu")
+    other = strided(x, how)
+    assert torch.equal(ops.pointwise_conv_bn_act(other, strided(w1, how), n, gate=gate, residual=other, activation="silu"), z)
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_non_finite_values_go_through(activation):
+    x, n = rand(2, 16, 3, 3), ops.Norm(None, None, torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE), 0.0)
+    x[0, 3, 1, 1], x[1, 2, 0, 0] = float("nan"), float("inf")
+    args = x, torch.eye(16, device=DEVICE)[:, :, None, None].contiguous(), *n, None, None, activation
+    made, plain = OPS.pointwise_conv_bn_act.triton(*args), OPS.pointwise_conv_bn_act.reference(*args)
+    assert torch.equal(made.isnan(), plain.isnan()) and torch.equal(made.isinf(), plain.isinf())
+
+
+def example(op: str, dtype: torch.dtype) -> tuple:
+    x, n = rand(2, 16, 9, 7, dtype=dtype), norm_on_device(16)
+    return {
+        "depthwise_conv_bn_act": (x, rand(16, 1, 5, 5), *n, 2, [1, 2, 2, 2], "silu", 2),
+        "pointwise_conv_bn_act": (x, rand(16, 16, 1, 1), *n, torch.rand(2, 16).to(DEVICE), x.clone(), "identity"),
+        "conv_bn_act": (x[:, :3], rand(16, 3, 3, 3), *n, None, 2, [0, 1, 1, 1], "relu6"),
+        "squeeze_excite_gate": (rand(2, 2, 16), 63, rand(4, 16, 1, 1), rand(4), rand(16, 4, 1, 1), None, "silu"),
+    }[op]
+
+
+@pytest.mark.parametrize("op", sorted(backends._KERNELS))
+def test_both_forms_are_registered(op):
+    args = example(op, torch.bfloat16)
+    torch.library.opcheck(getattr(OPS, op).triton, args)
+    made = outputs(getattr(OPS, op).triton(*args))
+    out_form = getattr(OPS, op).triton_out
+    names = [argument.name for argument in out_form._schema.arguments if argument.is_out]
+    given = {name: torch.full_like(tensor, float("nan")) for name, tensor in zip(names, made, strict=True)}
+    out_form(*args, **given)
+    assert all(torch.equal(given[name], tensor) for name, tensor in zip(names, made, strict=True))
+    for name in names:
+        for bad in (torch.empty(1, 1, device=DEVICE), given[name].double(), strided(given[name].transpose(-1, -2), "").mT):
+            if bad.shape != given[name].shape or bad.dtype != given[name].dtype or bad.stride() != given[name].stride():
+                with pytest.raises(ValueError, match=name):
+                    out_form(*args, **{**given, name: bad})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_of_a_net_is_four_ops(dtype):
+    """And so it is under torch.compile(fullgraph=True); autocast over float32 weights gives halves."""
+    block = effnet_fast.create_model("efficientnet_b0").blocks[1][1].eval().to(DEVICE)
+    x = rand(2, 24, 7, 9)
+    with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        with backends.tracing() as trace:
+            y = block(x)
+        assert [choice.backend for choice in trace] == ["triton"] * 4
+        graphs = []
+
+        def count(graph, inputs):
+            graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+            return graph.forward
+
+        assert torch.equal(torch.compile(block, fullgraph=True, backend=count)(x), y)
+        assert sum("triton" in target for target in graphs[0]) == 4 and len(graphs) == 1
+    with torch.no_grad(), effnet_fast.backend("reference"):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            plain = block(x)
+        assert_2x(y, plain, block.double()(x.double()))
+
+
+def test_precision_is_as_torch_says_now():
+    from effnet_fast.ops.triton_common import matmul_precision
+
+    seen = []
+    for setting in ("ieee", "tf32"):
+        torch.backends.cudnn.conv.fp32_precision = setting
+        seen.append((matmul_precision(torch.float32), matmul_precision(torch.bfloat16)))
+    assert seen == [("ieee", "ieee"), ("tf32", "ieee")]
