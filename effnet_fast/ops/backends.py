@@ -61,9 +61,10 @@ def always(x: torch.Tensor) -> str | None:
     return None
 
 
-def choose(op: str, x: torch.Tensor) -> Kernel:
+def choose(op: str, x: torch.Tensor, unsupported: str | None = None) -> Kernel:
     """The kernel of ``op`` that runs for ``x``: the asked-for backend if it can, else the best that can.
 
+    ``unsupported``: why no kernel but the reference takes this call, where other arguments than ``x`` decide.
     Raises RuntimeError where the asked-for backend cannot run and the request was strict.
     """
     kernels = _KERNELS[op]
@@ -72,7 +73,7 @@ def choose(op: str, x: torch.Tensor) -> Kernel:
     chosen = None
     refused = dict.fromkeys(BACKENDS, "no kernel of this op")
     for kernel in kernels:
-        reason = kernel.can_run(x)
+        reason = kernel.can_run(x) or (unsupported if kernel.backend != "reference" else None)
         if reason is None and chosen is None:
             chosen = kernel
         refused[kernel.backend] = reason or "another backend comes first"

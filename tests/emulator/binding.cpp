@@ -4,10 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <tuple>
 
 #include "kernels.h"
 
@@ -70,6 +72,55 @@ py::array_t<float> squeeze_excite_gate(const py::array& partial, int count, cons
   return result;
 }
 
+// y and partial. x is [N, H, W, at least C], of which the kernel gets the first C channels; the weight is [C, k, k]; norm is weight,
+// bias, mean, var; window is stride, top, left, H', W'; types are those of x, weight and norm.
+std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& weight,
+                                          const std::vector<std::optional<py::array>>& norm, float eps,
+                                          const std::array<int, 5>& window, int activation, int pieces,
+                                          const std::array<int, 3>& types, int multiprocessors, unsigned seed, int misalign) {
+  const Buffer input(x, misalign), taps(weight, 0);
+  std::vector<std::optional<Buffer>> vectors;
+  for (const auto& v : norm) vectors.push_back(v ? std::optional<Buffer>(std::in_place, *v, misalign) : std::nullopt);
+
+  effnet_fast::depthwise::ForwardParams p{};
+  p.batch = x.shape(0);
+  p.height = int(x.shape(1));
+  p.width = int(x.shape(2));
+  p.x_pixel = x.shape(3);
+  p.x_row = p.x_pixel * p.width;
+  p.x_image = p.x_row * p.height;
+  p.channels = int(weight.shape(0));
+  p.kernel = int(weight.shape(1));
+  std::tie(p.stride, p.pad_top, p.pad_left, p.out_height, p.out_width) = std::tuple_cat(window);
+  p.pieces = pieces;
+  p.eps = eps;
+  p.activation = Activation(activation);
+  p.dtype = DType(types[0]);
+  p.weight_dtype = DType(types[1]);
+  p.norm_dtype = DType(types[2]);
+  py::array y(x.dtype(), std::vector<int64_t>{p.batch, p.out_height, p.out_width, p.channels});
+  py::array_t<float> partial({p.batch, int64_t(pieces), int64_t(p.channels)});
+  const Buffer made(y.nbytes(), misalign * y.itemsize()), sums(partial.nbytes(), misalign * sizeof(float));
+  std::memset(made.data(), 0xff, y.nbytes());  // NaN
+  std::memset(sums.data(), 0xff, partial.nbytes());
+  p.x = input.data();
+  p.weight = taps.data();
+  const auto data = [](const std::optional<Buffer>& b) { return b ? b->data() : nullptr; };
+  p.norm_weight = data(vectors[0]);
+  p.norm_bias = data(vectors[1]);
+  p.norm_mean = data(vectors[2]);
+  p.norm_var = data(vectors[3]);
+  p.y = made.data();
+  p.partial = pieces ? reinterpret_cast<float*>(sums.data()) : nullptr;
+  effnet_fast::with_dtype(p.dtype, [&](auto type) { emulated::depthwise<decltype(type)>(p, multiprocessors, seed); });
+  std::memcpy(y.mutable_data(), made.data(), y.nbytes());
+  std::memcpy(partial.mutable_data(), sums.data(), partial.nbytes());
+  return {y, partial};
+}
+
 }  // namespace
 
-PYBIND11_MODULE(emulated, m) { m.def("squeeze_excite_gate", &squeeze_excite_gate); }
+PYBIND11_MODULE(emulated, m) {
+  m.def("squeeze_excite_gate", &squeeze_excite_gate);
+  m.def("depthwise", &depthwise);
+}

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, native
 from effnet_fast.ops.common import NORM_SCHEMA, Norm, accumulator, check_conv, check_window, conv_flops, empty_output, output_size
-from effnet_fast.ops.depthwise import reference
+from effnet_fast.ops.depthwise import launch, reference
 from effnet_fast.ops.library import define
 
 NAME = "depthwise_conv_bn_act"
+HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, pieces):
@@ -31,6 +32,34 @@ define(
     reference=reference.depthwise_conv_bn_act,
     fake=_fake,
     flops=_flops,
+    backends=("native",),
+)
+
+
+def _native_can_run(x: Tensor) -> str | None:
+    if native.REASON is not None:
+        return native.REASON
+    if x.device.type == "cuda" and not native.CUDA_KERNELS:
+        return "the compiled module was built without CUDA kernels"
+    if x.device.type != "cuda":
+        return f"no native kernel for device {x.device.type!r}"
+    return None if x.dtype in HALVES_AND_FLOAT else f"x is {x.dtype}; the native kernel takes float32, bfloat16 and float16"
+
+
+def _unsupported(weight: Tensor, stride: int) -> str | None:
+    """Why no kernel but the reference takes this convolution, or None."""
+    kernel = tuple(weight.shape[2:])
+    if kernel not in ((3, 3), (5, 5)):
+        return f"kernel {kernel[0]}x{kernel[1]}: the native kernels take 3x3 and 5x5"
+    if stride not in (1, 2):
+        return f"stride {stride}: the native kernels take 1 and 2"
+    if weight.dtype not in HALVES_AND_FLOAT:
+        return f"weight is {weight.dtype}: the native kernels take float32, bfloat16 and float16"
+    return None
+
+
+backends.register(
+    NAME, backends.Kernel("native", torch.ops.effnet_fast.depthwise_conv_bn_act.native, _native_can_run, launch.pieces)
 )
 backends.register(
     NAME,
@@ -57,7 +86,7 @@ def depthwise_conv_bn_act(
     if weight.shape[1] != 1:
         raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [C, 1, k, k] would do")
     check_window(NAME, x, weight.shape[2:], stride, padding)
-    kernel, pieces = backends.choose(NAME, x), 0
+    kernel, pieces = backends.choose(NAME, x, _unsupported(weight, stride)), 0
     if squeeze:
         top, bottom, left, right = padding
         height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)

@@ -1,0 +1,107 @@
+// What the bindings of the k x k convolutions share.
+#pragma once
+#include <sys/mman.h>
+
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "torch.h"
+
+namespace effnet_fast::binding {
+
+using torch::headeronly::MemoryFormat;
+
+struct NormTensors {
+  OptionalTensor weight, bias;
+  Tensor mean, var;
+  double eps;
+};
+
+struct ConvShape {
+  int64_t out_channels;
+  int kernel, out_height, out_width;
+};
+
+// Checks x [N, C, H, W], weight [K, C/groups, k, k], stride and padding.
+inline ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weight, int64_t stride,
+                            const std::vector<int64_t>& padding) {
+  check(x.dim() == 4, op, ": x has shape ", shape_text(x), ", expected [N, C, H, W]");
+  check(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) > 0 && weight.size(2) == weight.size(3), op,
+        ": weight has shape ", shape_text(weight), ", expected [K, C/groups, k, k]");
+  check(stride >= 1, op, ": stride must be at least 1, got ", stride);
+  check(padding.size() == 4, op, ": padding must have 4 sides, got ", padding.size());
+  constexpr int64_t limit = std::numeric_limits<int>::max() / 64;
+  for (const int64_t side : padding) check(side >= 0 && side < limit, op, ": padding must be from 0 to 2^25, got ", side);
+  for (int64_t i = 1; i < 4; ++i)
+    check(x.size(i) >= 1 && x.size(i) < limit, op, ": x has shape ", shape_text(x), ", expected C, H and W from 1 to 2^25");
+  const int64_t kernel = weight.size(2);
+  const auto out_size = [&](int64_t size, int64_t before, int64_t after) {
+    check(size + before + after >= kernel, op, ": the kernel is larger than the padded input");
+    return int((size + before + after - kernel) / stride + 1);
+  };
+  return {weight.size(0), int(kernel), out_size(x.size(2), padding[0], padding[1]), out_size(x.size(3), padding[2], padding[3])};
+}
+
+// Asks for huge pages under a large fresh tensor: where a call faults its output in 4 KB at a time, that costs more than the
+// convolution. Advice: that it is refused does not matter.
+inline void advise_huge_pages(const Tensor& t) {
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t end = (begin + t.numel() * t.element_size()) / page * page, first = (begin + page - 1) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+}
+
+inline Tensor empty_output(const Tensor& x, const ConvShape& s) {
+  Tensor y = torch::stable::empty({x.size(0), s.out_channels, s.out_height, s.out_width}, x.scalar_type(), std::nullopt, x.device(),
+                                  std::nullopt, MemoryFormat::ChannelsLast);
+  if (y.is_cpu()) advise_huge_pages(y);
+  return y;
+}
+
+inline bool is_channels_last(const Tensor& t) {
+  int64_t expected = 1;
+  for (const int64_t i : {1, 3, 2, 0}) {
+    if (t.size(i) != 1 && t.stride(i) != expected) return false;
+    expected *= t.size(i);
+  }
+  return true;
+}
+
+inline void check_output(const char* op, const char* name, const Tensor& y, const Tensor& x, const ConvShape& s) {
+  check_shape(op, name, y, {x.size(0), s.out_channels, s.out_height, s.out_width});
+  check_same_device(op, name, y, x);
+  check(y.scalar_type() == x.scalar_type() && is_channels_last(y), op, ": ", name, " must be channels_last in x's dtype");
+}
+
+// The weight and the norm as the kernels read them.
+struct ConvTensors {
+  Tensor weight;
+  NormTensors norm;
+  DType weight_dtype, norm_dtype;
+};
+
+inline ConvTensors conv_tensors(const char* op, const Tensor& x, const Tensor& weight, const NormTensors& norm) {
+  const auto read = [&](const char* name, const Tensor& t) {
+    check_same_device(op, name, t, x);
+    return as_contiguous(t);
+  };
+  const auto read_vector = [&](const char* name, const Tensor& t) {
+    check_shape(op, name, t, {weight.size(0)});
+    check(t.scalar_type() == norm.mean.scalar_type(), op, ": ", name, " must have the dtype of norm_mean");
+    return read(name, t);
+  };
+  const auto read_optional = [&](const char* name, const OptionalTensor& t) {
+    return t ? OptionalTensor(read_vector(name, *t)) : std::nullopt;
+  };
+  Tensor taps = read("weight", weight);
+  if (taps.scalar_type() == ScalarType::Double) taps = torch::stable::to(taps, ScalarType::Float);
+  const DType weight_dtype = dtype_of(op, "weight", taps), norm_dtype = dtype_of(op, "norm_mean", norm.mean);
+  NormTensors vectors{read_optional("norm_weight", norm.weight), read_optional("norm_bias", norm.bias),
+                      read_vector("norm_mean", norm.mean), read_vector("norm_var", norm.var), norm.eps};
+  return {std::move(taps), std::move(vectors), weight_dtype, norm_dtype};
+}
+
+inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+}  // namespace effnet_fast::binding
