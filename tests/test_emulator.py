@@ -78,10 +78,10 @@ def bug(text: str, replacement: str, says: str) -> emulator.Bug:
 
 SEEDED = {
     "missing-barrier": bug("  __syncthreads();\n", "", "changes the result|off by"),
-    "off-by-one-store": bug("if (row < last && member == 0) y[row]", "if (row <= last && member == 0) y[row]", "heap-buffer-overflow"),
+    "off-by-one-store": bug("if (row < last && member == 0)", "if (row <= last && member == 0)", "heap-buffer-overflow"),
     "divergent-shuffle": bug("base < last; base +=", "base + lane / lanes < last; base +=", "shuffle"),
     "misaligned-vector": bug("inner % V == 0 && aligned16(weight)", "inner % V == 0", "misaligned address"),
-    "shared-memory-too-short": bug("p.channels + p.reduced) * sizeof(float)", "p.channels) * sizeof(float)", "heap-buffer-overflow"),
+    "shared-memory-too-short": bug("p.channels + p.reduced) * sizeof", "p.channels) * sizeof", "heap-buffer-overflow"),
 }
 
 

@@ -93,9 +93,10 @@ def raw(t: torch.Tensor) -> np.ndarray:
 
 
 def covering() -> list[Run]:
-    """Every reduced case in bfloat16 and in one other type, the other options in turn, so that all pairs of them meet."""
+    """The nasty cases and a sixth of the others, in bfloat16 and in one other type; the other options in turn."""
     runs = []
-    for i, case in enumerate(case for case in cases.REDUCED if case.images):
+    some = [*cases.nasty(), *cases.REDUCED[len(cases.nasty()) :: 6]]
+    for i, case in enumerate(case for case in some if case.images):
         for dtype in (torch.bfloat16, (torch.float32, torch.float16)[i % 2]):
             on_tensor_cores = dtype in HALF and case.channels % 8 == 0
             runs.append(
@@ -117,14 +118,14 @@ def covering() -> list[Run]:
 
 def segments() -> list[Run]:
     """Images cut into 1 to H segments, and two to four images a tile that do not come out even."""
-    rows = [
-        Run(Case(1, 16, 15, 18, 5, 1, cases.symmetric(5)), torch.bfloat16, multiprocessors=m) for m in (2, 4, 6, 10, 30, 132)
-    ]
+    rows = [Run(Case(1, 16, 15, 18, 5, 1, cases.symmetric(5)), torch.bfloat16, multiprocessors=m) for m in (2, 4, 6, 10, 30, 132)]
     images = [
         Run(Case(n, 24, 5, width, 3, 1, cases.symmetric(3)), torch.float16) for n, width in itertools.product((3, 5), (4, 8, 13))
     ]
     # Each width of the channel tile: 32, 48, 64.
-    tiles = [Run(Case(1, c, 4, 37, 3, 1, cases.symmetric(3)), torch.bfloat16, activation="relu6") for c in (32, 40, 64, 56, 72, 104)]
+    tiles = [
+        Run(Case(1, c, 4, 37, 3, 1, cases.symmetric(3)), torch.bfloat16, activation="relu6") for c in (32, 40, 64, 56, 72, 104)
+    ]
     other = [Run(Case(2, 14, 9, 10, 3, 2, cases.symmetric(3)), torch.float32, weight_dtype=d) for d in HALF]
     return [*rows, *images, *tiles, *other]
 
@@ -154,16 +155,18 @@ def check(module: Path, runs: list[Run], seeds: range) -> None:
 COVERING = covering()
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(3))
 def test_reduced_cases(part, modules):
-    check(modules["sound"], COVERING[part::4], range(2))
+    check(modules["sound"], COVERING[part::3], range(1))
 
 
 def test_segments_and_tiles(modules):
     check(modules["sound"], segments(), range(2))
 
 
-@pytest.mark.parametrize(("dtype", "channels", "spoilt"), [(torch.bfloat16, 16, 8), (torch.float32, 16, 1), (torch.bfloat16, 13, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "channels", "spoilt"), [(torch.bfloat16, 16, 8), (torch.float32, 16, 1), (torch.bfloat16, 13, 1)]
+)
 def test_non_finite_input(dtype, channels, spoilt, modules):
     """A value that is not finite makes NaN of the outputs that see it: in its own channel, and on the tensor cores (0 * inf) in the
     8 channels of its group."""

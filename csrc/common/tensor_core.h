@@ -57,16 +57,16 @@ __device__ __forceinline__ Vec<uint32_t, 4> load_shared_16(Shared from) {
 // c += a . b by a warp: a [16, k], b [k, 8], both of T, c [16, 8] fp32. A lane holds: a0 (row g, k 2q and 2q + 1), a1 (row g + 8),
 // a2 (row g, k 8 + 2q and on), a3 (row g + 8); b0 (k 2q and 2q + 1, column g), b1 (k 8 + 2q and on); c0 and c1 (row g, columns 2q
 // and 2q + 1), c2 and c3 (row g + 8).
-#define EFFNET_MMA(T, NAME)                                                                                                  \
-  __device__ __forceinline__ void mma_k16(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {              \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"  \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                     \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                     \
-  }                                                                                                                          \
-  __device__ __forceinline__ void mma_k8(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {                          \
-    asm("mma.sync.aligned.m16n8k8.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"            \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                     \
-        : "r"(a0), "r"(a1), "r"(b0));                                                                                        \
+#define EFFNET_MMA(T, NAME)                                                                                                 \
+  __device__ __forceinline__ void mma_k16(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {             \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                    \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                    \
+  }                                                                                                                         \
+  __device__ __forceinline__ void mma_k8(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {                         \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"           \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                    \
+        : "r"(a0), "r"(a1), "r"(b0));                                                                                       \
   }
 EFFNET_MMA(bf16, "bf16")
 EFFNET_MMA(fp16, "f16")

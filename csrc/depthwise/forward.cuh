@@ -1,4 +1,31 @@
-// Depthwise convolution on CUDA, channels_last:  y = act(norm(conv(x, w))), and per-piece sums of y for the squeeze.
+// Depthwise convolution on CUDA, channels_last:  y = act(norm(conv(x, w))), and per-piece sums of y for the squeeze, in one launch
+// and without atomics. Every input row is read once a segment. No GPU has timed it yet: every time and share below is a model.
+//
+//   tensor_kernel   half types, C a multiple of 8. For one tap, out[pixel][c] += x[pixel][c] * w[c] is a matrix product with a
+//                   DIAGONAL B, whose A is 16 pixels x 8 channels exactly as NHWC stores them. Seven eighths of the products are
+//                   by zero, and it is still cheaper than FFMA: one m16n8k16 is two taps of 128 outputs (0.125 lane-instructions
+//                   an output and tap for FFMA's 1), halves need no unpacking, the weights of 8 channels take a thread one
+//                   register. A block owns 32 columns x 48 channels of a segment of rows, a warp 16 x 16 of them; rows come by
+//                   cp.async, a stage of 3 to 6 at a time, 2 or 3 stages.
+//   direct_kernel   fp32 and any C. A thread owns 2 channels (or 1) x 4 columns of a segment; FFMA; rows from global memory.
+//
+// Bytes an output: 2 or 4 times (stride^2 + 1); operations: k^2 multiply-adds, norm and activation. HBM binds: at 4.3 TB/s over 132
+// SMs of 1.98 GHz a half output of stride 1 leaves 31 lane-instructions, one of stride 2 78, fp32 twice that. From the SASS of
+// sm_90 the loop takes, with SiLU (tests/test_resources.py holds it to this):
+//                    k3 s1    k3 s2    k5 s1    k5 s2
+//   tensor_kernel     14.0     19.4     16.0     20.7     registers <= 112 (k3), 168 (k5): at least 18 or 12 warps an SM
+//   direct_kernel     24.4     32.1     41.4     50.0     fp32, 2 channels a thread; registers <= 128 (k3), 232 (k5)
+// By that model a batch of 128 bf16 images runs at 88 % (B0) and 97 % (B5) of the time HBM needs; 5x5 at 7x7 is bound by issue.
+//
+// What bought what, in lane-instructions an output of 5x5, stride 1: FFMA 45 (best of seven tilings) -> products with diag(w) by
+// LDS.64 29.5 -> ldmatrix and stmatrix, an opaque shared base, late zeros 18.1 -> addresses pinned per lane 16.
+// No gain: a reciprocal shared by two sigmoids (MUFU does not bind), several rounds of images a block to load weights once (20
+// registers more), 8 channels a thread in FFMA (spills). A run-time activation in tensor_kernel: 2 to 3 % more instructions, so
+// SiLU and the clamps (relu, relu6, identity) are instances of their own.
+//
+// The norm is folded and the weight turned from [C][k k], of any type, in the prologue. Products with a diagonal have two traps: 0
+// * inf is NaN, so an input that is not finite spoils the 8 channels of its group; and tensor cores truncate fp32 sums, far below
+// the precision of half storage. Both are why fp32 storage keeps to FFMA.
 #pragma once
 #include "forward_direct.cuh"
 #include "forward_tensor.cuh"
@@ -76,17 +103,16 @@ template <class Tr> void launch_direct(KernelParams p, int multiprocessors, void
   });
 }
 
-// Channels a block of the tensor kernel: of 48, 32 and 64 the one that leaves least of C unused. 48 divides every expanded
+// Channels a block of the tensor kernel: of 48, 64 and 32 the one that leaves least of C unused. 48 divides every expanded
 // width, 6 x (a multiple of 8); the others matter to the first stage alone, so only its window has them.
 inline int block_channels(int channels) {
   int best = 48;
-  for (const int width : {32, 64})
+  for (const int width : {64, 32})
     if (ceil_div(channels, width) * width < ceil_div(channels, best) * best) best = width;
   return best;
 }
 
-template <typename T, int K, int S, bool kSilu>
-void choose_tensor(const KernelParams& p, int multiprocessors, void* stream) {
+template <typename T, int K, int S, bool kSilu> void choose_tensor(const KernelParams& p, int multiprocessors, void* stream) {
   if (p.out_width <= 8) return launch_tensor<TensorTraits<T, K, S, 8, 3, kSilu>>(p, multiprocessors, stream);
   if (p.out_width <= 16) return launch_tensor<TensorTraits<T, K, S, 16, 3, kSilu>>(p, multiprocessors, stream);
   if constexpr (K == 3 && S == 1) {

@@ -74,7 +74,8 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, 2) direct_ke
 #pragma unroll
       for (int i = 0; i < Tr::kInColumns; ++i) {
         to[i] = X{};
-        if (unsigned(in_column + i) < unsigned(p.width)) to[i] = load<V>(static_cast<const T*>(p.x) + (start + int64_t(i) * x_pixel));
+        if (unsigned(in_column + i) < unsigned(p.width))
+          to[i] = load<V>(static_cast<const T*>(p.x) + (start + int64_t(i) * x_pixel));
       }
     }
   };
@@ -96,7 +97,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, 2) direct_ke
 #pragma unroll
         for (int u = 0; u < K; ++u) {
           if (!divides(S, i - u)) continue;
-          float(&a)[TW][V] = acc[slot_of(i, u, S, Tr::kLive)];
+          float (&a)[TW][V] = acc[slot_of(i, u, S, Tr::kLive)];
 #pragma unroll
           for (int s = 0; s < K; ++s)
 #pragma unroll
@@ -116,7 +117,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, 2) direct_ke
       if (divides(S, i - (K - 1))) {
         const int past = row - (K - 1);
         if (unsigned(past) < unsigned(rows_out * S)) {
-          float(&a)[TW][V] = acc[slot_of(i, K - 1, S, Tr::kLive)];
+          float (&a)[TW][V] = acc[slot_of(i, K - 1, S, Tr::kLive)];
           auto finish = [&](auto silu) {
             T* to = y;
 #pragma unroll

@@ -37,6 +37,7 @@ template <typename T_, int kKernel_, int kStride_, int kStripColumns_, int kGrou
   static constexpr int kOutOffset = kStages * kStageBytes, kWeightOffset = kOutOffset + kThreads / 32 * 2 * kOutBytes;
   static constexpr int kNormOffset = kWeightOffset + kWeightBytes;
   static constexpr int kSharedBytes = kNormOffset + kChannels * int(sizeof(Affine));
+  static_assert(2 * (kSharedBytes + 1024) <= 227 * 1024);  // two blocks an SM from sm_90 on; the GPU itself takes 1 KB of each
 };
 
 // Brings input rows into the ring. A thread always copies the same 16 bytes of channels of the same few columns, so that its
@@ -47,8 +48,8 @@ template <class Tr> struct Loader {
   static constexpr int kFull = Tr::kPixels / 32, kRest = Tr::kPixels % 32;
   static_assert(kRest > 0);
   static constexpr int kRestRows = 32 / kRest, kRestPasses = ceil_div(Tr::kStageRows, kRestRows);
-  const char* from[kFull + 1];          // in the first row of the next stage
-  int to[kFull + 1], bytes[kFull + 1];  // bytes: 16, or 0 where the column is padding
+  const char* from[kFull + 1];                        // in the first row of the next stage
+  int to[kFull + 1], bytes[kFull + 1];                // bytes: 16, or 0 where the column is padding
   int rest_row, next_row = 0, first_real, real_rows;  // rows first_real .. + real_rows lie inside the image
   int64_t row_stride;
 
@@ -259,7 +260,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, 2) tensor_ke
             if (!divides(S, i - u)) continue;
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              float(&a)[4] = acc[slot_of(i, u, S, Tr::kLive)][j];
+              float (&a)[4] = acc[slot_of(i, u, S, Tr::kLive)][j];
               if (u == 0) a[0] = a[1] = a[2] = a[3] = 0.f;
 #pragma unroll
               for (int v = 0; v + 1 < K; v += 2) mma_k16(T(), a, x[v / 2][j], w[u * K + v][j], w[u * K + v + 1][j]);

@@ -72,8 +72,8 @@ py::array_t<float> squeeze_excite_gate(const py::array& partial, int count, cons
   return result;
 }
 
-// y and partial. x is [N, H, W, at least C], of which the kernel gets the first C channels; the weight is [C, k, k]; norm is weight,
-// bias, mean, var; window is stride, top, left, H', W'; types are those of x, weight and norm.
+// y and partial. x is [N, H, W, at least C], of which the kernel gets the first C channels; the weight is [C, k, k]; norm is
+// weight, bias, mean, var; window is stride, top, left, H', W'; types are those of x, weight and norm.
 std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& weight,
                                           const std::vector<std::optional<py::array>>& norm, float eps,
                                           const std::array<int, 5>& window, int activation, int pieces,

@@ -4,8 +4,7 @@
 
 #include "kernels.h"
 
-template <typename T>
-void emulated::depthwise(const effnet_fast::depthwise::ForwardParams& p, int multiprocessors, unsigned seed) {
+template <typename T> void emulated::depthwise(const effnet_fast::depthwise::ForwardParams& p, int multiprocessors, unsigned seed) {
   using namespace effnet_fast::depthwise;
   emu::state().order.seed(seed);
 #ifdef ONE_WINDOW

@@ -57,8 +57,8 @@ struct Fiber {
   Wait wait = Wait::none;
   const void* site = nullptr;  // where it parked: lanes parked at different places are a bug
   unsigned mask = 0;
-  uint64_t slot = 0;          // the value it offers to a shuffle
-  uint32_t fragment[6] = {};  // its part of an mma's A (4) and B (2)
+  uint64_t slot = 0;                         // the value it offers to a shuffle
+  float a[8] = {}, b[4] = {};                // its part of an mma's A and B
   std::vector<std::vector<Copy>> groups{1};  // of asynchronous copies; the last is being filled
   std::vector<char> stack;
   void* fake_stack = nullptr;
@@ -244,20 +244,20 @@ __attribute__((noinline)) inline void name_row(char* row, const char* site) {
   barrier(Wait::warp, ~0u, site);
 }
 
-template <typename T, int K>
-__attribute__((noinline)) void mma(float* c, const uint32_t* a, const uint32_t* b, const char* site) {
+template <typename T, int K> __attribute__((noinline)) void mma(float* c, const uint32_t* a, const uint32_t* b, const char* site) {
+  const auto half = [](uint32_t pair, int which) { return effnet_fast::to_float(T{uint16_t(pair >> 16 * which)}); };
   Fiber* f = state().current;
-  std::copy_n(a, K / 4, f->fragment);
-  std::copy_n(b, K / 8, f->fragment + 4);
+  for (int i = 0; i < K / 2; ++i) f->a[i] = half(a[i / 2], i % 2);
+  for (int i = 0; i < K / 4; ++i) f->b[i] = half(b[i / 2], i % 2);
   barrier(Wait::warp, ~0u, site);
   f = state().current;
   const Fiber* warp = &state().fibers[f->rank & ~31u];
-  const auto half = [](uint32_t pair, int which) { return effnet_fast::to_float(T{uint16_t(pair >> 16 * which)}); };
   for (int i = 0; i < 4; ++i) {
     const unsigned row = f->rank % 32 / 4 + i / 2 * 8, column = f->rank % 4 * 2 + i % 2;
-    for (int k = 0; k < K; ++k)
-      c[i] += half(warp[row % 8 * 4 + k % 8 / 2].fragment[k / 8 * 2 + row / 8], k % 2) *
-              half(warp[column * 4 + k % 8 / 2].fragment[4 + k / 8], k % 2);
+    for (int k = 0; k < K; ++k) {  // register k / 8 * 2 + row / 8 of A's lane, k / 8 of B's
+      const unsigned q = k % 8 / 2;
+      c[i] += warp[row % 8 * 4 + q].a[k / 8 * 4 + row / 8 * 2 + k % 2] * warp[column * 4 + q].b[k / 8 * 2 + k % 2];
+    }
   }
   barrier(Wait::warp, ~0u, site + 1);
 }
@@ -314,9 +314,8 @@ inline void store_matrices(Shared row, const uint32_t (&r)[4], std::source_locat
   emu::name_row(row, emu::site_of(at));
   for (int m = 0; m < 4; ++m) std::memcpy(emu::matrix_element(m), &r[m], 4);
 }
-template <typename T>
-void mma_k16(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-             std::source_location at = std::source_location::current()) {
+template <typename T> void mma_k16(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                   std::source_location at = std::source_location::current()) {
   const uint32_t b[2] = {b0, b1};
   emu::mma<T, 16>(c, a, b, emu::site_of(at));
 }

@@ -28,12 +28,12 @@ class Tile:
 
 
 def tile(dtype: torch.dtype, channels: int, width: int) -> Tile:
-    """Half types with C a multiple of 8 run on the tensor cores: 48 channels (or 32 or 64 where less of C is then unused) by 32
+    """Half types with C a multiple of 8 run on the tensor cores: 48 channels (or 64 or 32 where less of C is then unused) by 32
     columns, or by 16 or 8 columns of as many more images. All else is computed 4 columns a thread."""
     if dtype not in (torch.bfloat16, torch.float16) or channels % 8:
         return Tile(4, 2 if dtype == torch.float32 and channels % 2 == 0 else 1, 1, 4, True)
     columns = 8 if width <= 8 else 16 if width <= 16 else 32
-    block = min((48, 32, 64), key=lambda size: -(-channels // size) * size) if columns == 32 else 48
+    block = min((48, 64, 32), key=lambda size: -(-channels // size) * size) if columns == 32 else 48
     return Tile(columns, block, 32 // columns, 16, False)
 
 
