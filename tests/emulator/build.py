@@ -111,9 +111,12 @@ def run(module: Path, calls: list[tuple[str, tuple]], **environment: str) -> lis
     Raises:
         RuntimeError: with the report, if a sanitizer or the emulator found an error.
     """
-    command = ["g++", "-print-file-name=libasan.so"]
-    libasan = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    env = dict(os.environ, LD_PRELOAD=libasan, ASAN_OPTIONS="detect_leaks=0", **environment)
+    # AddressSanitizer looks for the function that throws when it starts, so that must be there by then.
+    preloaded = []
+    for library in ("libasan.so", "libstdc++.so"):
+        command = ["g++", f"-print-file-name={library}"]
+        preloaded.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    env = dict(os.environ, LD_PRELOAD=" ".join(preloaded), ASAN_OPTIONS="detect_leaks=0", **environment)
     done = subprocess.run([sys.executable, __file__, str(module)], input=pickle.dumps(calls), capture_output=True, env=env)
     if done.returncode:
         raise RuntimeError(done.stderr.decode(errors="replace"))

@@ -33,7 +33,10 @@ def tile(dtype: torch.dtype, channels: int, width: int) -> Tile:
     if dtype not in (torch.bfloat16, torch.float16) or channels % 8:
         return Tile(4, 2 if dtype == torch.float32 and channels % 2 == 0 else 1, 1, 4, True)
     columns = 8 if width <= 8 else 16 if width <= 16 else 32
-    block = min((48, 64, 32), key=lambda size: -(-channels // size) * size) if columns == 32 else 48
+    block = 48
+    for size in (64, 32) if columns == 32 else ():
+        if -(-channels // size) * size < -(-channels // block) * block:
+            block = size
     return Tile(columns, block, 32 // columns, 16, False)
 
 
