@@ -41,7 +41,9 @@ def instance(name: str) -> tuple[str, list[int], bool]:
 def registers_allowed(name: str) -> int:
     if "depthwise" not in name:
         return 64  # so that 4 blocks of 256 threads fit an SM
-    kind, (kernel, *_), _ = instance(name)
+    kind, (kernel, *tile), _ = instance(name)
+    if kind == "tensor" and tile[-1] != 3:
+        return 128  # 2 blocks of 256 threads or 4 of 128
     return {("tensor", 3): 112, ("tensor", 5): 168, ("direct", 3): 128, ("direct", 5): 232}[kind, kernel]
 
 
@@ -59,7 +61,7 @@ def test_registers_and_spills(arch, compiled):
 # Lane-instructions an output of the loop, with SiLU: what the note in forward.cuh states and 1 % for another compiler's taste.
 PROMISED = {
     ("tensor", 3, 1): 14.0,
-    ("tensor", 3, 2): 19.4,
+    ("tensor", 3, 2): 19.6,
     ("tensor", 5, 1): 16.0,
     ("tensor", 5, 2): 20.7,
     ("direct", 3, 1): 24.4,

@@ -13,7 +13,7 @@
 // SMs of 1.98 GHz a half output of stride 1 leaves 31 lane-instructions, one of stride 2 78, fp32 twice that. From the SASS of
 // sm_90 the loop takes, with SiLU (tests/test_resources.py holds it to this):
 //                    k3 s1    k3 s2    k5 s1    k5 s2
-//   tensor_kernel     14.0     19.4     16.0     20.7     registers <= 112 (k3), 168 (k5): at least 18 or 12 warps an SM
+//   tensor_kernel     14.0     19.6     16.0     20.7     registers <= 112 (k3), 168 (k5): 18 or 12 warps an SM
 //   direct_kernel     24.4     32.1     41.4     50.0     fp32, 2 channels a thread; registers <= 128 (k3), 232 (k5)
 // By that model a batch of 128 bf16 images runs at 88 % (B0) and 97 % (B5) of the time HBM needs; 5x5 at 7x7 is bound by issue.
 //
