@@ -18,7 +18,6 @@ HAS_NVCC = shutil.which("nvcc") is not None
 HAS_COMPILER = shutil.which("c++") is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
 needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="there is no nvcc on PATH")
-MAX_REGISTERS = 64  # a thread, so that 4 blocks of 256 threads fit an SM
 
 
 @pytest.fixture
@@ -143,26 +142,3 @@ def test_compile_failure_is_an_error(project):
     (project / "csrc" / "module.cpp").write_text("#error seeded\n")
     output, wheels = build_wheel(project, EFFNET_FAST_CUDA="0", succeeds=False)
     assert "#error seeded" in output and not wheels
-
-
-@needs_nvcc
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_kernels_do_not_spill(arch, tmp_path):
-    for source in sorted(CSRC.rglob("*.cu")):
-        command = [
-            "nvcc",
-            "-std=c++20",
-            "-O3",
-            f"-arch=sm_{arch}",
-            "-Xptxas",
-            "-v",
-            "-cubin",
-            str(source),
-            "-o",
-            str(tmp_path / "kernel"),
-        ]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-        registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-        assert len(spills) == len(registers) >= 9, report
-        assert max(spills) == 0 and max(registers) <= MAX_REGISTERS, report

@@ -8,7 +8,7 @@ namespace {
 
 constexpr const char* kDepthwise = "depthwise_conv_bn_act";
 
-// The arguments of one call, checked; run(params) writes y and partial.
+// The arguments of one call, checked; run(params, x, weight) writes y and partial.
 template <typename Run> void write_depthwise(const Tensor& x, const Tensor& weight, const NormTensors& norm, int64_t stride,
                                              const std::vector<int64_t>& padding, const std::string& activation, int64_t pieces,
                                              const Tensor& y, const Tensor& partial, const Run& run) {
@@ -54,10 +54,36 @@ template <typename Run> void write_depthwise(const Tensor& x, const Tensor& weig
   p.dtype = dtype_of(kDepthwise, "x", x);
   p.weight_dtype = t.weight_dtype;
   p.norm_dtype = t.norm_dtype;
-  if (p.batch > 0) run(p, input);
+  if (p.batch > 0) run(p, input, t.weight);
 }
 
-void run_cpu(const depthwise::ForwardParams& p, const Tensor&) { depthwise::forward_cpu(p); }
+void run_cpu(const depthwise::ForwardParams& p, const Tensor&, const Tensor&) { depthwise::forward_cpu(p); }
+
+#ifdef EFFNET_FAST_CUDA
+bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// The tensor cores' kernel moves 16 bytes at a time. What does not lie so is copied first: a view at an odd place, which is rare.
+void run_cuda(depthwise::ForwardParams& p, const Tensor& x, const Tensor& weight) {
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor input = x, taps = weight;
+  // A side of one pixel is never stepped over: its stride says nothing.
+  const auto stride = [&](int64_t i) { return input.size(i) == 1 ? int64_t{0} : input.stride(i); };
+  const bool on_tensor_cores = p.dtype != DType::fp32 && p.channels % 8 == 0;
+  if (on_tensor_cores) {
+    check(aligned(p.y, 16) && aligned(p.partial, 8), kDepthwise, ": y must start at a multiple of 16 bytes, partial of 8");
+    if (stride(0) % 8 || stride(2) % 8 || stride(3) % 8) input = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+    if (!aligned(input.const_data_ptr(), 16)) input = torch::stable::clone(input);
+  }
+  if (!aligned(taps.const_data_ptr(), 16)) taps = torch::stable::clone(taps);
+  p.x = input.const_data_ptr();
+  p.x_image = stride(0);
+  p.x_row = stride(2);
+  p.x_pixel = stride(3);
+  p.weight = taps.const_data_ptr();
+  depthwise::forward_cuda(p, current_cuda_stream(device));
+}
+#endif
 
 template <auto run> void depthwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
                                        const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var,
@@ -84,6 +110,13 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("depthwise_conv_bn_act.native", TORCH_BOX(&depthwise<run_cpu>));
   m.impl("depthwise_conv_bn_act.native_out", TORCH_BOX(&depthwise_out<run_cpu>));
 }
+
+#ifdef EFFNET_FAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CUDA, m) {
+  m.impl("depthwise_conv_bn_act.native", TORCH_BOX(&depthwise<run_cuda>));
+  m.impl("depthwise_conv_bn_act.native_out", TORCH_BOX(&depthwise_out<run_cuda>));
+}
+#endif
 
 }  // namespace
 }  // namespace effnet_fast::binding

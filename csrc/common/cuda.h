@@ -3,8 +3,12 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "dtype.h"
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "the CUDA kernels need compute capability 8.0 or higher: set TORCH_CUDA_ARCH_LIST to 8.0 and up"
+#endif
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 
@@ -13,9 +17,12 @@
 
 #define EFFNET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-#define EFFNET_DYNAMIC_SHARED(type, name)                         \
-  extern __shared__ __align__(16) unsigned char name##_storage[]; \
+#define EFFNET_DYNAMIC_SHARED(type, name)                          \
+  extern __shared__ __align__(128) unsigned char name##_storage[]; \
   type* name = reinterpret_cast<type*>(name##_storage)
+// Before a launch with that much dynamic shared memory: more than 48 KB must be asked for.
+#define EFFNET_ALLOW_SHARED(kernel, bytes) \
+  if ((bytes) > 48 << 10) EFFNET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)))
 #define EFFNET_CUDA_CHECK(expression)                                                                             \
   do {                                                                                                            \
     if (const cudaError_t error = (expression); error != cudaSuccess)                                             \
@@ -27,7 +34,7 @@
 
 namespace effnet_fast {
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <typename A, typename B> __host__ __device__ constexpr auto ceil_div(A a, B b) { return (a + b - 1) / b; }
 
 // V consecutive elements moved by one instruction; the address must be a multiple of the whole.
 template <typename T, int V> struct alignas(sizeof(T) * V) Vec {
@@ -36,6 +43,63 @@ template <typename T, int V> struct alignas(sizeof(T) * V) Vec {
 template <int V, typename T> __device__ __forceinline__ Vec<T, V> load(const T* p) {
   return *reinterpret_cast<const Vec<T, V>*>(p);
 }
-__device__ __forceinline__ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+template <typename T, int V> __device__ __forceinline__ void store(T* p, const Vec<T, V>& v) {
+  *reinterpret_cast<Vec<T, V>*>(p) = v;
+}
+__host__ __device__ __forceinline__ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+#ifdef __CUDACC__
+// 2^v within 2 ulp and 1 / v within 1 ulp, one instruction each; subnormal results are zero.
+__device__ __forceinline__ float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+__device__ __forceinline__ float reciprocal_fast(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+// v between low and high; NaN stays NaN.
+__device__ __forceinline__ float clamp(float v, float low, float high) {
+  float r;
+  asm("{ .reg .f32 t; max.NaN.f32 t, %1, %2; min.NaN.f32 %0, t, %3; }" : "=f"(r) : "f"(v), "f"(low), "f"(high));
+  return r;
+}
+// Two floats rounded to nearest even, the first in the low half.
+template <typename T> __device__ __forceinline__ uint32_t round_pair(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  }
+  return bits;
+}
+// A zero that the compiler may not make early: a plain zero on a rarely taken path is hoisted above the branch, for everyone.
+__device__ __forceinline__ float late_zero() {
+  float r;
+  asm volatile("mov.f32 %0, 0f00000000;" : "=f"(r));
+  return r;
+}
+// Keeps a value in its register: under register pressure nvcc would rather work a constant out again at every use.
+template <typename T> __device__ __forceinline__ T pin(T v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+#endif
+
+template <typename T> __device__ __forceinline__ T from_float(float v) {
+  if constexpr (std::is_same_v<T, float>) {
+    return v;
+  } else {
+    return T{static_cast<uint16_t>(round_pair<T>(v, 0.f))};
+  }
+}
+// An element of an array of a type known at run time.
+__device__ __forceinline__ float load_float(const void* p, DType dtype, int64_t i) {
+  if (dtype == DType::fp32) return static_cast<const float*>(p)[i];
+  return dtype == DType::bf16 ? to_float(static_cast<const bf16*>(p)[i]) : to_float(static_cast<const fp16*>(p)[i]);
+}
 
 }  // namespace effnet_fast

@@ -29,5 +29,6 @@ struct ForwardParams {
 };
 
 void forward_cpu(const ForwardParams& p);
+void forward_cuda(const ForwardParams& p, void* stream);  // on the current device; of alignments see forward.cuh
 
 }  // namespace effnet_fast::depthwise

@@ -4,10 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -109,88 +111,94 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
   return result;
 }
 
-// What both convolutions are given. Images and results are [N, H, W, C]; norm is [4, C]: weight, bias, mean, var.
-template <typename Params> void set_convolution(Params& p, const py::array& x, const py::array& weight,
-                                                const std::vector<int>& padding, int stride, int activation, int dtype) {
+// On a GPU of so many multiprocessors, or for 0 on the CPU: y and partial. x is [N, H, W, at least C], of which the kernel gets the
+// first C channels; the weight is [C, k, k]; norm is weight, bias, mean, var; window is stride, top, left, H', W'; types are those
+// of x, weight and norm.
+std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& weight,
+                                          const std::vector<std::optional<py::array>>& norm, float eps,
+                                          const std::array<int, 5>& window, int activation, int pieces,
+                                          const std::array<int, 3>& types, int multiprocessors, unsigned seed, int misalign) {
+  const Buffer input(x, misalign), taps(weight, multiprocessors > 0 ? 0 : misalign);
+  std::vector<std::optional<Buffer>> vectors;
+  for (const auto& v : norm) vectors.push_back(v ? std::optional<Buffer>(std::in_place, *v, misalign) : std::nullopt);
+
+  effnet_fast::depthwise::ForwardParams p{};
   p.batch = x.shape(0);
   p.height = int(x.shape(1));
   p.width = int(x.shape(2));
-  p.channels = int(weight.shape(0));
-  p.kernel = int(weight.shape(2));
-  p.stride = stride;
-  p.pad_top = padding[0];
-  p.pad_left = padding[2];
-  p.out_height = (p.height + padding[0] + padding[1] - p.kernel) / stride + 1;
-  p.out_width = (p.width + padding[2] + padding[3] - p.kernel) / stride + 1;
-  p.eps = 1e-3f;
-  p.activation = Activation(activation);
-  p.dtype = DType(dtype);
-  p.weight_dtype = p.norm_dtype = DType::fp32;
-}
-
-template <typename Params> void set_norm(Params& p, const Buffer& norm, const Buffer& weight) {
-  const float* vectors = reinterpret_cast<const float*>(norm.data());
-  p.weight = weight.data();
-  p.norm_weight = vectors;
-  p.norm_bias = vectors + p.channels;
-  p.norm_mean = vectors + 2 * p.channels;
-  p.norm_var = vectors + 3 * p.channels;
-}
-
-// The bits of y, whose fresh memory is NaN in every type.
-template <typename Params> Buffer make_output(const Params& p, const py::array& x, int misalign) {
-  const size_t bytes = p.batch * p.out_height * p.out_width * p.channels * x.itemsize();
-  Buffer y(bytes, misalign * x.itemsize());
-  std::memset(y.data(), 0xff, bytes);
-  return y;
-}
-
-template <typename Params> py::array copy_output(const Params& p, const py::array& x, const Buffer& y) {
-  py::array result(x.dtype(), std::vector<int64_t>{p.batch, p.out_height, p.out_width, p.channels});
-  std::memcpy(result.mutable_data(), y.data(), result.nbytes());
-  return result;
-}
-
-py::tuple depthwise_cpu(const py::array& x, const py::array& weight, const py::array& norm, const std::vector<int>& padding,
-                        int stride, int activation, int dtype, int pieces, int misalign) {
-  const Buffer input(x, misalign), taps(weight, misalign), vectors(norm, misalign);
-  effnet_fast::depthwise::ForwardParams p{};
-  set_convolution(p, x, weight, padding, stride, activation, dtype);
-  set_norm(p, vectors, taps);
-  const Buffer y = make_output(p, x, misalign), partial(sizeof(float) * p.batch * pieces * p.channels, 0);
-  p.x = input.data();
-  p.x_pixel = p.channels;
+  p.x_pixel = x.shape(3);
   p.x_row = p.x_pixel * p.width;
   p.x_image = p.x_row * p.height;
-  p.y = y.data();
-  p.partial = reinterpret_cast<float*>(partial.data());
+  p.channels = int(weight.shape(0));
+  p.kernel = int(weight.shape(1));
+  std::tie(p.stride, p.pad_top, p.pad_left, p.out_height, p.out_width) = std::tuple_cat(window);
   p.pieces = pieces;
-  std::fill_n(p.partial, p.batch * pieces * p.channels, NAN);
-  emulated::depthwise_cpu(p);
-  py::array_t<float> sums({p.batch, int64_t(pieces), int64_t(p.channels)});
-  std::copy_n(p.partial, sums.size(), sums.mutable_data());
-  return py::make_tuple(copy_output(p, x, y), sums);
+  p.eps = eps;
+  p.activation = Activation(activation);
+  p.dtype = DType(types[0]);
+  p.weight_dtype = DType(types[1]);
+  p.norm_dtype = DType(types[2]);
+  py::array y(x.dtype(), std::vector<int64_t>{p.batch, p.out_height, p.out_width, p.channels});
+  py::array_t<float> partial({p.batch, int64_t(pieces), int64_t(p.channels)});
+  const Buffer made(y.nbytes(), misalign * y.itemsize()), sums(partial.nbytes(), misalign * sizeof(float));
+  std::memset(made.data(), 0xff, y.nbytes());  // NaN
+  std::memset(sums.data(), 0xff, partial.nbytes());
+  p.x = input.data();
+  p.weight = taps.data();
+  const auto data = [](const std::optional<Buffer>& b) { return b ? b->data() : nullptr; };
+  p.norm_weight = data(vectors[0]);
+  p.norm_bias = data(vectors[1]);
+  p.norm_mean = data(vectors[2]);
+  p.norm_var = data(vectors[3]);
+  p.y = made.data();
+  p.partial = pieces ? reinterpret_cast<float*>(sums.data()) : nullptr;
+  if (multiprocessors > 0) {
+    effnet_fast::with_dtype(p.dtype, [&](auto type) { emulated::depthwise<decltype(type)>(p, multiprocessors, seed); });
+  } else {
+    emulated::depthwise_cpu(p);
+  }
+  std::memcpy(y.mutable_data(), made.data(), y.nbytes());
+  std::memcpy(partial.mutable_data(), sums.data(), partial.nbytes());
+  return {y, partial};
 }
 
-// by_channel: x is handed over as [N, C, H, W].
+// On the CPU; x is [N, H, W, C], by_channel: handed over as [N, C, H, W]; norm is [4, K]: weight, bias, mean, var; window is
+// stride, top, left, H', W'.
 py::array conv_cpu(const py::array& x, bool by_channel, const py::array& weight, const py::array& norm,
-                   const std::vector<int>& padding, int stride, int activation, int dtype, int misalign) {
+                   const std::array<int, 5>& window, int activation, int dtype, int misalign) {
   const py::array stored =
       by_channel ? py::array(py::module_::import("numpy").attr("ascontiguousarray")(x.attr("transpose")(0, 3, 1, 2))) : x;
   const Buffer input(stored, misalign), taps(weight, misalign), vectors(norm, misalign);
   effnet_fast::conv::Params p{};
-  set_convolution(p, x, weight, padding, stride, activation, dtype);
-  set_norm(p, vectors, taps);
-  const Buffer y = make_output(p, x, misalign);
+  p.batch = x.shape(0);
+  p.height = int(x.shape(1));
+  p.width = int(x.shape(2));
   p.in_channels = int(x.shape(3));
+  p.channels = int(weight.shape(0));
+  p.kernel = int(weight.shape(2));
+  std::tie(p.stride, p.pad_top, p.pad_left, p.out_height, p.out_width) = std::tuple_cat(window);
+  p.eps = 1e-3f;
+  p.activation = Activation(activation);
+  p.dtype = DType(dtype);
+  p.weight_dtype = p.norm_dtype = DType::fp32;
   p.x = input.data();
   p.x_image = int64_t(p.height) * p.width * p.in_channels;
   p.x_channel = by_channel ? int64_t(p.height) * p.width : 1;
   p.x_row = by_channel ? p.width : p.width * p.in_channels;
   p.x_pixel = by_channel ? 1 : p.in_channels;
-  p.y = y.data();
+  p.weight = taps.data();
+  const float* const rows = reinterpret_cast<const float*>(vectors.data());
+  p.norm_weight = rows;
+  p.norm_bias = rows + p.channels;
+  p.norm_mean = rows + 2 * p.channels;
+  p.norm_var = rows + 3 * p.channels;
+  py::array y(x.dtype(), std::vector<int64_t>{p.batch, p.out_height, p.out_width, p.channels});
+  const Buffer made(y.nbytes(), misalign * y.itemsize());
+  std::memset(made.data(), 0xff, y.nbytes());  // NaN
+  p.y = made.data();
   emulated::conv_cpu(p);
-  return copy_output(p, x, y);
+  std::memcpy(y.mutable_data(), made.data(), y.nbytes());
+  return y;
 }
 
 }  // namespace
@@ -198,6 +206,6 @@ py::array conv_cpu(const py::array& x, bool by_channel, const py::array& weight,
 PYBIND11_MODULE(emulated, m) {
   m.def("squeeze_excite_gate", &squeeze_excite_gate);
   m.def("pointwise", &pointwise);
-  m.def("depthwise_cpu", &depthwise_cpu);
+  m.def("depthwise", &depthwise);
   m.def("conv_cpu", &conv_cpu);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
@@ -16,27 +18,44 @@ SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 NINJA = """\
 flags = -std=c++20 -Og -g1 -fPIC -ffp-contract=fast -Wall -Wno-unknown-pragmas -Wno-psabi -I{here}
+csrc = {csrc}
 rule binding
-  command = g++ $flags -fvisibility=hidden -I{csrc} -I{pybind} -I{python} -MMD -MF $out.d -c $in -o $out
+  command = g++ $flags -fvisibility=hidden -I$csrc -I{pybind} -I{python} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
 rule kernel
-  command = g++ $flags {sanitizers} -I$csrc -MMD -MF $out.d -c $in -o $out
+  command = g++ $flags {sanitizers} $defines -I$csrc -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
 rule link
   command = g++ -shared {sanitizers} $in -o $out
 build binding.o: binding {here}/binding.cpp
-build squeeze_excite_cpu.o: kernel {here}/squeeze_excite_cpu.cpp
-  csrc = {csrc}
-build pointwise_cpu.o: kernel {here}/pointwise_cpu.cpp
-  csrc = {csrc}
-build convolutions_cpu.o: kernel {here}/convolutions_cpu.cpp
-  csrc = {csrc}
 """
-NINJA_VARIANT = """\
-build {name}/squeeze_excite.o: kernel {here}/squeeze_excite.cpp
-  csrc = {csrc}
-build {name}/emulated.so: link binding.o squeeze_excite_cpu.o pointwise_cpu.o convolutions_cpu.o {name}/squeeze_excite.o
-"""
+# The objects of a module: name, source, defines.
+KERNELS = {
+    "squeeze_excite_cpu": ("squeeze_excite_cpu.cpp", ""),
+    "pointwise_cpu": ("pointwise_cpu.cpp", ""),
+    "convolutions_cpu": ("convolutions_cpu.cpp", ""),
+    "squeeze_excite": ("squeeze_excite.cpp", ""),
+    "depthwise_fp32": ("depthwise.cpp", "-DEMULATED_TYPE=float"),
+    "depthwise_bf16": ("depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
+    "depthwise_fp16": ("depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
+}
+
+
+class Bug(NamedTuple):
+    """A bug seeded into a copy of csrc/: the file, its text, what replaces the first occurrence of that, what must be said of it;
+    the one object that is compiled from the copy, and further defines for it."""
+
+    path: str
+    text: str
+    replacement: str
+    says: str
+    kernel: str
+    defines: str = ""
+
+
+def directory(temporary: Path) -> Path:
+    """Where all test processes of a session build, from pytest's base for temporary files in this one."""
+    return (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "emulator"
 
 
 def missing() -> str | None:
@@ -54,20 +73,38 @@ def missing() -> str | None:
     return None
 
 
-def build(directory: Path, variants: dict[str, Path]) -> dict[str, Path]:
-    """Compiles the kernels of each variant's copy of csrc/; returns the variants' modules, for :func:`run`."""
+def build(directory: Path, bugs: dict[str, Bug]) -> dict[str, Path]:
+    """Compiles the kernels as they are, "sound", and with each bug; returns the modules, for :func:`run`.
+
+    Processes may build in one directory at the same time: they take turns, and compile nothing twice.
+    """
     import pybind11
 
     python = sysconfig.get_path("include")
     text = NINJA.format(here=HERE, csrc=CSRC, pybind=pybind11.get_include(), python=python, sanitizers=SANITIZERS)
-    for name, csrc in variants.items():
-        text += NINJA_VARIANT.format(name=name, here=HERE, csrc=csrc)
+    for kernel, (source, defines) in KERNELS.items():
+        text += f"build {kernel}.o: kernel {HERE / source}\n  defines = {defines}\n"
+    text += f"build sound.so: link binding.o {' '.join(f'{kernel}.o' for kernel in KERNELS)}\n"
+    for name, bug in bugs.items():
+        source, defines = KERNELS[bug.kernel]
+        text += f"build {name}.o: kernel {HERE / source}\n  csrc = {directory / name}\n  defines = {defines} {bug.defines}\n"
+        objects = " ".join(f"{name if kernel == bug.kernel else kernel}.o" for kernel in KERNELS)
+        text += f"build {name}.so: link binding.o {objects}\n"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "build.ninja").write_text(text)
-    done = subprocess.run(["ninja", "-C", str(directory)], capture_output=True, text=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name, bug in bugs.items():
+            if not (directory / name).exists():
+                shutil.copytree(CSRC, directory / name)
+                source = (CSRC / bug.path).read_text()
+                assert bug.text in source, f"the seeded bug {name} no longer fits the source"
+                (directory / name / bug.path).write_text(source.replace(bug.text, bug.replacement, 1))
+        ninja = directory / f"{'-'.join(bugs)}.ninja"
+        ninja.write_text(text)
+        done = subprocess.run(["ninja", "-C", str(directory), "-f", ninja.name], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the emulator does not compile:\n{done.stdout}{done.stderr}")
-    return {name: directory / name / "emulated.so" for name in variants}
+    return {name: directory / f"{name}.so" for name in ("sound", *bugs)}
 
 
 def run(module: Path, calls: list[tuple[str, tuple]], **environment: str) -> list:
@@ -76,9 +113,12 @@ def run(module: Path, calls: list[tuple[str, tuple]], **environment: str) -> lis
     Raises:
         RuntimeError: with the report, if a sanitizer or the emulator found an error.
     """
-    command = ["g++", "-print-file-name=libasan.so"]
-    libasan = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    env = dict(os.environ, LD_PRELOAD=libasan, ASAN_OPTIONS="detect_leaks=0", **environment)
+    # AddressSanitizer looks for the function that throws when it starts, so that must be there by then.
+    preloaded = []
+    for library in ("libasan.so", "libstdc++.so"):
+        command = ["g++", f"-print-file-name={library}"]
+        preloaded.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    env = dict(os.environ, LD_PRELOAD=" ".join(preloaded), ASAN_OPTIONS="detect_leaks=0", **environment)
     done = subprocess.run([sys.executable, __file__, str(module)], input=pickle.dumps(calls), capture_output=True, env=env)
     if done.returncode:
         raise RuntimeError(done.stderr.decode(errors="replace"))

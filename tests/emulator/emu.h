@@ -1,9 +1,12 @@
 // CUDA kernel source on the CPU: each thread of a block is a fiber, blocks run one after another.
 //
 // Beyond the arithmetic it checks: threads run in a random order between barriers, dynamic shared memory starts as NaN, barriers
-// and shuffles must be reached by every lane at the same place, and AddressSanitizer and UBSan see every access and its alignment.
+// and warp primitives must be reached by every lane at the same place, and AddressSanitizer and UBSan see every access and its
+// alignment. A copy_async turns its destination into NaN when it is issued and writes it when its thread waits for it: a missing
+// wait and a copy issued while others still read the old bytes both change the result.
 //
-// Not seen: races between blocks, overflow from one part of shared memory into another, the rounding of the GPU's own expf.
+// Not seen: races between blocks, overflow from one part of shared memory into another, the rounding of the GPU's own expf and
+// approximate functions, and that tensor cores truncate fp32 sums.
 #pragma once
 #include <ucontext.h>
 
@@ -15,9 +18,12 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "common/dtype.h"
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -38,6 +44,12 @@ namespace emu {
 
 enum class Wait { none, block, warp, done };
 
+struct Copy {
+  char* to;
+  const void* from;
+  bool real;  // or zeros
+};
+
 struct Fiber {
   ucontext_t context;
   dim3 thread_index;
@@ -45,7 +57,9 @@ struct Fiber {
   Wait wait = Wait::none;
   const void* site = nullptr;  // where it parked: lanes parked at different places are a bug
   unsigned mask = 0;
-  uint64_t slot = 0;  // the value it offers to a shuffle
+  uint64_t slot = 0;                         // the value it offers to a shuffle
+  float a[8] = {}, b[4] = {};                // its part of an mma's A and B
+  std::vector<std::vector<Copy>> groups{1};  // of asynchronous copies; the last is being filled
   std::vector<char> stack;
   void* fake_stack = nullptr;
 };
@@ -60,6 +74,7 @@ struct State {
   std::function<void()> body;
   dim3 grid, block, block_index;
   char* shared = nullptr;
+  size_t shared_bytes = 0;
   std::mt19937 order{0};
 };
 inline State& state() {
@@ -115,11 +130,11 @@ inline void release_warps(std::vector<unsigned>& ready) {
     bool all = true;
     for (size_t i = low; i < high; ++i) {
       if (!(lead->mask >> (i - low) & 1)) continue;
-      if (fibers[i].wait == Wait::done) fail("a lane named in a shuffle's mask has exited");
+      if (fibers[i].wait == Wait::done) fail("a lane named in the mask of a shuffle or warp primitive has exited");
       if (fibers[i].wait != Wait::warp) {
         all = false;
       } else if (fibers[i].site != lead->site || fibers[i].mask != lead->mask) {
-        fail("lanes of a warp wait at different shuffles");
+        fail("lanes of a warp wait at different shuffles or warp primitives");
       }
     }
     for (size_t i = low; all && i < high; ++i)
@@ -137,6 +152,7 @@ inline void run_block() {
     f.context.uc_stack.ss_size = f.stack.size();
     f.context.uc_link = nullptr;
     makecontext(&f.context, enter, 0);
+    f.groups.assign(1, {});
     ready.push_back(f.rank);
   }
   while (true) {
@@ -159,7 +175,7 @@ inline void run_block() {
       }
     }
     if (done == fibers.size()) return;
-    if (in_warp) fail("a shuffle waits for lanes that are elsewhere");
+    if (in_warp) fail("a shuffle or warp primitive waits for lanes that are elsewhere");
     if (done) fail("__syncthreads is not reached by every thread");
     if (!same) fail("threads wait at different __syncthreads");
     for (unsigned i = 0; i < fibers.size(); ++i) ready.push_back(i);
@@ -175,7 +191,7 @@ template <typename F> void launch(F&& body, dim3 grid, dim3 block, size_t shared
   for (unsigned i = 0; i < s.fibers.size(); ++i) {
     s.fibers[i].rank = i;
     s.fibers[i].thread_index = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
-    s.fibers[i].stack.resize(64 << 10);
+    s.fibers[i].stack.resize(128 << 10);
   }
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
@@ -185,6 +201,7 @@ template <typename F> void launch(F&& body, dim3 grid, dim3 block, size_t shared
         const std::unique_ptr<char, void (*)(void*)> shared(static_cast<char*>(std::malloc(shared_bytes)), std::free);
         std::memset(shared.get(), 0xff, shared_bytes);
         s.shared = shared.get();
+        s.shared_bytes = shared_bytes;
         run_block();
       }
 }
@@ -207,7 +224,108 @@ template <typename T> __attribute__((noinline)) T shuffle(unsigned mask, T value
   return result;
 }
 
+// A place in the source, for primitives that are functions in common/.
+inline const char* site_of(const std::source_location& at) { return reinterpret_cast<const char*>(uintptr_t(at.line()) << 8); }
+
+inline void check_shared_16(const char* p, const char* what) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) fail((std::string(what) + ": misaligned").c_str());
+  if (p < state().shared || p + 16 > state().shared + state().shared_bytes)
+    fail((std::string(what) + ": outside shared memory").c_str());
+}
+
+// This lane's 4 bytes of its row of a matrix, when every lane has named a row.
+inline char* matrix_element(int matrix) {
+  const unsigned rank = state().current->rank;
+  return reinterpret_cast<char*>(state().fibers[(rank & ~31u) + matrix * 8 + rank % 32 / 4].slot) + rank % 4 * 4;
+}
+__attribute__((noinline)) inline void name_row(char* row, const char* site) {
+  check_shared_16(row, "a matrix's row");
+  state().current->slot = reinterpret_cast<uint64_t>(row);
+  barrier(Wait::warp, ~0u, site);
+}
+
+template <typename T, int K> __attribute__((noinline)) void mma(float* c, const uint32_t* a, const uint32_t* b, const char* site) {
+  const auto half = [](uint32_t pair, int which) { return effnet_fast::to_float(T{uint16_t(pair >> 16 * which)}); };
+  Fiber* f = state().current;
+  for (int i = 0; i < K / 2; ++i) f->a[i] = half(a[i / 2], i % 2);
+  for (int i = 0; i < K / 4; ++i) f->b[i] = half(b[i / 2], i % 2);
+  barrier(Wait::warp, ~0u, site);
+  f = state().current;
+  const Fiber* warp = &state().fibers[f->rank & ~31u];
+  for (int i = 0; i < 4; ++i) {
+    const unsigned row = f->rank % 32 / 4 + i / 2 * 8, column = f->rank % 4 * 2 + i % 2;
+    for (int k = 0; k < K; ++k) {  // register k / 8 * 2 + row / 8 of A's lane, k / 8 of B's
+      const unsigned q = k % 8 / 2;
+      c[i] += warp[row % 8 * 4 + q].a[k / 8 * 4 + row / 8 * 2 + k % 2] * warp[column * 4 + q].b[k / 8 * 2 + k % 2];
+    }
+  }
+  barrier(Wait::warp, ~0u, site + 1);
+}
+
 }  // namespace emu
+
+// The host twins of common/cuda.h and common/tensor_core.h.
+namespace effnet_fast {
+
+inline float exp2_fast(float v) { return std::exp2(v); }
+inline float reciprocal_fast(float v) { return 1.f / v; }
+inline float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+inline float late_zero() { return 0.f; }
+template <typename T> T pin(T v) { return v; }
+
+inline uint16_t round_half(bf16, float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return uint16_t(v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 0x40);
+}
+inline uint16_t round_half(fp16, float v) {
+  const _Float16 rounded = static_cast<_Float16>(v);
+  uint16_t bits;
+  std::memcpy(&bits, &rounded, 2);
+  return bits;
+}
+template <typename T> uint32_t round_pair(float low, float high) {
+  return round_half(T{}, low) | uint32_t(round_half(T{}, high)) << 16;
+}
+
+using Shared = char*;
+inline Shared shared_address(void* p) { return static_cast<char*>(p); }
+inline void copy_async(Shared to, const void* from, int bytes) {
+  emu::check_shared_16(to, "copy_async's destination");
+  if (bytes && reinterpret_cast<uintptr_t>(from) % 16) emu::fail("copy_async's source: misaligned");
+  std::memset(to, 0xff, 16);
+  emu::state().current->groups.back().push_back({to, from, bytes != 0});
+}
+inline void copy_async_commit() { emu::state().current->groups.emplace_back(); }
+template <int kKeep> void copy_async_wait() {
+  auto& groups = emu::state().current->groups;
+  while (int(groups.size()) - 1 > kKeep) {
+    for (const emu::Copy& c : groups.front()) c.real ? std::memcpy(c.to, c.from, 16) : std::memset(c.to, 0, 16);
+    groups.erase(groups.begin());
+  }
+}
+inline void load_matrices(uint32_t (&r)[4], Shared row, std::source_location at = std::source_location::current()) {
+  emu::name_row(row, emu::site_of(at));
+  for (int m = 0; m < 4; ++m) std::memcpy(&r[m], emu::matrix_element(m), 4);
+  emu::barrier(emu::Wait::warp, ~0u, emu::site_of(at) + 1);
+}
+// Nothing waits behind it: other lanes may see these bytes only after a __syncwarp of the kernel's own.
+inline void store_matrices(Shared row, const uint32_t (&r)[4], std::source_location at = std::source_location::current()) {
+  emu::name_row(row, emu::site_of(at));
+  for (int m = 0; m < 4; ++m) std::memcpy(emu::matrix_element(m), &r[m], 4);
+}
+template <typename T> void mma_k16(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                   std::source_location at = std::source_location::current()) {
+  const uint32_t b[2] = {b0, b1};
+  emu::mma<T, 16>(c, a, b, emu::site_of(at));
+}
+template <typename T>
+void mma_k8(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0, std::source_location at = std::source_location::current()) {
+  const uint32_t a[2] = {a0, a1};
+  emu::mma<T, 8>(c, a, &b0, emu::site_of(at));
+}
+
+}  // namespace effnet_fast
 
 #define EMU_SITE                    \
   ([]() -> const char* {            \
@@ -219,9 +337,12 @@ template <typename T> __attribute__((noinline)) T shuffle(unsigned mask, T value
 #define blockDim (emu::state().block)
 #define gridDim (emu::state().grid)
 #define __syncthreads() emu::barrier(emu::Wait::block, 0, EMU_SITE)
+#define __syncwarp() emu::barrier(emu::Wait::warp, ~0u, EMU_SITE)
 #define __shfl_xor_sync(mask, value, lanes) emu::shuffle(mask, value, int(emu::state().current->rank & 31) ^ (lanes), EMU_SITE)
+using std::max;
 using std::min;
 
 #define EFFNET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream), emu::launch([=] { kernel(__VA_ARGS__); }, grid, block, shared_bytes))
 #define EFFNET_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emu::state().shared)
+#define EFFNET_ALLOW_SHARED(kernel, bytes)

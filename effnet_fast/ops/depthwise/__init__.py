@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effnet_fast.ops import backends, native, triton_backend
 from effnet_fast.ops.common import NORM_SCHEMA, Norm, accumulator, check_conv, check_window, conv_flops, empty_output, output_size
-from effnet_fast.ops.depthwise import reference
+from effnet_fast.ops.depthwise import launch, reference
 from effnet_fast.ops.library import define
 
 NAME = "depthwise_conv_bn_act"
@@ -37,8 +37,14 @@ _reference = define(
 triton_backend.register(NAME, _fake)
 
 
+def _native_can_run(x: Tensor) -> str | None:
+    return native.why_not(x, cuda=True)
+
+
 def _native_pieces(x: Tensor, height: int, width: int) -> int:
-    """Bands of 7 rows or a little more: what one thread works on at a time, small enough to share an image out evenly."""
+    """On the CPU bands of 7 rows or a little more: what a thread works on at a time, small enough to share an image out evenly."""
+    if x.device.type == "cuda":
+        return launch.pieces(x, height, width)
     return max(1, min(height // 7, 16))
 
 
@@ -51,7 +57,7 @@ def triton_pieces(x: Tensor, height: int, width: int) -> int:
 
 backends.register(
     NAME,
-    backends.Kernel("native", torch.ops.effnet_fast.depthwise_conv_bn_act.native, native.why_not, _native_pieces),
+    backends.Kernel("native", torch.ops.effnet_fast.depthwise_conv_bn_act.native, _native_can_run, _native_pieces),
 )
 backends.register(
     NAME, backends.Kernel("triton", torch.ops.effnet_fast.depthwise_conv_bn_act.triton, triton_backend.can_run, triton_pieces)

@@ -1,0 +1,229 @@
+"""The CUDA kernels of depthwise_conv_bn_act, their own source run on the CPU under AddressSanitizer and UBSan: the reduced cases
+against fp64 by the 2x rule, the partial sums against the stored output, several thread orders, seeded bugs."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Case
+from emulator import build as emulator
+from tolerance import assert_2x, largest
+
+from effnet_fast.ops.common import output_size
+from effnet_fast.ops.depthwise import launch
+
+missing = emulator.missing()
+pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
+
+ACTIVATIONS = {"identity": 0, "silu": 1, "relu": 2, "relu6": 3}  # the enum of csrc/common/activation.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of csrc/common/dtype.h
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One launch. ``multiprocessors``: of the GPU, so how many segments; ``extra``: channels of x that the kernel must step over;
+    ``misalign``: elements by which every tensor but the weight is moved."""
+
+    case: Case
+    dtype: torch.dtype
+    activation: str = "silu"
+    weight_dtype: torch.dtype = torch.float32
+    norm_dtype: torch.dtype = torch.float32
+    affine: bool = True
+    squeeze: bool = True
+    multiprocessors: int = 1
+    extra: int = 0
+    misalign: int = 0
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+        """x [N, C, H, W], weight [C, 1, k, k], and the norm's weight, bias, mean and var."""
+        c = self.case
+        g = torch.Generator().manual_seed(c.channels + c.height)
+        x = torch.randn(c.images, c.channels, c.height, c.width, generator=g).to(self.dtype)
+        weight = (0.5 * torch.randn(c.channels, 1, c.kernel, c.kernel, generator=g)).to(self.weight_dtype)
+        norm = [(torch.rand(c.channels, generator=g) + shift).to(self.norm_dtype) for shift in (0.5, -0.5, -0.5, 0.5)]
+        return x, weight, [*(norm[:2] if self.affine else (None, None)), *norm[2:]]
+
+    def size(self) -> tuple[int, int]:
+        c = self.case
+        top, bottom, left, right = c.padding
+        return output_size(c.height, c.kernel, c.stride, top, bottom), output_size(c.width, c.kernel, c.stride, left, right)
+
+    def expected(self, wide: bool) -> torch.Tensor:
+        """What PyTorch's modules compute, in x's dtype or in fp64."""
+        x, weight, norm = self.tensors()
+        if wide:
+            x, weight, norm = x.double(), weight.double(), [None if v is None else v.double() for v in norm]
+        c = self.case
+        top, bottom, left, right = c.padding
+        y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight.to(x.dtype), stride=c.stride, groups=c.channels)
+        y = F.batch_norm(y, norm[2], norm[3], norm[0], norm[1], eps=1e-3)
+        return {"silu": F.silu, "relu": F.relu, "relu6": F.relu6, "identity": lambda t: t}[self.activation](y)
+
+    def call(self, seed: int = 0, x: torch.Tensor | None = None) -> tuple[str, tuple]:
+        given, weight, norm = self.tensors()
+        x = (given if x is None else x).permute(0, 2, 3, 1)
+        x = torch.cat([x, x.new_full((*x.shape[:3], self.extra), float("nan"))], 3)
+        c, (height, width) = self.case, self.size()
+        pieces = 0
+        if self.squeeze:
+            pieces = launch.rows_and_pieces(self.dtype, c.images, c.channels, height, width, self.multiprocessors)[1]
+        window = [c.stride, c.padding[0], c.padding[2], height, width]
+        types = [DTYPES[self.dtype], DTYPES[self.weight_dtype], DTYPES[self.norm_dtype]]
+        arrays = raw(x), raw(weight[:, 0]), [None if v is None else raw(v) for v in norm]
+        options = (ACTIVATIONS[self.activation], pieces, types, self.multiprocessors, seed, self.misalign)
+        return "depthwise", (*arrays, 1e-3, window, *options)
+
+    def result(self, out: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.from_numpy(out[0])
+        return (y if self.dtype == torch.float32 else y.view(self.dtype)).permute(0, 3, 1, 2), torch.from_numpy(out[1])
+
+
+def raw(t: torch.Tensor) -> np.ndarray:
+    t = t.contiguous()
+    return (t if t.dtype == torch.float32 else t.view(torch.uint16)).numpy()
+
+
+def covering() -> list[Run]:
+    """The nasty cases and a sixth of the others, in bfloat16 and in one other type; the other options in turn."""
+    runs = []
+    some = [*cases.nasty(), *cases.REDUCED[len(cases.nasty()) :: 6]]
+    for i, case in enumerate(case for case in some if case.images):
+        for dtype in (torch.bfloat16, (torch.float32, torch.float16)[i % 2]):
+            on_tensor_cores = dtype in HALF and case.channels % 8 == 0
+            runs.append(
+                Run(
+                    case,
+                    dtype,
+                    activation=("silu", "relu", "silu", "relu6", "identity")[i % 5],
+                    weight_dtype=(torch.float32, dtype)[i // 2 % 2],
+                    norm_dtype=(torch.float32, dtype)[i // 3 % 2],
+                    affine=i % 7 != 0,
+                    squeeze=i % 11 != 0,
+                    multiprocessors=(1, 132, 16)[i % 3],
+                    extra=(0, 8 if on_tensor_cores else 3)[i // 2 % 2],
+                    misalign=0 if on_tensor_cores else i // 4 % 2,
+                )
+            )
+    return runs
+
+
+def segments() -> list[Run]:
+    """Images cut into 1 to H segments, and two to four images a tile that do not come out even."""
+    rows = [Run(Case(1, 16, 15, 18, 5, 1, cases.symmetric(5)), torch.bfloat16, multiprocessors=m) for m in (4, 10, 132)]
+    images = [
+        Run(Case(n, 24, 5, width, 3, 1, cases.symmetric(3)), torch.float16) for n, width in itertools.product((3, 5), (4, 8, 13))
+    ]
+    # Each width of the channel tile: 32, 48, 64.
+    tiles = [
+        Run(Case(1, c, 4, 37, 3, 1, cases.symmetric(3)), torch.bfloat16, activation="relu6") for c in (32, 40, 64, 56, 72, 104)
+    ]
+    other = [Run(Case(2, 14, 9, 10, 3, 2, cases.symmetric(3)), torch.float32, weight_dtype=d) for d in HALF]
+    return [*rows, *images, *tiles, *other]
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory) -> dict[str, Path]:
+    """The kernels as they are, "sound", and with each seeded bug."""
+    return emulator.build(emulator.directory(tmp_path_factory.getbasetemp()), SEEDED)
+
+
+def check(module: Path, runs: list[Run], seeds: range) -> None:
+    results = iter(emulator.run(module, [run.call(seed) for run in runs for seed in seeds]))
+    for run in runs:
+        outs = [next(results) for _ in seeds]
+        assert all(a.tobytes() == b.tobytes() for out in outs for a, b in zip(out, outs[0], strict=True)), (
+            f"{run}: the order of threads changes the result"
+        )
+        y, partial = run.result(outs[0])
+        assert_2x(y, run.expected(False), run.expected(True), str(run))
+        if run.squeeze:
+            assert partial.shape[1] >= 1
+            total = y.double().sum((2, 3))  # the squeeze is of the stored y
+            limit = 2 * largest(y.float().sum((2, 3)) - total) + 1e-6 * largest(y.double().abs().sum((2, 3)))
+            assert largest(partial.double().sum(1) - total) <= limit, f"{run}: the partial sums are wrong"
+
+
+COVERING = covering()
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_reduced_cases(part, modules):
+    check(modules["sound"], COVERING[part::3], range(1))
+
+
+def test_segments_and_tiles(modules):
+    check(modules["sound"], segments(), range(1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "spoilt"), [(torch.bfloat16, 16, 8), (torch.float32, 16, 1), (torch.bfloat16, 13, 1)]
+)
+def test_non_finite_input(dtype, channels, spoilt, modules):
+    """A value that is not finite makes NaN of the outputs that see it: in its own channel, and on the tensor cores (0 * inf) in the
+    8 channels of its group."""
+    run = Run(Case(2, channels, 9, 20, 3, 1, cases.symmetric(3)), dtype, activation="identity")
+    x = run.tensors()[0]
+    (clean,) = emulator.run(modules["sound"], [run.call()])
+    x[1, 9, 4, 18] = float("inf")
+    (out,) = emulator.run(modules["sound"], [run.call(x=x)])
+    y, before = run.result(out)[0], run.result(clean)[0]
+    spoils = torch.zeros_like(y, dtype=torch.bool)
+    spoils[1, 9 // spoilt * spoilt : 9 // spoilt * spoilt + spoilt, 3:6, 17:20] = True
+    assert torch.equal(~y.isfinite(), spoils)
+    assert torch.equal(y[~spoils], before[~spoils])
+
+
+def test_pieces_that_fit_no_segments_are_refused(modules):
+    run = Run(Case(1, 16, 7, 20, 3, 1, cases.symmetric(3)), torch.bfloat16)  # 2 pieces across; 7 rows cannot be 5 equal segments
+    name, arguments = run.call()
+    for pieces in (3, 10, 16):
+        with pytest.raises(RuntimeError, match=f"pieces is {pieces}; for an output of 7 x 20 a multiple of 2"):
+            emulator.run(modules["sound"], [(name, (*arguments[:6], pieces, *arguments[7:]))])
+
+
+def bug(text: str, replacement: str, says: str) -> emulator.Bug:
+    return emulator.Bug("depthwise/forward_tensor.cuh", text, replacement, says, "depthwise_bf16", "-DONE_WINDOW")
+
+
+BARRIER = "    __syncthreads();  // this stage has landed"
+SEEDED = {
+    "depthwise-missing-barrier": bug(BARRIER, "    // this stage has landed", "changes the result|off by|not finite"),
+    "depthwise-missing-syncwarp": bug("    __syncwarp();\n", "", "changes the result|off by|not finite"),
+    "depthwise-missing-wait": bug("copy_async_wait<Tr::kStages - 2>()", "copy_async_wait<Tr::kStages>()", "off by|not finite"),
+    "depthwise-divergent-shuffle": bug(
+        "float v = exists(half, g, c)", "if (!exists(half, g, c)) continue;\n        float v = exists(half, g, c)", "shuffle"
+    ),
+    "depthwise-off-by-one-store": bug(
+        "column_of(half, pixel) < p.out_width", "column_of(half, pixel) <= p.out_width", "heap-buffer-overflow|off by"
+    ),
+}
+SEEDED_RUNS = [
+    Run(Case(1, 24, 19, 18, 5, 1, cases.symmetric(5)), torch.bfloat16),
+    Run(Case(2, 16, 7, 7, 5, 1, cases.symmetric(5)), torch.bfloat16, multiprocessors=2),
+]
+
+
+def test_seeded_runs_are_sound(modules):
+    """What catches the bugs passes without them."""
+    check(modules["sound"], SEEDED_RUNS, range(3))
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_seeded_bug_is_caught(name, modules):
+    with pytest.raises((AssertionError, RuntimeError), match=SEEDED[name].says):
+        check(modules[name], SEEDED_RUNS, range(3))
+
+
+def test_misaligned_floats_take_single_channels(modules):
+    """Pairs of channels need 8-byte addresses and even strides; without them the kernel goes channel by channel."""
+    run = Run(Case(1, 12, 6, 9, 3, 1, cases.symmetric(3)), torch.float32)
+    check(modules["sound"], [run, replace(run, misalign=1), replace(run, extra=1), replace(run, extra=2)], range(1))
