@@ -12,6 +12,7 @@ from pathlib import Path
 
 from effnet_fast.models import FAMILY
 from effnet_fast.scaling.cost import Cost
+from effnet_fast.weights import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -20,6 +21,10 @@ README = ROOT / "README.md"
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---" if column == 0 else "---:" for column in range(len(header))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def default_weights(name: str) -> str:
+    return f"`{next(iter(SOURCES[name]))}`" if name in SOURCES else "none: `tf_` form"
 
 
 def family() -> str:
@@ -38,9 +43,10 @@ def family() -> str:
                 f"{cost.macs / 1e9:.4g}",
                 f"{cost.activations / 1e6:.3g}",
                 f"{config.dropout:g}",
+                default_weights(name),
             ]
         )
-    return table(["name", "resolution", "blocks", "parameters", "GMACs", "activations (M)", "dropout"], rows)
+    return table(["name", "resolution", "blocks", "parameters", "GMACs", "activations (M)", "dropout", "default weights"], rows)
 
 
 def parity() -> str:
