@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks import ceilings, run
 from effnet_fast.models import FAMILY
 from effnet_fast.scaling.cost import Cost
+from effnet_fast.weights import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -27,6 +28,10 @@ TIMINGS = tuple(f"{suite}-{device}" for device in ("cuda", "cpu") for suite in (
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines: list[Sequence[str]] = [header, ["---" if column == 0 else "---:" for column in range(len(header))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def default_weights(name: str) -> str:
+    return f"`{next(iter(SOURCES[name]))}`" if name in SOURCES else "none: `tf_` form"
 
 
 def family() -> str:
@@ -45,9 +50,10 @@ def family() -> str:
                 f"{cost.macs / 1e9:.4g}",
                 f"{cost.activations / 1e6:.3g}",
                 f"{config.dropout:g}",
+                default_weights(name),
             ]
         )
-    return table(["name", "resolution", "blocks", "parameters", "GMACs", "activations (M)", "dropout"], rows)
+    return table(["name", "resolution", "blocks", "parameters", "GMACs", "activations (M)", "dropout", "default weights"], rows)
 
 
 def parity() -> str:

@@ -138,7 +138,7 @@ REFUSALS = [
     (IR, set_child("conv_pw", lambda old: Sniffing(old.in_channels, old.out_channels, 1, bias=False)), "a Sniffing"),
     (IR, set_child("conv_pw", lambda old: nn.Sequential(old, nn.Tanh())), "a convolution is a Sequential"),
     (IR, spectral, "a convolution is parametrized"),
-    (IR, sparse, "parametrized or pruned"),
+    (IR, sparse, "a hook sits on a child"),
     (IR, set_child("se", lambda old: timm.layers.EffectiveSEModule(144)), "the squeeze-excite is a EffectiveSEModule"),
     (IR, set_child("se", lambda old: timm.layers.EcaModule(144)), "the squeeze-excite is a EcaModule"),
     (IR, set_child("se.gate", lambda old: nn.Hardsigmoid()), "a Hardsigmoid, not a sigmoid"),

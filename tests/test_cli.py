@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
-from effnet_fast.cli import COMMANDS, main
+from effnet_fast.cli import COMMANDS, demo, digits, main
+from effnet_fast.cli.model import add_model_arguments, load_model
 from effnet_fast.cli.options import amount, count, memory, resolution
 from effnet_fast.cli.table import si, table
-from effnet_fast.models import create_model, list_models
+from effnet_fast.models import EfficientNet, create_model, list_models
 from effnet_fast.scaling import CompoundScaling, Cost
 from effnet_fast.weights import read, save_checkpoint, write
 
@@ -61,6 +68,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write(folder / "named.pth", saved.state_dict, {**saved.metadata, "classes": ["cat", "dog"]})
     write(folder / "misnamed.pth", saved.state_dict, {**saved.metadata, "classes": ["cat", "dog", "cow"]})
     torch.save(net.state_dict(), folder / "plain.pth")
+    averaged = {f"module.{key}": value / 2 if value.is_floating_point() else value for key, value in saved.state_dict.items()}
+    torch.save({"state_dict": saved.state_dict, "state_dict_ema": averaged}, folder / "training.pth")
+    huge = OrderedDict(saved.state_dict)
+    huge.effnet_fast = {**saved.metadata, "head_channels": 1 << 20, "num_classes": 1 << 24}  # type: ignore[attr-defined]
+    torch.save(huge, folder / "huge.pth")
+    odd = OrderedDict(saved.state_dict)
+    odd.effnet_fast = {**saved.metadata, "activation": "foo"}  # type: ignore[attr-defined]
+    torch.save(odd, folder / "odd.pth")
+    Image.new("RGB", (1, 20000)).save(folder / "sliver.png")
+    save_checkpoint(create_model("tf_efficientnet_b0", num_classes=2), folder / "tf.pth")
     with contextlib.chdir(folder) if sys.version_info >= (3, 11) else _chdir(folder):
         yield folder
 
@@ -97,6 +114,8 @@ BAD = [
     ("scale --depth 2 --beta 1.2", "change nothing with explicit multipliers"),
     ("scale --phi 1 --training", "it needs that option"),
     ("scale --target-macs 1k", "already needs 385,814,752 MACs"),
+    ("scale --target-macs 1M", "depth, width or resolution multipliers below 1 make smaller nets"),
+    ("scale --phi 0 --beta 1e200", "beta is 1e+200; a coefficient from 1 to 100 would do"),
     ("scale --target-macs big", "390M or 1.5G would do"),
     ("scale --target-memory 500", "500MB or 2GiB would do"),
     ("scale --target-memory 1MB", "already needs"),
@@ -124,12 +143,18 @@ BAD = [
     ("predict efficientnet_b0 photo.png --pretrained --checkpoint plain.pth", "not allowed with argument"),
     ("predict plain.pth photo.png", "plain.pth does not say which network it is of"),
     ("predict pets.pth photo.png --checkpoint plain.pth", "it needs no --checkpoint"),
+    ("predict odd.pth photo.png", "odd.pth: the metadata beside its tensors is damaged: NetConfig: activation is 'foo'"),
+    ("predict huge.pth photo.png", "huge.pth (timm layout) fits no known net"),
+    ("predict efficientnet_b0 sliver.png", "sliver.png: prepare: 1 x 20000 pixels is too elongated"),
+    ("predict ../nowhere/x photo.png", "checkpoint ../nowhere/x does not exist"),
+    ("predict efficientnet_b0 photo.png --ema", "--ema chooses among the weights of a checkpoint"),
+    ("predict pets.pth photo.png --ema", "pets.pth holds no averaged weights"),
     ("predict efficientnet_b8 photo.png --pretrained", "efficientnet_b8 has no pretrained weights"),
     ("predict efficientnet_b0.nobody photo.png", "no pretrained weights 'nobody'"),
-    ("cam pets.pth photo.png", "required: --out"),
     ("cam pets.pth photo.png --out cam.jpg", "ends in .png"),
     ("cam pets.pth photo.png --out nowhere/cam.png", "in a directory that exists"),
     ("cam pets.pth photo.png --out cam.png --class 2", "0 to 1 would do"),
+    (f"cam pets.pth photo.png --class {10**30}", "0 to 1 would do"),
     ("cam pets.pth photo.png --out cam.png --class -1", "'-1' is no whole number >= 0"),
     ("cam pets.pth truncated.jpg --out cam.png", "truncated.jpg cannot be read"),
     ("convert pets.pth out.pth", "required: --layout"),
@@ -137,6 +162,13 @@ BAD = [
     ("convert wrong.pth out.pth --layout timm", "wrong.pth: the keys are in no layout known here"),
     ("convert pets.pth out.pth --layout keras", "invalid choice: 'keras'"),
     ("convert pets.pth out.zip --layout timm", "ends in '.zip'"),
+    ("convert plain.pth out.pth --layout timm", "differ in padding and batch norm's eps; naming the architecture would do"),
+    ("convert pets.pth out.pth --layout timm --model nobody", "unknown model 'nobody'"),
+    (
+        "convert pets.pth out.pth --layout lukemelas",
+        "its answers would be wrong; layout 'timm' or 'torchvision' would do, or force",
+    ),
+    ("convert pets.pth out.pth --layout timm --ema", "pets.pth holds no averaged weights"),
     ("demo --epochs 0", "'0' is no whole number >= 1"),
     ("demo --out photo.png", "photo.png"),
 ]
@@ -240,7 +272,7 @@ def test_cam_draws_and_owns_up_to_random_weights(folder: Path, capsys: pytest.Ca
         assert "class 7" in out and "random" in err
         with Image.open("cam.png") as picture:
             random = np.asarray(picture)
-        assert main(["cam", "named.pth", "photo.png", "photo.jpg", "--out", "cam.png"]) == 0
+        assert main(["cam", "named.pth", "photo.png", "photo.jpg"]) == 0  # cam.png is the default
         assert capsys.readouterr().err == ""
         with Image.open("cam.png") as picture:
             trained = np.asarray(picture)
@@ -254,11 +286,87 @@ def test_cam_draws_and_owns_up_to_random_weights(folder: Path, capsys: pytest.Ca
 def test_convert_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there, back = tmp_path / "there.pth", tmp_path / "back.safetensors"
     assert main(["convert", "pets.pth", str(there), "--layout", "torchvision"]) == 0
-    assert "efficientnet_b0 in the layout of torchvision" in capsys.readouterr().out
+    assert "in the layout of torchvision" in capsys.readouterr().out
     assert "features.0.0.weight" in read(there).state_dict
     assert main(["convert", str(there), str(back), "--layout", "timm"]) == 0
+    assert "efficientnet_b0 (symmetric padding, batch norm eps 1e-05)" in capsys.readouterr().out
     before, after = read("pets.pth").state_dict, read(back).state_dict
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_force_and_averaged_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "tf.pth", str(tmp_path / "tv.pth"), "--layout", "torchvision", "--force"]) == 0
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"effnet-fast: warning: [^\n]*its answers would be wrong\n", err)
+    stems = []
+    for option in ([], ["--ema"]):
+        target = tmp_path / f"b{len(option)}.safetensors"
+        assert main(["convert", "training.pth", str(target), "--layout", "timm", "--model", "efficientnet_b0", *option]) == 0
+        stems.append(read(target).state_dict["conv_stem.weight"])
+    assert torch.equal(stems[0], 2 * stems[1])
+    arguments = ["efficientnet_b0", "photo.png", "--checkpoint", "training.pth"]
+    capsys.readouterr()
+    answers = []
+    for option in ([], ["--ema"]):
+        assert main(["predict", *arguments, "--json", *option]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] != answers[1]
+    assert main(["cam", *arguments, "--ema", "--out", str(tmp_path / "map.png")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("efficientnet_b4", "efficientnet_b4_rwightman-23ab8bcd.pth"), ("efficientnetv2_s", "x.pth")]
+)
+def test_a_plain_torchvision_file_is_predicted_with_torchvision_s_preprocessing(name: str, file: str, tmp_path: Path) -> None:
+    theirs = torchvision.models.get_model(name.replace("v2", "_v2"), num_classes=2)
+    torch.save(theirs.state_dict(), tmp_path / file)
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    loaded = load_model(parser.parse_args([name, "--checkpoint", str(tmp_path / file), "--device", "cpu"]))
+    published = torchvision.models.get_model_weights(name.replace("v2", "_v2")).DEFAULT.transforms()
+    rule = loaded.preprocessing
+    assert ([rule.crop], [rule.resize], rule.interpolation) == (
+        published.crop_size,
+        published.resize_size,
+        published.interpolation.value,
+    )
+
+
+def test_closed_and_full_outputs() -> None:
+    """One line, exit code 2, and no traceback when the interpreter flushes at its end."""
+    command = " ".join(map(shlex.quote, COMMAND))
+    cases = [
+        (">&-", r"effnet-fast: error: standard output is closed[^\n]*\n"),
+        (">/dev/full", r"effnet-fast: error: [^\n]*No space left[^\n]*\n"),
+        ("bogus 2>&-", ""),
+    ]
+    for redirected, expected in cases:
+        done = subprocess.run(
+            ["sh", "-c", f"{command} --version {redirected}" if redirected[0] == ">" else f"{command} {redirected}"],
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+            timeout=300,
+        )
+        assert done.returncode == 2 and done.stdout == "" and re.fullmatch(expected, done.stderr), (redirected, done)
+
+
+def test_the_set_up_ends_with_one_sentence_where_pip_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(Path(__file__).with_name("run"))
+    spec = importlib.util.spec_from_loader("tests_run", importlib.machinery.SourceFileLoader("tests_run", path))
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "environment", lambda: Path(sys.executable))
+    monkeypatch.setattr(
+        script.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 23 if "pip" in command else 0)
+    )
+    with pytest.raises(SystemExit) as caught:
+        script.main([])
+    assert caught.value.code == 23
+    assert re.fullmatch(r"tests/run: \S+ -m pip install [^\n]* failed with exit code 23\n", capsys.readouterr().err)
 
 
 def test_doctor_names_every_op_and_backend() -> None:
@@ -326,9 +434,12 @@ def test_a_reader_that_goes_away_and_an_interrupt_are_quiet(folder: Path) -> Non
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
-def test_demo_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--out", str(tmp_path / "digits"), "--epochs", "1"]) == 0
+def test_the_demo_keeps_its_promise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default run, to its end: about a minute on two cores."""
+    assert main(["demo", "--out", str(tmp_path / "digits")]) == 0
     out = capsys.readouterr().out
+    (accuracy,) = re.findall(r"^accuracy +([\d.]+) % ", out, re.MULTILINE)
+    assert float(accuracy) >= 97
     for word in ("285,896", "MACs", "accuracy", "fused", "digits.pth", "digits.png"):
         assert word in out
     assert re.search(r"forward +fused [\d.]+ ms and reference [\d.]+ ms for 64 images", out)
@@ -341,6 +452,17 @@ def test_demo_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["predict", str(tmp_path / "digits" / "digits.pth"), str(one), "--json"]) == 0
     labels = json.loads(capsys.readouterr().out)["labels"]
     assert len(labels) == 5 and {label["name"] for label in labels} <= set("0123456789")
+
+
+def test_a_demo_that_learns_too_little_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "train_model", lambda x, y, epochs: EfficientNet(digits.CONFIG))
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert re.search(
+        r"^effnet-fast: the demo failed: [\d.]+ % of the held-out digits are right, 97% must be\n\Z", capsys.readouterr().err, re.M
+    )
+    assert main(["demo", "--out", str(tmp_path), "--epochs", "1"]) == 0  # asked for, so no promise
 
 
 def test_quantities() -> None:

@@ -69,7 +69,7 @@ def test_no_network_is_one_sentence_with_the_way_round_it(
     offline(monkeypatch, tmp_path)
     with pytest.raises(weights.PretrainedUnavailable, match=message) as caught:
         create_model(name, pretrained)
-    assert "pretrained='/path/to/it'" in str(caught.value) and "\n" not in str(caught.value)
+    assert "offline, the path of a copy of" in str(caught.value) and "\n" not in str(caught.value)
     assert isinstance(caught.value, OSError)
 
 
@@ -142,6 +142,45 @@ def test_a_file_or_directory_in_place_of_the_network(tmp_path: Path) -> None:
     ours = create_model("tf_efficientnet_b0", pretrained=hub)
     assert weights.preprocessing_of(ours) == Preprocessing(224, 256)
     assert "tag" not in ours.default_cfg
+
+
+@pytest.mark.parametrize(
+    ("name", "peer", "file", "expected"),
+    [
+        ("efficientnet_b4", "efficientnet_b4", "efficientnet_b4_rwightman-23ab8bcd.pth", Preprocessing(380, 384)),
+        ("efficientnet_b4", "efficientnet_b4", "mine.pth", Preprocessing(380, 384)),
+        (
+            "efficientnetv2_s",
+            "efficientnet_v2_s",
+            "efficientnet_v2_s-dd5fe13b.pth",
+            Preprocessing(384, 384, interpolation="bilinear"),
+        ),
+        ("efficientnetv2_s", "efficientnet_v2_s", "mine.pth", Preprocessing(384, 384, interpolation="bilinear")),
+        ("efficientnet_b1", "efficientnet_b1", "efficientnet_b1_rwightman-bac287d4.pth", Preprocessing(240, 256)),
+        ("efficientnet_b1", "efficientnet_b1", "mine.pth", Preprocessing(240, 255, interpolation="bilinear")),
+        ("efficientnet_b0", "lukemelas", "adv-efficientnet-b0-b64d5a18.pth", Preprocessing(224, 224, mean=HALF, std=HALF)),
+        ("efficientnet_b0", "lukemelas", "mine.pth", Preprocessing(224, 224)),
+    ],
+)
+def test_preprocessing_travels_with_a_library_s_own_file(
+    name: str, peer: str, file: str, expected: Preprocessing, tmp_path: Path
+) -> None:
+    if peer == "lukemelas":
+        theirs = efficientnet_pytorch.EfficientNet.from_name("efficientnet-b0", num_classes=3)
+    else:
+        theirs = torchvision.models.get_model(peer, num_classes=3)
+    torch.save(theirs.state_dict(), tmp_path / file)
+    ours = create_model(name, num_classes=3)
+    weights.load_checkpoint(ours, tmp_path / file)
+    assert weights.preprocessing_of(ours) == expected
+    assert ("tag" in ours.default_cfg) == (file != "mine.pth")
+    weights.convert(tmp_path / file, tmp_path / "ours.safetensors", "timm", FAMILY.values())
+    assert weights.read(tmp_path / "ours.safetensors").preprocessing == expected
+    # What a file says of itself comes first.
+    said = Preprocessing(96, 100)
+    weights.save_checkpoint(ours, tmp_path / file, preprocessing=said)
+    weights.load_checkpoint(ours, tmp_path / file)
+    assert weights.preprocessing_of(ours) == said and "tag" not in ours.default_cfg
 
 
 def test_default_weights_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

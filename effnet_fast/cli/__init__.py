@@ -35,18 +35,29 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 where interrupted."""
     try:
+        if sys.stdout is None:
+            raise OSError("standard output is closed; an open one, or /dev/null, would do")
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone; the interpreter must not complain of that when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has gone
         return BROKEN_PIPE
     except (ValueError, TypeError, OSError, ImportError) as error:
         print_error(error)
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            _drop_output()  # the disk is full, which the line above says
         return BAD_INPUT
+
+
+def _drop_output() -> None:
+    """The interpreter must not complain when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_error(error: Exception) -> None:
@@ -59,7 +70,13 @@ def print_error(error: Exception) -> None:
         text = f"this needs {package}: pip install 'effnet-fast[cli]' would do"
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
-    print("effnet-fast: error:", " ".join(text.split()) or type(error).__name__, file=sys.stderr)
+    say("error", text or type(error).__name__)
+
+
+def say(kind: str, text: str) -> None:
+    """One line on stderr, where there is one: an error, a warning, a note."""
+    if sys.stderr is not None:
+        print(f"effnet-fast: {kind}:", " ".join(text.split()), file=sys.stderr)
 
 
 def _run(argv: list[str]) -> int:

@@ -2,7 +2,7 @@
 networks: the mean of the map over the image, plus the classifier's bias, is the class's logit. Shown is the part of the image that
 the network sees; a file that cannot be decoded is an error before any work, where it is named here.
 
-example: effnet-fast cam efficientnet_b0 --pretrained photo.jpg --out cam.png
+example: effnet-fast cam efficientnet_b0 --pretrained photo.jpg --out map.png
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class", type=index, dest="of_class", metavar="N", help="class index (default: the most probable of each image)"
     )
-    parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture to write")
+    parser.add_argument("--out", default="cam.png", metavar="FILE.png", help="the picture to write (default: cam.png)")
 
 
 def run(arguments: argparse.Namespace) -> int:

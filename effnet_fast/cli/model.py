@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from effnet_fast.cli import say
 from effnet_fast.models import EfficientNet, config_of, create_model
-from effnet_fast.weights import Checkpoint, Preprocessing, detect, key_map, load_checkpoint, preprocessing_of, read
+from effnet_fast.weights import Preprocessing, detect, key_map, load_checkpoint, net_of, preprocessing_of, read
+from effnet_fast.weights.files import locate
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -26,13 +28,16 @@ class Loaded(NamedTuple):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a name, NAME.TAG for one set of pretrained weights, or a checkpoint that says its net"
+        "model",
+        metavar="MODEL",
+        help="a name, NAME.TAG for one set of pretrained weights, or the path of a checkpoint that says its net (./NAME, NAME.pth)",
     )
     weights_from = parser.add_mutually_exclusive_group()
     weights_from.add_argument(
         "--checkpoint", metavar="FILE", help="weights of MODEL, in the layout of timm, torchvision or lukemelas"
     )
     weights_from.add_argument("--pretrained", action="store_true", help="MODEL's default weights, fetched once")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights of a training checkpoint")
     parser.add_argument(
         "--classes", metavar="FILE", help="class names, one a line (default: the checkpoint's own, else class indices)"
     )
@@ -43,15 +48,18 @@ def load_model(arguments: argparse.Namespace) -> Loaded:
     """Build MODEL and its weights as the options say."""
     device = device_of(arguments.device)
     classes = None
-    if Path(arguments.model).suffix in _SUFFIXES:
+    saved = Path(arguments.model).suffix in _SUFFIXES or os.sep in arguments.model
+    if arguments.ema and not (saved or arguments.checkpoint):
+        raise ValueError("--ema chooses among the weights of a checkpoint; it needs one, as MODEL or --checkpoint")
+    if saved:
         if arguments.checkpoint or arguments.pretrained:
             raise ValueError(f"MODEL is the checkpoint {arguments.model}; it needs no --checkpoint or --pretrained")
-        model, classes = load_saved(arguments.model)
+        model, classes = load_saved(arguments.model, arguments.ema)
     elif arguments.checkpoint:
-        model, classes = _load_into(arguments.model, arguments.checkpoint)
+        model, classes = _load_into(arguments.model, arguments.checkpoint, arguments.ema)
     else:
         model = create_model(arguments.model, arguments.pretrained)  # type: ignore[assignment]
-    trained = bool(arguments.checkpoint or arguments.pretrained or Path(arguments.model).suffix)
+    trained = bool(saved or arguments.checkpoint or arguments.pretrained or Path(arguments.model).suffix)
     if arguments.classes:
         classes = _names_in(arguments.classes)
     if classes is not None and len(classes) != model.num_classes:
@@ -59,23 +67,20 @@ def load_model(arguments: argparse.Namespace) -> Loaded:
     return Loaded(model.to(device).eval(), preprocessing_of(model), classes, trained)
 
 
-def load_saved(path: str | Path) -> tuple[EfficientNet, list[str] | None]:
+def load_saved(path: str | Path, ema: bool = False) -> tuple[EfficientNet, list[str] | None]:
     """The network that a checkpoint of effnet_fast's carries, its weights, and its class names if it has them."""
-    checkpoint = read(path)
-    try:
-        config = checkpoint.config
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the metadata beside its tensors is damaged ({error})") from error
+    checkpoint = read(path, ema)
+    config = net_of(locate(path), checkpoint)
     if config is None:
         raise ValueError(f"{path} does not say which network it is of; a name as MODEL and --checkpoint {path} would do")
     model = EfficientNet(config)
-    load_checkpoint(model, path)
-    return model, _names_of(path, checkpoint)
+    load_checkpoint(model, path, ema)
+    return model, checkpoint.metadata.get("classes")
 
 
-def _load_into(name: str, path: str) -> tuple[EfficientNet, list[str] | None]:
+def _load_into(name: str, path: str, ema: bool) -> tuple[EfficientNet, list[str] | None]:
     """The network of a name with as many classes and channels as the checkpoint has."""
-    checkpoint = read(path)
+    checkpoint = read(path, ema)
     tensors = checkpoint.state_dict
     config = config_of(name)
     try:
@@ -88,15 +93,8 @@ def _load_into(name: str, path: str) -> tuple[EfficientNet, list[str] | None]:
         if tensor is not None and tensor.dim() > dimension:
             sizes[argument] = tensor.shape[dimension]
     model = create_model(name, **sizes)
-    load_checkpoint(model, path)
-    return model, _names_of(path, checkpoint)  # type: ignore[return-value]
-
-
-def _names_of(path: str | Path, checkpoint: Checkpoint) -> list[str] | None:
-    names = checkpoint.metadata.get("classes")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"{path}: the class names beside its tensors are {type(names).__name__}; a list of strings would do")
-    return names
+    load_checkpoint(model, path, ema)
+    return model, checkpoint.metadata.get("classes")  # type: ignore[return-value]
 
 
 def _names_in(path: str) -> list[str]:
@@ -109,10 +107,7 @@ def _names_in(path: str) -> list[str]:
 def note_if_random(loaded: Loaded) -> None:
     """Say on stderr that the results mean nothing. Called after them: an error is to stand alone."""
     if not loaded.trained:
-        print(
-            "effnet-fast: note: the weights are random, so this means nothing; --checkpoint or --pretrained would do",
-            file=sys.stderr,
-        )
+        say("note", "the weights are random, so this means nothing; --checkpoint or --pretrained would do")
 
 
 def device_of(text: str) -> torch.device:

@@ -51,16 +51,18 @@ def run(arguments: argparse.Namespace) -> int:
         classes=classes,
         unreadable=damaged.append,
     )
-    shown = []
+    shown, any_known = [], False
     # disable=None: only where stderr is a terminal; delay: only where it takes longer than that.
     for prediction in tqdm(predictions, total=len(images), unit="image", delay=2, disable=None, leave=False):
+        any_known = True
         if arguments.json:
             print(json.dumps(_as_dict(prediction)), flush=True)
         else:
             shown.append(prediction)
     if shown:
         print(_table(shown))
-    note_if_random(loaded)
+    if any_known:
+        note_if_random(loaded)
     for error in damaged:
         print_error(error)
     return BAD_INPUT if damaged else 0

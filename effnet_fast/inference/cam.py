@@ -35,6 +35,9 @@ def class_activation_maps(model: EfficientNet, x: Tensor, classes: Tensor | int 
             "'avg' and a Linear would do"
         )
     like = classifier.weight
+    # Before it is made a tensor: a whole number may be too large for one.
+    if isinstance(classes, int) and not 0 <= classes < model.num_classes:
+        raise ValueError(f"class_activation_maps: class {classes}; 0 to {model.num_classes - 1} would do")
     with torch.no_grad():
         features = model.forward_features(x.to(like.device, like.dtype))
         logits = model.forward_head(features).float()

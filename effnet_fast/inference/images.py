@@ -115,8 +115,6 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     from PIL import Image
 
     size = resized_size(image.size, preprocessing)
-    if preprocessing.crop > preprocessing.resize:
-        raise ValueError(f"prepare: a crop of {preprocessing.crop} pixels from {preprocessing.resize}; a crop within would do")
     if size[0] * size[1] > _MAX_RESIZED_PIXELS:
         raise ValueError(f"prepare: {image.width} x {image.height} pixels is too elongated to be resized to {size[0]} x {size[1]}")
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

@@ -125,12 +125,16 @@ def _has_bias(conv: nn.Conv2d) -> bool:
     return conv._parameters.get("bias") is not None if "bias" in conv._parameters else conv.bias is not None
 
 
+def _pair(value: Any) -> tuple[int, int] | None:
+    """A kernel size or stride as a tuple: a peer may hold a list, and a user may set a number."""
+    return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
+
+
 def _why_not_shape(part: ConvNormAct, role: str) -> str | None:
     conv = part.conv
-    kernel, stride = conv.kernel_size, conv.stride
-    if type(kernel) is not tuple or type(stride) not in (tuple, list):  # efficientnet_pytorch's convolutions hold a list
-        return f"a {role} convolution has kernel size {kernel!r} and stride {stride!r}"
-    stride = tuple(stride)
+    kernel, stride = _pair(conv.kernel_size), _pair(conv.stride)
+    if kernel is None or stride is None:
+        return f"a {role} convolution has kernel size {conv.kernel_size!r} and stride {conv.stride!r}"
     groups = conv.in_channels if role == "depthwise" else 1
     if conv.groups != groups or (role == "depthwise" and conv.out_channels != conv.in_channels):
         return f"a {role} convolution has {conv.groups} groups, {conv.in_channels} channels in and {conv.out_channels} out"
@@ -153,7 +157,7 @@ def squeeze_excite_parts(
     for conv in (reduce, expand):
         if not _is_plain_conv(conv, conv_type) or has_hooks(conv):
             return "a convolution of the squeeze-excite was replaced or has a hook"
-        shape = conv.kernel_size, conv.stride, conv.groups, conv.padding
+        shape = _pair(conv.kernel_size), _pair(conv.stride), conv.groups, _pair(conv.padding)
         if shape != ((1, 1), (1, 1), 1, (0, 0)):
             return f"a convolution of the squeeze-excite is {conv}"
         if tensor_of(conv, "weight") is None or not any("bias" in place for place in (conv._parameters, conv.__dict__)):
@@ -224,7 +228,7 @@ def weight_of(conv: nn.Conv2d) -> Tensor:
 def run_conv(part: ConvNormAct, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
     """A dense or 1x1 convolution with all that surrounds it, as one op."""
     conv, norm = part.conv, norm_of(part.norm)
-    if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
+    if tuple(conv.kernel_size) == (1, 1) and tuple(conv.stride) == (1, 1):
         return ops.pointwise_conv_bn_act(x, weight_of(conv), norm, gate=gate, residual=residual, activation=part.activation)
     zeros = sides(conv, part.padding, x) if isinstance(part.padding, str) else part.padding
     return ops.conv_bn_act(

@@ -10,8 +10,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 OPERATORS = ("mbconv", "fused_mbconv")
+ACTIVATIONS = ("silu", "relu", "relu6", "identity")
+PADDINGS = ("symmetric", "same")
+# Beyond these no net is meant, and what a damaged file asks for would fill the memory.
+_MOST = {"layers": 1 << 12, "resolution": 1 << 16, "kernel_size": 1 << 8, "num_classes": 1 << 24}
+_MOST_CHANNELS, _MOST_STAGES = 1 << 20, 1 << 8
+
+
+def is_whole(value: object, least: int = 1) -> bool:
+    """Whether ``value`` is an int >= ``least``; bool is no number here."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_real(value: object) -> bool:
+    """Whether ``value`` is a finite int or float; bool is no number here."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 1 << 63
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _check_whole(owner: object, names: tuple[str, ...], least: int = 1) -> None:
+    for name in names:
+        value, most = getattr(owner, name), _MOST.get(name, _MOST_CHANNELS)
+        if not is_whole(value, least) or value > most:
+            raise ValueError(f"{type(owner).__name__}: {name} is {value!r}; a whole number from {least} to {most} would do")
+
+
+def check_convention(owner: str, padding: Any, bn_eps: Any, bn_momentum: Any) -> None:
+    """Raise ValueError where padding, eps or momentum (None: the cumulative average) are none that a net can have."""
+    if padding not in PADDINGS:
+        raise ValueError(f"{owner}: padding is {padding!r}; one of {', '.join(map(repr, PADDINGS))} would do")
+    if not is_real(bn_eps) or not 0 <= bn_eps < 1:
+        raise ValueError(f"{owner}: bn_eps is {bn_eps!r}; a number >= 0 and below 1 would do")
+    if bn_momentum is not None and not (is_real(bn_momentum) and 0 <= bn_momentum <= 1):
+        raise ValueError(f"{owner}: bn_momentum is {bn_momentum!r}; a number from 0 to 1, or None, would do")
 
 
 def round_channels(channels: float, width: float = 1.0, divisor: int = 8, limit: float = 0.9) -> int:
@@ -21,13 +56,18 @@ def round_channels(channels: float, width: float = 1.0, divisor: int = 8, limit:
     times the exact value (the rule of the EfficientNet V1 code; V2 has ``limit=0``).
     """
     exact = channels * width
+    if not math.isfinite(exact):
+        raise ValueError(f"round_channels: channels is {channels!r} and width {width!r}; finite numbers would do")
     rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < limit * exact else rounded
 
 
 def round_layers(layers: int, depth: float = 1.0) -> int:
     """Scale a stage's layer count: ``ceil(layers * depth)``."""
-    return math.ceil(layers * depth)
+    exact = layers * depth
+    if not math.isfinite(exact):
+        raise ValueError(f"round_layers: layers is {layers!r} and depth {depth!r}; finite numbers would do")
+    return math.ceil(exact)
 
 
 @dataclass(frozen=True)
@@ -54,15 +94,12 @@ class StageConfig:
     def __post_init__(self) -> None:
         if self.operator not in OPERATORS:
             raise ValueError(f"StageConfig: operator is {self.operator!r}; one of {', '.join(OPERATORS)} would do")
-        for name in ("kernel_size", "stride", "expand_ratio", "out_channels", "layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"StageConfig: {name} is {value!r}; a whole number >= 1 would do")
+        _check_whole(self, ("kernel_size", "stride", "expand_ratio", "out_channels", "layers"))
         if self.kernel_size % 2 == 0 or self.stride > 2:
             raise ValueError(
                 f"StageConfig: kernel_size {self.kernel_size}, stride {self.stride}; an odd kernel and stride 1 or 2 would do"
             )
-        if not 0 <= self.se_ratio <= 1:
+        if not is_real(self.se_ratio) or not 0 <= self.se_ratio <= 1:
             raise ValueError(f"StageConfig: se_ratio is {self.se_ratio!r}; a number from 0 to 1 would do")
         if self.se_ratio and self.operator == "fused_mbconv":
             raise ValueError(f"StageConfig: se_ratio is {self.se_ratio!r}; fused_mbconv has no squeeze-excite, so 0 would do")
@@ -100,7 +137,9 @@ class NetConfig:
     resolution   the side of the square image the net is meant for, pixels (any size runs)
     dropout      probability before the classifier
     drop_path    stochastic depth: block i of N is dropped, per image, with probability ``drop_path * i / N``
+    activation   one of ``ACTIVATIONS``
     padding      "symmetric" ((k-1)/2 on each side) or "same" (TensorFlow's, from the run-time size)
+    bn_momentum  None: the running statistics are the average over all batches
     """
 
     name: str
@@ -113,9 +152,27 @@ class NetConfig:
     activation: str = "silu"
     padding: str = "symmetric"
     bn_eps: float = 1e-5
-    bn_momentum: float = 0.1
+    bn_momentum: float | None = 0.1
     in_channels: int = 3
     num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"NetConfig: name is {self.name!r}; a string would do")
+        stages = self.stages
+        if not isinstance(stages, tuple) or not all(isinstance(stage, StageConfig) for stage in stages) or not stages:
+            raise ValueError("NetConfig: stages is no tuple of StageConfig, or an empty one; one or more stages would do")
+        if len(stages) > _MOST_STAGES:
+            raise ValueError(f"NetConfig: stages has {len(stages)} rows; up to {_MOST_STAGES} would do")
+        _check_whole(self, ("stem_channels", "head_channels", "resolution", "in_channels"))
+        _check_whole(self, ("num_classes",), least=0)
+        for name in ("dropout", "drop_path"):
+            value = getattr(self, name)
+            if not is_real(value) or not 0 <= value <= 1:
+                raise ValueError(f"NetConfig: {name} is {value!r}; a probability from 0 to 1 would do")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"NetConfig: activation is {self.activation!r}; one of {', '.join(map(repr, ACTIVATIONS))} would do")
+        check_convention("NetConfig", self.padding, self.bn_eps, self.bn_momentum)
 
     def blocks(self) -> Iterator[BlockConfig]:
         """Every block in order, with the channels that flow through it."""
@@ -169,10 +226,10 @@ class BaseNet:
         ``settings`` are further ``NetConfig`` fields (dropout, padding, bn_eps, ...).
         """
         for label, value in (("depth", depth), ("width", width)):
-            if not isinstance(value, (int, float)) or not (0 < value < math.inf):
+            if not is_real(value) or value <= 0:
                 raise ValueError(f"{self.name}.scaled: {label} is {value!r}; a finite multiplier > 0 would do")
         pixels = self.resolution if resolution is None else resolution
-        if not isinstance(pixels, int) or pixels < 1:
+        if not is_whole(pixels):
             raise ValueError(f"{self.name}.scaled: resolution is {pixels!r}; a whole number of pixels >= 1 would do")
 
         def channels(count: int, end: bool = False) -> int:

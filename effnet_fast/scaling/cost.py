@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from effnet_fast.scaling.config import BlockConfig, NetConfig
+from effnet_fast.scaling.config import BlockConfig, NetConfig, is_whole
 
 Shape = tuple[int, ...]
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -161,7 +161,7 @@ class Cost:
         """
         size = _item_bytes("training_memory", dtype)
         _check_batch("training_memory", batch)
-        if not _is_count(optimizer_tensors):
+        if not is_whole(optimizer_tensors, least=0):
             raise ValueError(f"training_memory: optimizer_tensors is {optimizer_tensors!r}; a whole number >= 0 would do")
         saved = sum(layer.saved for layer in self.layers) * batch * size + sum(layer.statistics for layer in self.layers) * 4
         gradients = self.parameters * size
@@ -183,6 +183,8 @@ def layers(config: NetConfig, resolution: int | Sequence[int] | None = None) -> 
     ``se.scale``, ``add``, ``global_pool``. Stochastic depth and dropout keep a mask and cost nothing else: they count with ``add``
     and ``classifier``.
     """
+    if not isinstance(config, NetConfig):
+        raise ValueError(f"layers: config is {config!r}; a NetConfig, such as a model's .config, would do")
     height, width = _image_size(config.resolution if resolution is None else resolution)
     walk = _Walk((config.in_channels, height, width), config.activation, config.padding)
     walk.enter("stem", "stem", "")
@@ -388,19 +390,15 @@ class _Walk:
 
 def _image_size(resolution: int | Sequence[int]) -> tuple[int, int]:
     size = (resolution, resolution) if not isinstance(resolution, (tuple, list)) else tuple(resolution)
-    if len(size) != 2 or not all(_is_count(side) and side >= 1 for side in size):
+    if len(size) != 2 or not all(map(is_whole, size)):
         raise ValueError(
             f"layers: resolution is {resolution!r}; a whole number of pixels >= 1, or a pair (height, width), would do"
         )
     return size
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _check_batch(function: str, batch: int) -> None:
-    if not _is_count(batch):
+    if not is_whole(batch, least=0):
         raise ValueError(f"{function}: batch is {batch!r}; a whole number of images >= 0 would do")
 
 

@@ -63,7 +63,10 @@ def thresholds(law: CompoundScaling | BaseNet = B0, phi_max: float = 7.0) -> tup
     phi given, hence one in every stage just above 0. Resolution, which changes at nearly every pixel, is not listed.
     """
     law = _law(law, "thresholds")
-    law.at(phi_max)
+    try:
+        law.at(phi_max)
+    except ValueError as error:
+        raise ValueError(f"thresholds: phi_max is {phi_max!r}; a number from 0 to {law.max_phi:.6g} would do") from error
     return tuple(sorted(_crossings(law, float(phi_max)), key=lambda row: row.phi))
 
 

@@ -62,7 +62,7 @@ class ScaledNet:
 
 @dataclass(frozen=True)
 class CompoundScaling:
-    """The law: a base net and three coefficients >= 1, the paper's by default (found by grid search at phi = 1)."""
+    """The law: a base net and three coefficients from 1 to ``MAX_MULTIPLIER``, the paper's by default."""
 
     alpha: float = 1.2
     beta: float = 1.1
@@ -71,9 +71,10 @@ class CompoundScaling:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
-            value = _real("CompoundScaling", name, getattr(self, name), "a finite coefficient >= 1")
-            if value < 1:
-                raise ValueError(f"CompoundScaling: {name} is {value!r}; a finite coefficient >= 1 would do")
+            would_do = f"a coefficient from 1 to {MAX_MULTIPLIER:g}"
+            value = _real("CompoundScaling", name, getattr(self, name), would_do)
+            if not 1 <= value <= MAX_MULTIPLIER:
+                raise ValueError(f"CompoundScaling: {name} is {value!r}; {would_do} would do")
         if not isinstance(self.base, BaseNet):
             raise ValueError(f"CompoundScaling: base is {self.base!r}; a BaseNet such as effnet_fast.scaling.B0 would do")
 
@@ -147,7 +148,8 @@ class CompoundScaling:
         if least > target:
             raise ValueError(
                 f"CompoundScaling.phi_for: {name} is {target:,.0f}; {self.base.name} (phi = 0) "
-                f"already needs {least:,} {unit}, {least - target:,.0f} more"
+                f"already needs {least:,} {unit}, {least - target:,.0f} more; "
+                "explicit depth, width or resolution multipliers below 1 make smaller nets"
             )
         if math.isinf(self.max_phi):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from effnet_fast.weights.checkpoint import convert, default_cfg, load_checkpoint, preprocessing_of, save_checkpoint
+from effnet_fast.weights.checkpoint import convert, default_cfg, load_checkpoint, net_of, preprocessing_of, save_checkpoint
 from effnet_fast.weights.files import Checkpoint, read, write
 from effnet_fast.weights.layouts import LAYOUTS, detect, key_map
 from effnet_fast.weights.preprocessing import Preprocessing
@@ -23,6 +23,7 @@ __all__ = [
     "key_map",
     "load_checkpoint",
     "load_pretrained",
+    "net_of",
     "preprocessing_of",
     "read",
     "save_checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,11 @@ from torch import Tensor, nn
 
 from effnet_fast.scaling.config import NetConfig
 from effnet_fast.weights.files import Checkpoint, locate, metadata_of, read, write
-from effnet_fast.weights.layouts import Convention, convention, detect, few, key_map, shapes
+from effnet_fast.weights.layouts import COUNT, LAYOUTS, Convention, convention, detect, few, key_map, shapes
 from effnet_fast.weights.preprocessing import HALF, Preprocessing
-from effnet_fast.weights.sources import Source
+from effnet_fast.weights.sources import Source, library_default, published_as
 
 _HEAD = ("conv_head.", "bn2.", "classifier.")
-_COUNT = "num_batches_tracked"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -88,8 +88,9 @@ def load_checkpoint(model: Net, path: str | os.PathLike[str], ema: bool = False)
 
     Every tensor is checked first: where one is missing, surplus or of another shape a ValueError names it and nothing is changed. A
     model without a head takes a checkpoint with one. The padding, batch norm's eps and momentum and the preprocessing that travel
-    with the weights are adopted: from the metadata, else as the layout's library has them; timm's plain layout says nothing and
-    changes nothing. The model's dtype and device stay. ``ema`` as in :func:`effnet_fast.weights.files.read`.
+    with the weights are adopted: from the metadata, else those of the published weights that the file is by its name, else as the
+    layout's library has them; timm's plain layout says nothing and changes nothing. The model's dtype and device stay. ``ema`` as
+    in :func:`effnet_fast.weights.files.read`.
     """
     check_net("load_checkpoint", model)
     path = locate(path)
@@ -102,11 +103,15 @@ def save_checkpoint(
     layout: str = "timm",
     classes: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
+    force: bool = False,
 ) -> None:
     """Write the model's tensors in a layout, with what :func:`load_checkpoint` wants to know, to .safetensors or .pth; atomic.
 
     classes        the names of the classes, in order, for ``effnet-fast predict``
     preprocessing  how images were prepared in training, where ``model.default_cfg`` does not say so
+    force          write it even where the layout's library would run the net with another padding or eps, and warn
+
+    Raises ValueError for that, and where the library has no such net; OSError where the file cannot be written.
     """
     check_net("save_checkpoint", model)
     state = model.state_dict()
@@ -120,6 +125,7 @@ def save_checkpoint(
         bn_eps=getattr(model.bn1, "eps", model.config.bn_eps),
         bn_momentum=getattr(model.bn1, "momentum", model.config.bn_momentum),
     )
+    _check_convention("save_checkpoint", config, layout, force)
     prepared = preprocessing or preprocessing_of(model)
     metadata = {**metadata_of(config), "layout": layout, "preprocessing": prepared.to_dict()}
     if classes is not None:
@@ -135,22 +141,26 @@ def convert(
     layout: str,
     configs: Iterable[NetConfig] = (),
     architecture: str | None = None,
+    ema: bool = False,
+    force: bool = False,
 ) -> NetConfig:
-    """Rewrite a checkpoint in another layout; returns the net that it is of.
+    """Rewrite a checkpoint in another layout; returns the net that it is of. ``ema`` as in reading, ``force`` as in saving it.
 
     The net is the one named ``architecture`` among ``configs``, else the one that the file says it was saved from, else the one of
     ``configs`` whose tensors are the file's. Raises ValueError where none fits, several do and only their padding tells them
-    apart (name the architecture), or the layout has no such net.
+    apart (name the architecture), the layout has no such net, or its library would run it with another padding or eps.
     """
     path = locate(source)
-    checkpoint = read(path)
+    checkpoint = read(path, ema)
     written = _detect(path, checkpoint)
     config = _deduce(path, checkpoint, written, list(configs), architecture)
     names = key_map(config, layout)
     tensors = _fit(path, checkpoint.state_dict, config, written, _present(checkpoint.state_dict, config, written))
-    rules, preprocessing = _travelling(path, checkpoint, config, written)
+    rules = _convention(checkpoint, config, written)
     if rules:
-        config = replace(config, **{key: value for key, value in rules._asdict().items() if value is not None})
+        config = replace(config, **rules._asdict())
+    _check_convention("convert", config, layout, force)
+    preprocessing, _ = _preprocessing(path, checkpoint, config, written)
     metadata = {**metadata_of(config), "layout": layout}
     if preprocessing:
         metadata["preprocessing"] = preprocessing.to_dict()
@@ -165,8 +175,19 @@ def check_net(who: str, model: Any) -> None:
         raise TypeError(f"{who}: the model is a {type(model).__name__}; one of effnet_fast's (create_model) would do")
 
 
-def fill(model: Net, path: Path, checkpoint: Checkpoint, new_head: bool = False) -> None:
-    """Check, copy, adopt. ``new_head``: leave the classifier as it is where the file has none or one for other classes."""
+def net_of(path: Path, checkpoint: Checkpoint) -> NetConfig | None:
+    """The net that the metadata names, where there is one; ValueError where the tensors are not its."""
+    if checkpoint.config is None:
+        return None
+    return _deduce(path, checkpoint, _detect(path, checkpoint), [], None)
+
+
+def fill(model: Net, path: Path, checkpoint: Checkpoint, new_head: bool = False, source: Source | None = None) -> None:
+    """Check, copy, adopt.
+
+    new_head  leave the classifier as it is where the file has none or one for other classes
+    source    the published weights that these are, where they have been fetched
+    """
     written = _detect(path, checkpoint)
     state, tensors = model.state_dict(), checkpoint.state_dict
     wanted = {key: tuple(value.shape) for key, value in state.items()}
@@ -175,7 +196,11 @@ def fill(model: Net, path: Path, checkpoint: Checkpoint, new_head: bool = False)
         if given is None or tuple(given.shape) != wanted["classifier.weight"]:
             wanted = {key: shape for key, shape in wanted.items() if not key.startswith("classifier.")}
     fitted = _fit(path, tensors, model.config, written, wanted)
-    rules, preprocessing = _travelling(path, checkpoint, model.config, written)
+    rules = _convention(checkpoint, model.config, written)
+    preprocessing, published = _preprocessing(path, checkpoint, model.config, written, source)
+    entries = default_cfg(model.config, published) if published else {}
+    if preprocessing:
+        entries |= _preprocessing_entries(model.config, preprocessing)
     with torch.no_grad():
         for key, tensor in fitted.items():
             state[key].copy_(tensor)
@@ -183,8 +208,7 @@ def fill(model: Net, path: Path, checkpoint: Checkpoint, new_head: bool = False)
         model.set_weights_convention(*rules)
     for provenance in ("tag", "hf_hub_id", "url"):
         model.default_cfg.pop(provenance, None)
-    if preprocessing:
-        model.default_cfg.update(_preprocessing_entries(model.config, preprocessing))
+    model.default_cfg.update(entries)
 
 
 def _preprocessing_entries(config: NetConfig, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -221,7 +245,7 @@ def _faults(tensors: Mapping[str, Tensor], config: NetConfig, written: str, want
         homeless = []
     expected = {names[key]: shape for key, shape in wanted.items() if key in names}
     spare = {name for key, name in names.items() if key not in wanted and key.startswith(_HEAD)}
-    missing = [name for name in expected if name not in tensors and not name.endswith(_COUNT)]
+    missing = [name for name in expected if name not in tensors and not name.endswith(COUNT)]
     surplus = [name for name in tensors if name not in expected and name not in spare]
     shaped = [
         f"{name} is {list(tensors[name].shape)} where {list(shape)} would do"
@@ -241,22 +265,52 @@ def _fit(path: Path, tensors: Mapping[str, Tensor], config: NetConfig, written: 
     return {key: tensors.get(names.get(key, key), torch.zeros((), dtype=torch.long)) for key in wanted}
 
 
-def _travelling(
-    path: Path, checkpoint: Checkpoint, config: NetConfig, written: str
-) -> tuple[Convention | None, Preprocessing | None]:
-    """What travels with the weights: from the metadata, else from what the layout's library does."""
+def _convention(checkpoint: Checkpoint, config: NetConfig, written: str) -> Convention | None:
+    """From the metadata, else what the layout's library does."""
     metadata = checkpoint.metadata
+    if "padding" not in metadata:
+        return convention(config, written)
+    return Convention(metadata["padding"], metadata["bn_eps"], metadata["bn_momentum"])
+
+
+def _preprocessing(
+    path: Path, checkpoint: Checkpoint, config: NetConfig, written: str, source: Source | None = None
+) -> tuple[Preprocessing | None, Source | None]:
+    """From the metadata, else of the published weights that these are, else the layout's library's for such a net."""
+    if checkpoint.preprocessing:
+        return checkpoint.preprocessing, None
+    source = source or published_as(path, config.name)
+    known = source or (library_default(config.name, written) if written != "timm" else None)
+    return known.preprocessing if known else None, source
+
+
+def _check_convention(who: str, config: NetConfig, layout: str, force: bool) -> None:
+    """Refuse, or with ``force`` warn of, a layout whose library runs the net with other padding or eps and so answers wrongly."""
+    rules = convention(config, layout)
+    if rules is None or _agrees(config, rules):
+        return
+    wrong = (
+        f"{who}: {layout} runs {config.name} with {rules.padding} padding and eps {rules.bn_eps:g}, and these weights want "
+        f"{config.padding} padding and eps {config.bn_eps:g}: its answers would be wrong"
+    )
+    if not force:
+        others = [other for other in LAYOUTS if other != layout and _runs(config, other)]
+        raise ValueError(f"{wrong}; layout {' or '.join(map(repr, others))} would do, or force")
+    warnings.warn(wrong, stacklevel=3)
+
+
+def _runs(config: NetConfig, layout: str) -> bool:
+    """Whether the layout's library has the net and gives its answers."""
     try:
-        rules = convention(config, written)
-        if "padding" in metadata:
-            rules = Convention(metadata["padding"], metadata["bn_eps"], metadata["bn_momentum"])
-            numbers = [rules.bn_eps, 0.1 if rules.bn_momentum is None else rules.bn_momentum]
-            if rules.padding not in ("symmetric", "same") or not all(0 < number < 1 for number in numbers):
-                raise ValueError(f"{rules}")
-        preprocessing = Preprocessing.from_dict(metadata["preprocessing"]) if "preprocessing" in metadata else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the metadata beside its tensors is damaged ({error})") from error
-    return rules, preprocessing
+        key_map(config, layout)
+    except ValueError:
+        return False
+    rules = convention(config, layout)
+    return rules is None or _agrees(config, rules)
+
+
+def _agrees(config: NetConfig, rules: Convention) -> bool:
+    return (config.padding, config.bn_eps) == (rules.padding, rules.bn_eps)
 
 
 def _present(tensors: Mapping[str, Tensor], config: NetConfig, written: str) -> Shapes:
@@ -273,13 +327,9 @@ def _deduce(path: Path, checkpoint: Checkpoint, written: str, configs: list[NetC
     if architecture is not None:
         configs = [config for config in configs if config.name == architecture]
         if not configs:
-            raise ValueError(f"convert: unknown architecture {architecture!r}; one of list_models() would do")
-    else:
-        try:
-            saved = checkpoint.config
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: the metadata beside its tensors is damaged ({error})") from error
-        configs = configs if saved is None else [saved]
+            raise ValueError(f"convert: unknown architecture {architecture!r}; the name of a net would do")
+    elif checkpoint.config:
+        configs = [checkpoint.config]
     tried: list[tuple[_Faults, NetConfig]] = []
     for candidate in configs:
         try:
@@ -301,7 +351,7 @@ def _deduce(path: Path, checkpoint: Checkpoint, written: str, configs: list[NetC
     if len(fitting) > 1:
         raise ValueError(
             f"{path} fits {' and '.join(config.name for config in fitting)}, which differ in padding and batch norm's eps; "
-            f"architecture={fitting[0].name!r} or another of them would do"
+            "naming the architecture would do"
         )
     if not fitting:
         if not tried:

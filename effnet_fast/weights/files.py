@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import pickle
+import re
 import uuid
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast.scaling.config import NetConfig, StageConfig
-from effnet_fast.weights.layouts import few
+from effnet_fast.scaling.config import NetConfig, StageConfig, check_convention
+from effnet_fast.weights.layouts import COUNT, STEMS, few
+from effnet_fast.weights.preprocessing import Preprocessing
 
 # The file in a directory that holds the weights, in order of preference.
 FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _EMA_NAMES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-_PLAIN_NAMES = ("state_dict", "model", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PLAIN_NAMES = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "module")
+_AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])")  # in the name of a wrapping module
+_DEEPEST = 8  # wrapping dicts: one may hold itself
 _METADATA = "effnet_fast"
 
 
@@ -43,6 +47,24 @@ class Checkpoint:
         values = {field.name: self.metadata[field.name] for field in fields(NetConfig) if field.name in self.metadata}
         stages = tuple(StageConfig(**stage) for stage in values.pop("stages"))
         return NetConfig(name=self.metadata["architecture"], stages=stages, **values)
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How images were prepared, where the metadata has it."""
+        return Preprocessing.from_dict(self.metadata["preprocessing"]) if "preprocessing" in self.metadata else None
+
+    def check(self) -> None:
+        """Raise KeyError, TypeError or ValueError where the metadata is not what :func:`write` was given."""
+        metadata = self.metadata
+        if not isinstance(metadata, Mapping):
+            raise TypeError(f"it is a {type(metadata).__name__}; a mapping would do")
+        if "padding" in metadata:
+            check_convention("the metadata", *(metadata[name] for name in ("padding", "bn_eps", "bn_momentum")))
+        names = metadata.get("classes", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"classes is {type(names).__name__}; a list of strings would do")
+        # Each raises where it cannot be made.
+        _ = self.config, self.preprocessing
 
 
 def metadata_of(config: NetConfig) -> dict[str, Any]:
@@ -68,43 +90,58 @@ def locate(path: str | os.PathLike[str], *names: str) -> Path:
 def read(path: str | os.PathLike[str], ema: bool = False) -> Checkpoint:
     """Read a .safetensors file or anything that ``torch.save`` wrote, running no code that is in it.
 
-    Wrapping dicts ("state_dict", "model", ...) are opened and the prefixes of wrapping modules taken off. ``ema``: the averaged
-    weights of a training checkpoint in place of the raw ones; where it has only averaged ones, they are taken either way.
+    Wrapping dicts ("state_dict", "model", ...) are opened and the prefixes of wrapping modules taken off; tensors beside the
+    wrapped net, such as a criterion's, are left out. ``ema``: the averaged weights of a training checkpoint in place of the raw
+    ones; where it has only averaged ones, they are taken either way.
 
-    Raises FileNotFoundError; ValueError for a damaged file, one that would run code, and one without tensors.
+    Raises FileNotFoundError; ValueError for a damaged file or metadata, one that would run code, one without tensors or with
+    several nets, and tensors that no weights are made of (sparse, complex, whole numbers).
     """
     path = locate(path)
-    if path.suffix == ".safetensors":
-        if ema:
-            raise ValueError(f"{path} is a safetensors file, which holds one set of weights; ema=False would do")
-        tensors, metadata = _read_safetensors(path)
-    else:
-        tensors, metadata = _open(path, _read_torch(path), ema)
-    return Checkpoint(_without_prefixes(tensors), metadata)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; a state dict would do")
+    chosen = _choose(path, content, ema)
+    odd = [f"{name} is {kind}" for name, value in chosen.state_dict.items() if (kind := _odd_kind(name, value))]
+    if odd:
+        raise ValueError(f"{path}: {few(odd)}; dense tensors of floating-point numbers would do")
+    try:
+        chosen.check()
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: the metadata beside its tensors is damaged: {reason}") from error
+    return chosen
 
 
 def write(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write .safetensors, or .pth, .pt, .bin by ``torch.save`` as ``{"state_dict": ..., "effnet_fast": metadata}``.
+    """Write .safetensors, or .pth, .pt, .bin by ``torch.save`` as a plain state dict, which is what each library's loader reads.
 
-    Atomic: a reader sees the old file or the new one, whole; a failure leaves the old one. ``metadata`` holds plain values (JSON).
+    The metadata, plain values (JSON), is the file's metadata in .safetensors, and else an attribute of the OrderedDict, where
+    PyTorch's own state dicts have their ``_metadata``. Atomic: a reader sees the old file or the new one, whole; a failure leaves
+    the old one.
     """
     path = Path(path).expanduser()
     if path.suffix != ".safetensors" and path.suffix not in _TORCH_SUFFIXES:
         raise ValueError(f"checkpoint {path} ends in {path.suffix!r}; .safetensors or {', '.join(_TORCH_SUFFIXES)} would do")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"checkpoint {path} cannot be written: there is no directory {path.parent}")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    tensors = OrderedDict((key, value.detach().cpu().contiguous()) for key, value in state_dict.items())
+    text = json.dumps(dict(metadata))
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
             if path.suffix == ".safetensors":
-                text = {"format": "pt", _METADATA: json.dumps(dict(metadata))}
-                file.write(_safetensors().save(tensors, metadata=text))
+                file.write(_safetensors().save(tensors, metadata={"format": "pt", _METADATA: text}))
             else:
-                torch.save({"state_dict": tensors, _METADATA: dict(metadata)}, file)
+                setattr(tensors, _METADATA, json.loads(text))
+                torch.save(tensors, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -113,24 +150,27 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("a .safetensors file needs the safetensors package: pip install effnet-fast[weights] would do") from error
+        raise ImportError(
+            "a .safetensors file needs the safetensors package: pip install 'effnet-fast[weights]' would do"
+        ) from error
     return safetensors.torch
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path) -> OrderedDict[str, Tensor]:
     _safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
             text = (file.metadata() or {}).get(_METADATA, "{}")
-        metadata = json.loads(text)
-    except (SafetensorError, ValueError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors")
-    return tensors, metadata
+    try:
+        setattr(tensors, _METADATA, json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the metadata beside its tensors is damaged: {error}") from error
+    return tensors
 
 
 def _read_torch(path: Path) -> Any:
@@ -147,39 +187,70 @@ def _read_torch(path: Path) -> Any:
                 "a file with only the state dict in it would do (torch.save(model.state_dict(), ...))"
             ) from error
         raise ValueError(f"{path} is damaged or no checkpoint") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
-        reason = (str(error).splitlines() or ["it ends early"])[0]
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or ["it cannot be read"])[0]
         raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler raises whatever garbage makes it raise, and what it says of it helps nobody
+        raise ValueError(f"{path} is damaged or no checkpoint") from error
 
 
-def _open(path: Path, content: Any, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict within wrapping dicts, and the metadata beside it."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}; a state dict would do")
-    metadata = content.get(_METADATA)
-    averaged = next((content[name] for name in _EMA_NAMES if _has_tensors(content.get(name))), None)
-    plain = next((content[name] for name in _PLAIN_NAMES if _has_tensors(content.get(name))), None)
-    if averaged is None and plain is None and _has_tensors(content):
-        plain = content
-    if ema and averaged is None and plain is not None and "n_averaged" in plain:
-        averaged = plain
-    if ema and averaged is None:
-        raise ValueError(f"{path} holds no averaged weights ({', '.join(_EMA_NAMES)}); ema=False would do")
-    chosen = averaged if ema or plain is None else plain
-    if chosen is None:
+def _choose(path: Path, content: Mapping[Any, Any], ema: bool) -> Checkpoint:
+    """The net within wrapping dicts and modules, and the metadata beside it."""
+    mean, raw = _inside(content, _EMA_NAMES), _inside(content, ())
+    if mean is not None and raw is content:
+        raw = None  # a tensor or two beside the averaged weights: a loss, a step
+    if raw is None and mean is None:
         raise ValueError(f"{path} holds no tensors; its entries are {few(map(str, content), 6) or 'none'}")
-    return {str(key): value for key, value in chosen.items() if isinstance(value, Tensor)}, dict(metadata or {})
+    averaged = {} if mean is None else _nets(mean)
+    plain: dict[str, dict[str, Tensor]] = {}
+    for prefix, net in ({} if raw is None else _nets(raw)).items():
+        # What torch.optim.swa_utils.AveragedModel keeps beside its module is "n_averaged".
+        (averaged if _AVERAGED.search(prefix) or "n_averaged" in (raw or ()) else plain)[prefix] = net
+    if ema and not averaged:
+        raise ValueError(f"{path} holds no averaged weights ({', '.join(_EMA_NAMES)}); its only weights would do")
+    nets = averaged if ema or not plain else plain
+    if len(nets) > 1:
+        raise ValueError(f"{path} holds {len(nets)} nets, under {few(map(repr, nets))}; a file with one of them would do")
+    (tensors,) = nets.values()
+    holder = raw if mean is None or nets is plain else mean
+    return Checkpoint(tensors, getattr(holder, _METADATA, {}))
 
 
-def _has_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
+def _inside(content: Mapping[Any, Any], names: Iterable[str], depth: int = 0) -> Mapping[Any, Any] | None:
+    """The first mapping with tensors under one of ``names``, whatever dicts wrap it; without names any that is no average."""
+    if depth > _DEEPEST:
+        return None
+    for name in names:
+        if isinstance(content.get(name), Mapping) and (found := _inside(content[name], (), depth + 1)) is not None:
+            return found
+    for name in _PLAIN_NAMES:
+        if isinstance(content.get(name), Mapping) and (found := _inside(content[name], names, depth + 1)) is not None:
+            return found
+    return content if not names and any(isinstance(value, Tensor) for value in content.values()) else None
 
 
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    while True:
-        # The count that torch.optim.swa_utils.AveragedModel keeps beside its module.
-        tensors = {key: value for key, value in tensors.items() if key != "n_averaged"}
-        prefix = next((prefix for prefix in _PREFIXES if tensors and all(key.startswith(prefix) for key in tensors)), None)
-        if prefix is None:
-            return tensors
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+def _nets(state: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each net by the prefix of the modules that wrap it, told by its stem; all of them where none has one."""
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    ends = [key.removesuffix(stem) for key in tensors for stem in STEMS if key.endswith(stem)]
+    prefixes = sorted(dict.fromkeys(end for end in ends if not end or end.endswith(".")), key=len, reverse=True) or [""]
+    nets: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    for key, value in tensors.items():
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+        if prefix is not None:
+            nets[prefix][key.removeprefix(prefix)] = value
+    return nets
+
+
+def _odd_kind(name: str, tensor: Tensor) -> str:
+    """What a tensor is, where that is nothing to copy weights from."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_meta:
+        return "on the meta device, without numbers"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    whole = name.endswith(COUNT) and not tensor.is_complex() and not tensor.is_quantized
+    return "" if whole or tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")

@@ -9,8 +9,11 @@ from typing import NamedTuple
 from effnet_fast.scaling.config import BlockConfig, NetConfig
 
 LAYOUTS = ("timm", "torchvision", "lukemelas")
+# The stem's key in each, and how the key of a norm's batch counter ends.
+STEMS = ("conv_stem.weight", "features.0.0.weight", "_conv_stem.weight")
+COUNT = "num_batches_tracked"
 
-_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_NORM = ("weight", "bias", "running_mean", "running_var", COUNT)
 # Keys that only a checkpoint of that layout has.
 _SIGNATURES = {
     "timm": re.compile(r"(blocks\.\d+\.\d+|conv_stem|conv_head|bn[12]|classifier)\."),
@@ -24,7 +27,7 @@ class Convention(NamedTuple):
 
     padding: str
     bn_eps: float
-    bn_momentum: float
+    bn_momentum: float | None
 
 
 class _Module(NamedTuple):
@@ -37,7 +40,7 @@ class _Module(NamedTuple):
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         if len(self.shape) == 1:
             for entry in _NORM:
-                yield entry, () if entry == "num_batches_tracked" else self.shape
+                yield entry, () if entry == COUNT else self.shape
         else:
             yield "weight", self.shape
             if self.bias:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from effnet_fast.weights.checkpoint import Net, check_net, default_cfg, fill
+from effnet_fast.weights.checkpoint import Net, check_net, fill
 from effnet_fast.weights.files import locate, read
 from effnet_fast.weights.layouts import detect, key_map
 from effnet_fast.weights.sources import SOURCES, Source, fetch, source_of
@@ -38,7 +36,7 @@ def load_pretrained(model: Net, pretrained: bool | str | os.PathLike[str]) -> No
         path = fetch(source)
     elif isinstance(pretrained, os.PathLike) or (isinstance(pretrained, str) and _is_path(pretrained)):
         path = locate(pretrained, *(known.file_name for known in SOURCES.get(name, {}).values() if known.url))
-        source = _source_beside(name, path)
+        source = None  # fill looks at the name of the file and beside it
     elif isinstance(pretrained, str) and pretrained:
         source_of(name, pretrained)  # raises: the tag is unknown
         return
@@ -46,32 +44,11 @@ def load_pretrained(model: Net, pretrained: bool | str | os.PathLike[str]) -> No
         raise TypeError(f"load_pretrained: pretrained is {pretrained!r}; True, a tag or a path would do")
     checkpoint = read(path)
     _adapt_stem(checkpoint.state_dict, model)
-    fill(model, path, checkpoint, new_head=True)
-    if source is not None:
-        model.default_cfg = default_cfg(model.config, source)
+    fill(model, path, checkpoint, new_head=True, source=source)
 
 
 def _is_path(text: str) -> bool:
     return os.path.exists(os.path.expanduser(text)) or os.sep in text or text.endswith(_SUFFIXES)
-
-
-def _source_beside(name: str, path: Path) -> Source | None:
-    """Which published weights a local file is: by the hash in its name, or by the config.json of a copy of the hub's directory."""
-    known = SOURCES.get(name, {})
-    for source in known.values():
-        if source.url and source.file_name == path.name:
-            return source
-    described = path.with_name("config.json")
-    if not described.is_file():
-        return None
-    try:
-        card = json.loads(described.read_text(encoding="utf-8"))
-        architecture, tag = card.get("architecture", name), card.get("pretrained_cfg", {}).get("tag")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{described} is damaged: {error}") from error
-    if architecture != name and architecture in SOURCES:
-        raise ValueError(f"{path} holds weights of {architecture}, by the config.json beside it, and the model is {name}")
-    return known.get(tag)
 
 
 def _adapt_stem(tensors: dict[str, Tensor], model: Net) -> None:

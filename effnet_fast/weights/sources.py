@@ -1,12 +1,13 @@
 """Where pretrained weights come from: a table of tags for each name, and the way to fetch one.
 
 A name's default tag is the first of its rows; every default was trained for ImageNet's 1000 classes. Names that timm has weights
-for start with timm's own default; the others have torchvision's.
+for start with timm's own default; the others have torchvision's. The first row of a library is that library's own default.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,13 @@ class Source:
     @property
     def file_name(self) -> str:
         return self.url.rsplit("/", 1)[1] if self.url else FILE_NAMES[0]
+
+    @property
+    def layout(self) -> str:
+        """Of the file: the library that published it."""
+        if self.url is None:
+            return "timm"
+        return "torchvision" if self.url.startswith(_TORCHVISION) else "lukemelas"
 
 
 class PretrainedUnavailable(OSError):
@@ -94,8 +102,8 @@ _SOURCES = (
     _hub("efficientnet_b5", "sw_in12k", 416, 0.95, num_classes=11821),
     _hub("efficientnet_lite0", "ra_in1k", 224, 0.875),
     _torchvision("efficientnet_b0", "efficientnet_b0_rwightman-7f5810bc.pth", 224, 256),
-    _torchvision("efficientnet_b1", "efficientnet_b1_rwightman-bac287d4.pth", 240, 256),
     _torchvision("efficientnet_b1", "efficientnet_b1-c27df63c.pth", 240, 255, "bilinear", tag="tv_in1k_v2"),
+    _torchvision("efficientnet_b1", "efficientnet_b1_rwightman-bac287d4.pth", 240, 256),
     _torchvision("efficientnet_b2", "efficientnet_b2_rwightman-c35c1473.pth", 288, 288),
     _torchvision("efficientnet_b3", "efficientnet_b3_rwightman-b3899882.pth", 300, 320),
     _torchvision("efficientnet_b4", "efficientnet_b4_rwightman-23ab8bcd.pth", 380, 384),
@@ -167,6 +175,37 @@ def source_of(name: str, tag: str | None = None) -> Source:
     return known[tag] if tag is not None else next(iter(known.values()))
 
 
+def published_as(path: Path, name: str | None = None) -> Source | None:
+    """Which published weights a local file is: by the hash in its name, or by the config.json of a copy of the hub's directory.
+
+    Raises ValueError where that config.json is damaged, or is of another net than ``name``.
+    """
+    for known in SOURCES.values():
+        for source in known.values():
+            if source.url and source.file_name == path.name:
+                return source
+    described = path.with_name("config.json")
+    if path.name not in FILE_NAMES or not described.is_file():
+        return None
+    try:
+        card = json.loads(described.read_text(encoding="utf-8"))
+        architecture, tag = card.get("architecture", name), card.get("pretrained_cfg", {}).get("tag")
+        known = SOURCES.get(architecture, {})
+        source_here = known.get(tag)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{described} is damaged: {error}") from error
+    if known and name not in (None, architecture):
+        raise ValueError(f"{path} holds weights of {architecture}, by the config.json beside it, and the model is {name}")
+    return source_here
+
+
+def library_default(name: str, layout: str) -> Source | None:
+    """The weights that a library publishes first for a net of that name, with or without ``tf_``."""
+    plain = name.removeprefix("tf_")
+    found = (source for form in (plain, f"tf_{plain}") for source in SOURCES.get(form, {}).values() if source.layout == layout)
+    return next(found, None)
+
+
 def fetch(source: Source) -> Path:
     """The weights' file, from the cache of huggingface_hub or torch.hub, or downloaded into it and checked.
 
@@ -180,7 +219,7 @@ def fetch(source: Source) -> Path:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise PretrainedUnavailable(
             f"the weights {source.name}.{source.tag} could not be fetched from {source.url or source.hub_id} "
-            f"({lines[0]}); offline, the path of {source.file_name} or of its directory would do: pretrained='/path/to/it'"
+            f"({lines[0]}); offline, the path of a copy of {source.file_name}, or of its directory, would do"
         ) from error
 
 
@@ -189,7 +228,7 @@ def _fetch_hub(hub_id: str) -> Path:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
-        raise ImportError(f"the weights of {hub_id} need huggingface_hub: pip install effnet-fast[weights] would do") from error
+        raise ImportError(f"the weights of {hub_id} need huggingface_hub: pip install 'effnet-fast[weights]' would do") from error
     try:
         return Path(hf_hub_download(hub_id, FILE_NAMES[0], local_files_only=True))
     except LocalEntryNotFoundError:

@@ -57,10 +57,13 @@ def rows_and_pieces(
     return rows, -(-height // rows) * -(-width // t.piece)
 
 
-@torch.compiler.assume_constant_result
 def multiprocessors(device: int) -> int:
     """Of that CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler, and triton with it, at import.
+multiprocessors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def pieces(x: Tensor, height: int, width: int) -> int:
