@@ -142,7 +142,9 @@ def choose_config(rows: int, channels: int, outputs: int, itemsize: int, tensor_
         return Config(block_m, block_n, 16, num_warps, 2, 255)
     # 128 bytes of x a row and step: whole cache lines. Small tiles wait for L2 rather than for HBM: twice the bytes in flight.
     block_k = _power_of_2(channels, 16, (256 if small else 128) // itemsize)
-    return Config(block_m, block_n, block_k, num_warps, min(triton.cdiv(channels, block_k) + 1, 4 if small else 3))
+    # 64 KB for the stages: with the epilogue's scratch, two programs still fit in the 164 KB of an sm_80.
+    stages = min(triton.cdiv(channels, block_k) + 1, 4 if small else 3, 65536 // (block_k * (block_m + block_n) * itemsize))
+    return Config(block_m, block_n, block_k, num_warps, max(stages, 2))
 
 
 def launch(
