@@ -89,22 +89,24 @@ struct ConvTensors {
 inline ConvTensors conv_tensors(const char* op, const Tensor& x, const Tensor& weight, const NormTensors& norm) {
   const auto read = [&](const char* name, const Tensor& t) {
     check_same_device(op, name, t, x);
-    return as_contiguous(t);
+    return as_parameter(t);
   };
+  const Tensor taps = read("weight", weight), mean = read("norm_mean", norm.mean);
   const auto read_vector = [&](const char* name, const Tensor& t) {
     check_shape(op, name, t, {weight.size(0)});
-    check(t.scalar_type() == norm.mean.scalar_type(), op, ": ", name, " must have the dtype of norm_mean");
-    return read(name, t);
+    Tensor vector = read(name, t);
+    check(vector.scalar_type() == mean.scalar_type(), op, ": ", name, " must have the dtype of norm_mean");
+    return vector;
   };
   const auto read_optional = [&](const char* name, const OptionalTensor& t) {
     return t ? OptionalTensor(read_vector(name, *t)) : std::nullopt;
   };
-  Tensor taps = read("weight", weight);
-  if (taps.scalar_type() == ScalarType::Double) taps = torch::stable::to(taps, ScalarType::Float);
-  const DType weight_dtype = dtype_of(op, "weight", taps), norm_dtype = dtype_of(op, "norm_mean", norm.mean);
-  NormTensors vectors{read_optional("norm_weight", norm.weight), read_optional("norm_bias", norm.bias),
-                      read_vector("norm_mean", norm.mean), read_vector("norm_var", norm.var), norm.eps};
-  return {std::move(taps), std::move(vectors), weight_dtype, norm_dtype};
+  check_shape(op, "norm_mean", mean, {weight.size(0)});
+  return {taps,
+          {read_optional("norm_weight", norm.weight), read_optional("norm_bias", norm.bias), mean,
+           read_vector("norm_var", norm.var), norm.eps},
+          dtype_of(op, "weight", taps),
+          dtype_of(op, "norm_mean", mean)};
 }
 
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
