@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cases
 import pytest
 import torch
@@ -276,6 +278,11 @@ BAD = [
 def test_bad_input(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+def test_a_compiled_module_that_is_there_is_used():
+    """Or the tests of its kernels would all be skipped where it only wants building again."""
+    assert native.REASON is None or list(Path(native.__file__).parent.parent.glob("_C*.so")) == [], native.REASON
 
 
 def test_backend_choice(monkeypatch):
