@@ -434,6 +434,20 @@ def test_a_reader_that_goes_away_and_an_interrupt_are_quiet(folder: Path) -> Non
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
+@pytest.mark.parametrize(
+    "command", [["-m", "effnet_fast"], ["-c", "import sys; from effnet_fast.cli import main; sys.exit(main())"]]
+)
+def test_an_interrupt_while_torch_is_loading_is_quiet(command: list[str], tmp_path: Path) -> None:
+    """As is one that comes before: neither the package nor the command's help needs torch."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ["PYTHONPATH"]))}
+    for arguments, code in ((["doctor"], 130), (["predict", "a.pth", "a.png"], 130), (["--version"], 0), (["--help"], 0)):
+        result = subprocess.run(
+            [sys.executable, *command, *arguments], capture_output=True, text=True, env=environment, timeout=300
+        )
+        assert (result.returncode, result.stderr) == (code, "") and bool(result.stdout) == (code == 0)
+
+
 def test_the_demo_keeps_its_promise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The default run, to its end: about a minute on two cores."""
     assert main(["demo", "--out", str(tmp_path / "digits")]) == 0

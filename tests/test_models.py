@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import cases  # noqa: F401  (the table imports the family: a broken row fails here first)
 import pytest
@@ -520,3 +522,20 @@ def test_list_models():
     with torch.device("meta"):
         model = effnet_fast.efficientnet_b5(num_classes=10)
     assert model.config.resolution == 456 and model.classifier.out_features == 10
+
+
+def test_public_names():
+    """Each is there, and listed, before anything has been imported; torch comes with the first of them."""
+    code = """
+import sys, effnet_fast
+assert "torch" not in sys.modules
+assert set(effnet_fast.__all__) | {"ops", "weights", "__version__"} <= set(dir(effnet_fast))
+assert effnet_fast.weights.SOURCES and effnet_fast.ops.backend is effnet_fast.backend
+for name in effnet_fast.__all__:
+    assert getattr(effnet_fast, name).__name__ == name
+from effnet_fast import *
+assert create_model is effnet_fast.create_model
+assert not hasattr(effnet_fast, "efficientnet_b8")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
