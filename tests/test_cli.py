@@ -21,6 +21,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from states import same
 
 from effnet_fast.cli import COMMANDS, demo, digits, main
 from effnet_fast.cli.model import add_model_arguments, load_model
@@ -291,7 +292,7 @@ def test_convert_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["convert", str(there), str(back), "--layout", "timm"]) == 0
     assert "efficientnet_b0 (symmetric padding, batch norm eps 1e-05)" in capsys.readouterr().out
     before, after = read("pets.pth").state_dict, read(back).state_dict
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert same(before, after)
 
 
 def test_force_and_averaged_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,4 +111,37 @@ inline ConvTensors conv_tensors(const char* op, const Tensor& x, const Tensor& w
 
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
+// What the params of all k x k convolutions hold. They point into the tensors, which must live as long.
+template <typename Params> Params conv_params(const char* op, const Tensor& x, const ConvTensors& t, int64_t stride,
+                                              const std::vector<int64_t>& padding, const std::string& activation,
+                                              const ConvShape& shape, const Tensor& y) {
+  Params p{};
+  p.x = x.const_data_ptr();
+  p.weight = t.weight.const_data_ptr();
+  p.norm_weight = data_or_null(t.norm.weight);
+  p.norm_bias = data_or_null(t.norm.bias);
+  p.norm_mean = t.norm.mean.const_data_ptr();
+  p.norm_var = t.norm.var.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.batch = x.size(0);
+  p.x_image = x.stride(0);
+  p.x_row = x.stride(2);
+  p.x_pixel = x.stride(3);
+  p.channels = int(shape.out_channels);
+  p.height = int(x.size(2));
+  p.width = int(x.size(3));
+  p.out_height = shape.out_height;
+  p.out_width = shape.out_width;
+  p.kernel = shape.kernel;
+  p.stride = int(stride);
+  p.pad_top = int(padding[0]);
+  p.pad_left = int(padding[2]);
+  p.eps = float(t.norm.eps);
+  p.activation = activation_of(op, activation);
+  p.dtype = dtype_of(op, "x", x);
+  p.weight_dtype = t.weight_dtype;
+  p.norm_dtype = t.norm_dtype;
+  return p;
+}
+
 }  // namespace effnet_fast::binding
