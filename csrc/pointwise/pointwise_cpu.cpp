@@ -30,7 +30,7 @@ constexpr int kPartialRows = 1024;     // rows whose sums wait for the next slic
 constexpr int kPacked = 96 << 10;      // packed weights, in floats, that stay in L2 beside a block of rows
 constexpr int64_t kGrain = 1 << 20;    // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 constexpr double kPackCost = 0.4;      // packing a weight, and
-constexpr double kPrologueCost = 0.2;  // multiplying a gate into an input, in multiply-adds of a vector
+constexpr double kPrologueCost = 0.3;  // multiplying a gate into an input, in multiply-adds of a vector
 
 // The rectangle of the output that a thread owns.
 struct Part {
@@ -72,44 +72,49 @@ template <int W> EFFNET_INLINE void transpose(simd::Float<W> (&rows)[W]) {
 // Input channels in an Element of a row: one float, or a Pair.
 template <typename Element> constexpr int kDepth = std::is_same_v<Element, float> ? 1 : 2;
 
-// W Elements of a weight's row.
-template <int W, typename Element, typename T> EFFNET_INLINE simd::Float<W> load_weights(const T* weight) {
-  using namespace simd;
-  if constexpr (std::is_same_v<Element, float>) {
-    return load<W>(weight);
-  } else {
-    bf16 pairs[2 * W];
-    for (int half = 0; half < 2 * W; half += W) {
-      if constexpr (std::is_same_v<T, bf16>)
-        memcpy(pairs + half, weight + half, W * sizeof(bf16));
-      else
-        store<W>(pairs + half, load<W>(weight + half));
-    }
-    Float<W> bits;
-    memcpy(&bits, pairs, sizeof(bits));
-    return bits;
-  }
+template <int W, typename T> EFFNET_INLINE simd::Float<W> load_gated(const T* p, const float* gate) {
+  return gate ? simd::load<W>(p) * simd::load<W>(gate) : simd::load<W>(p);
 }
 
-// One vector of channels: packed[i * pitch + lane] = Element i of weight[lane * stride ...], zero beyond `channels` and `depth`.
+// W Elements of a weight's row, times the gates if there are any.
+template <int W, typename Element, typename T> EFFNET_INLINE simd::Float<W> load_weights(const T* weight, const float* gate) {
+  using namespace simd;
+  if constexpr (std::is_same_v<Element, float>) return load_gated<W>(weight, gate);
+  bf16 pairs[2 * W];
+  if (std::is_same_v<T, bf16> && !gate) {
+    memcpy(pairs, weight, sizeof(pairs));
+  } else {
+    store<W>(pairs, load_gated<W>(weight, gate));
+    store<W>(pairs + W, load_gated<W>(weight + W, gate ? gate + W : nullptr));
+  }
+  Float<W> bits;
+  memcpy(&bits, pairs, sizeof(bits));
+  return bits;
+}
+
+// One vector of channels: packed[i * pitch + lane] = Element i of weight[lane * stride ...] * gate, zero beyond `channels` and
+// `depth`.
 template <int W, typename Element, typename T>
-EFFNET_INLINE void pack(const T* weight, int64_t stride, int depth, int channels, Element* packed, int pitch) {
+EFFNET_INLINE void pack(const T* weight, int64_t stride, const float* gate, int depth, int channels, Element* packed, int pitch) {
   using namespace simd;
   constexpr int kWide = W * kDepth<Element>;
   for (int i = 0; i < depth; i += kWide, packed += int64_t(W) * pitch) {
     const int count = std::min(kWide, depth - i);
     T edge[W][kWide];
+    float edge_gate[kWide] = {};
     const T* rows = weight + i;
+    const float* gates = gate ? gate + i : nullptr;
     int64_t between = stride;
     if (channels < W || count < kWide) {
       memset(edge, 0, sizeof(edge));
       for (int lane = 0; lane < channels; ++lane) memcpy(edge[lane], rows + lane * stride, count * sizeof(T));
       rows = edge[0];
       between = kWide;
+      if (gate) gates = std::copy_n(gates, count, edge_gate) - count;
     }
     Float<W> tile[W];
 #pragma GCC unroll 16
-    for (int lane = 0; lane < W; ++lane) tile[lane] = load_weights<W, Element>(rows + lane * between);
+    for (int lane = 0; lane < W; ++lane) tile[lane] = load_weights<W, Element>(rows + lane * between, gates);
     transpose<W>(tile);
     const int elements = (count + kDepth<Element> - 1) / kDepth<Element>;
 #pragma GCC unroll 16
@@ -120,22 +125,17 @@ EFFNET_INLINE void pack(const T* weight, int64_t stride, int depth, int channels
 
 // --- rows ------------------------------------------------------------------------------------------------------------------
 
-// Inputs [start, start + depth) of the rows from `first` on, as Elements, times the gates of the images that they belong to.
-template <int W, typename T, typename Element>
-EFFNET_INLINE void gate_rows(const Params& p, int64_t first, int rows, int start, int depth, Element* output, int pitch) {
-  using namespace simd;
-  for (int r = 0; r < rows; ++r, output += pitch) {
-    const T* x = static_cast<const T*>(p.x) + (first + r) * p.in_channels + start;
-    const float* gate = p.gate ? p.gate + (first + r) / p.pixels * p.in_channels + start : nullptr;
-    if constexpr (std::is_same_v<Element, float>) {
-      int i = 0;
-      for (; i + W <= depth; i += W) store<W>(output + i, gate ? load<W>(x + i) * load<W>(gate + i) : load<W>(x + i));
-      for (; i < depth; ++i) output[i] = gate ? to_float(x[i]) * gate[i] : to_float(x[i]);
-    } else {
-      copy_pairs(x, gate, depth, output);
-    }
-  }
+// Inputs [start, start + depth) of a row, as Elements, times the gates if there are any.
+template <int W, typename T> EFFNET_INLINE void copy_row(const T* x, const float* gate, int depth, float* output) {
+  int i = 0;
+  for (; i + W <= depth; i += W) simd::store<W>(output + i, load_gated<W>(x + i, gate ? gate + i : nullptr));
+  for (; i < depth; ++i) output[i] = gate ? to_float(x[i]) * gate[i] : to_float(x[i]);
 }
+#if defined(__x86_64__)
+template <int W> EFFNET_INLINE void copy_row(const bf16* x, const float* gate, int depth, Pair* output) {
+  copy_pairs(x, gate, depth, output);
+}
+#endif
 
 template <typename Element> struct Rows {
   const Element* at;
@@ -281,9 +281,9 @@ float* scratch(size_t floats) {
 
 constexpr int panel_vectors(int left) { return left == 1 || left == 3 ? left : 2; }
 
-// The panels of `count` vectors of channels from `first` on, up to `last`, packed one after another.
-template <int W, typename Element>
-EFFNET_INLINE void pack_group(const Params& p, const Slice& slice, int first, int last, int count, Element* packed) {
+// The panels of `count` vectors of channels from `first` on, up to `last`, packed one after another. The gate is that of the slice.
+template <int W, typename Element> EFFNET_INLINE void pack_group(const Params& p, const Slice& slice, const float* gate, int first,
+                                                                 int last, int count, Element* packed) {
   for (int v = 0, panel = 0; v < count; v += panel) {
     panel = panel_vectors(count - v);
     for (int k = v; k < v + panel; ++k) {
@@ -291,21 +291,35 @@ EFFNET_INLINE void pack_group(const Params& p, const Slice& slice, int first, in
       Element* target = packed + int64_t(v) * W * slice.elements + (k - v) * W;
       const int64_t at = int64_t(channel) * in + slice.start;
       switch (p.weight_dtype) {
-        case DType::fp32: pack<W>(static_cast<const float*>(p.weight) + at, in, depth, channels, target, panel * W); break;
-        case DType::bf16: pack<W>(static_cast<const bf16*>(p.weight) + at, in, depth, channels, target, panel * W); break;
-        case DType::fp16: pack<W>(static_cast<const fp16*>(p.weight) + at, in, depth, channels, target, panel * W); break;
+        case DType::fp32: pack<W>(static_cast<const float*>(p.weight) + at, in, gate, depth, channels, target, panel * W); break;
+        case DType::bf16: pack<W>(static_cast<const bf16*>(p.weight) + at, in, gate, depth, channels, target, panel * W); break;
+        case DType::fp16: pack<W>(static_cast<const fp16*>(p.weight) + at, in, gate, depth, channels, target, panel * W); break;
       }
     }
   }
 }
 
+// Elements in a slice of the input channels.
+int slice_of(int elements) {
+  const int slices = (elements - 1) / kSlice + 1;
+  return slices == 1 ? elements : ((elements - 1) / slices / kChunk + 1) * kChunk;
+}
+
+// Whether gates are multiplied into the weights, which are then packed anew for each image, and not into copies of the rows. It
+// changes what is rounded, so that neither the threads nor the batch may matter to it.
+bool gates_weights(const Params& p, int element_depth) {
+  const int group = std::min(p.out_channels, kPacked / slice_of((p.in_channels - 1) / element_depth + 1));
+  return p.gate && group * kPackCost <= double(p.pixels) * kPrologueCost;
+}
+
 template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const Part& part) {
   const Params& p = *part.params;
   const int vectors = (part.last_channel - part.first_channel + W - 1) / W;
-  const int elements = (p.in_channels - 1) / kDepth<Element> + 1, slices = (elements - 1) / kSlice + 1;
-  const int slice_elements = slices == 1 ? elements : ((elements - 1) / slices / kChunk + 1) * kChunk;
+  const int elements = (p.in_channels - 1) / kDepth<Element> + 1, slice_elements = slice_of(elements);
+  const int slices = (elements - 1) / slice_elements + 1;
   const int groups = (vectors - 1) / std::max(2, kPacked / slice_elements / W) + 1, most = (vectors - 1) / groups + 1;
-  const bool copies = p.gate || sizeof(T) * kDepth<Element> != sizeof(Element) || p.in_channels % kDepth<Element> != 0;
+  const bool is_elements = sizeof(T) * kDepth<Element> == sizeof(Element) && p.in_channels % kDepth<Element> == 0;
+  const bool into_weights = is_elements && gates_weights(p, kDepth<Element>), copies = !is_elements || (p.gate && !into_weights);
   const int pitch =
       ((slice_elements + 15) / 16 | 1) * 16;  // an odd number of lines: the block's rows fall into different sets of L1
   const int64_t most_rows = std::min<int64_t>(slices == 1 ? INT64_MAX : kPartialRows, part.last_row - part.first_row);
@@ -315,8 +329,9 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
   Element *packed = reinterpret_cast<Element*>(partial + partial_size), *block = packed + int64_t(most) * W * slice_elements;
 
   const Norm norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_variance, p.norm_epsilon, p.norm_dtype};
-  for (int64_t top = part.first_row; top < part.last_row; top += most_rows) {
-    const int64_t bottom = std::min(part.last_row, top + most_rows);
+  for (int64_t top = part.first_row, bottom; top < part.last_row; top = bottom) {
+    const int64_t image = top / p.pixels;
+    bottom = std::min({part.last_row, top + most_rows, into_weights ? (image + 1) * p.pixels : INT64_MAX});
     for (int begin = 0; begin < vectors; begin += most) {
       const int count = std::min(most, vectors - begin), first = part.first_channel + begin * W;
       const int last = std::min(part.last_channel, first + count * W);
@@ -325,12 +340,17 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
       for (int start = 0; start < elements; start += slice_elements) {
         Slice slice{start * kDepth<Element>, 0, std::min(slice_elements, elements - start)};
         slice.depth = std::min(slice.elements * kDepth<Element>, p.in_channels - slice.start);
-        pack_group<W>(p, slice, first, last, count, packed);
+        const float* gate = into_weights ? p.gate + image * p.in_channels + slice.start : nullptr;
+        pack_group<W>(p, slice, gate, first, last, count, packed);
         for (int64_t row = top; row < bottom; row += kBlock) {
           const int rows = int(std::min<int64_t>(kBlock, bottom - row));
           Rows<Element> x{block, pitch};
           if (copies) {
-            gate_rows<W, T>(p, row, rows, slice.start, slice.depth, block, pitch);
+            for (int r = 0; r < rows; ++r) {
+              const float* gates = p.gate ? p.gate + (row + r) / p.pixels * p.in_channels + slice.start : nullptr;
+              copy_row<W>(static_cast<const T*>(p.x) + (row + r) * p.in_channels + slice.start, gates, slice.depth,
+                          block + int64_t(r) * pitch);
+            }
           } else {
             x = {static_cast<const Element*>(p.x) + row * elements + start, elements};
           }
@@ -373,10 +393,11 @@ Split split_work(const Params& p, int threads) {
   const int64_t width = simd::width(), vectors = (p.out_channels + width - 1) / width;
   Split best{1, 1};
   double least = INFINITY;
+  const bool gates_rows = p.gate && !gates_weights(p, 1);
   for (int64_t by_channels = 1; by_channels <= std::min<int64_t>(threads, vectors); ++by_channels) {
     const int64_t by_rows = std::min(threads / by_channels, (p.rows + kBlock / 2 - 1) / (kBlock / 2));
     const double mine = double((vectors - 1) / by_channels + 1), rows = double((p.rows - 1) / by_rows + 1);
-    const double cost = mine * double(width) * kPackCost + rows * (mine + (p.gate ? kPrologueCost : 0.));
+    const double cost = mine * double(width) * kPackCost + rows * (mine + (gates_rows ? kPrologueCost : 0.));
     if (cost < least) {
       least = cost;
       best = {by_rows, by_channels};
