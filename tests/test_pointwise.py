@@ -297,16 +297,22 @@ def test_bf16_goes_to_onednn_where_there_are_matrix_tiles(monkeypatch):
         assert trace[0].backend == ("reference" if dtype == torch.bfloat16 else "native")
 
 
-def test_gates_over_many_small_images_and_channels_go_to_onednn():
-    for images, side, dtype, backend in (
-        (15, 8, torch.float32, "native"),
-        (16, 8, torch.float32, "reference"),
-        (16, 8, torch.float16, "native"),
-        (8, 12, torch.float32, "native"),
-    ):
-        x, weight, *norm, gate, residual, activation = arguments(images, 960, 256, side, side, dtype=dtype)
-        with backends.tracing() as trace:
-            ops.pointwise_conv_bn_act(x, weight, ops.Norm(*norm), gate=gate, residual=residual, activation=activation)
-        assert trace[0].backend == backend
-        told = trace[0].refused.get("native") == "gates over many small images and many channels: oneDNN is faster"
-        assert told == (backend == "reference")
+@pytest.mark.parametrize(
+    ("images", "side", "channels", "dtype", "backend"),
+    [
+        (15, 8, 960, torch.float32, "native"),
+        (16, 8, 960, torch.float32, "reference"),
+        (16, 8, 960, torch.bfloat16, "native"),
+        (16, 8, 1600, torch.bfloat16, "reference"),
+        (16, 8, 1600, torch.float16, "native"),
+        (8, 12, 960, torch.float32, "native"),
+    ],
+)
+def test_gates_over_many_rows_and_channels_go_to_onednn(images, side, channels, dtype, backend, monkeypatch):
+    monkeypatch.setattr(pointwise, "MATRIX_TILES", False)
+    x, weight, *norm, gate, residual, activation = arguments(images, channels, 256, side, side, dtype=dtype)
+    with backends.tracing() as trace:
+        ops.pointwise_conv_bn_act(x, weight, ops.Norm(*norm), gate=gate, residual=residual, activation=activation)
+    assert trace[0].backend == backend
+    told = trace[0].refused.get("native") == "a gate over many rows and channels: oneDNN is faster"
+    assert told == (backend == "reference")
