@@ -114,7 +114,10 @@ EFFNET_INLINE void pack(const T* weight, int64_t stride, const float* gate, int 
       for (int lane = 0; lane < channels; ++lane) memcpy(edge[lane], rows + lane * stride, count * sizeof(T));
       rows = edge[0];
       between = kWide;
-      if (gate) gates = std::copy_n(gates, count, edge_gate) - count;
+      if (gate) {
+        std::copy_n(gates, count, edge_gate);
+        gates = edge_gate;
+      }
     }
     Float<W> tile[W];
 #pragma GCC unroll 16
