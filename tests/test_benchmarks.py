@@ -244,7 +244,7 @@ def modelled(net, op, dtype="bf16", batch=128, counts=COUNTS, on=H200):
 
 def test_the_model_gives_the_figures_of_the_depthwise_kernels_note():
     note = (ROOT / "csrc" / "depthwise" / "forward.cuh").read_text()
-    stated = re.search(r"batch of 128 bf16 images run at (\d+) % \(B0\) and (\d+) % \(B5\)", note)
+    stated = re.search(r"batch of 128 bf16 images runs at (\d+) % \(B0\) and (\d+) % \(B5\)", note)
     for net, percent in zip(("b0", "b5"), stated.groups(), strict=True):
         shares = [row.elements * 128 * 2 / H200.copy / time.seconds for row, time in modelled(net, "depthwise_conv_bn_act")]
         assert run.geomean(shares) == pytest.approx(int(percent) / 100, abs=0.005)
