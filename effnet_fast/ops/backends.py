@@ -75,7 +75,7 @@ def choose(op: str, x: torch.Tensor, unsupported: str | None = None) -> Kernel:
     Raises RuntimeError where the asked-for backend cannot run and the request was strict.
     """
     kernels = _KERNELS[op]
-    if _STATE.requested is None and _STATE.trace is None:
+    if _STATE.requested is None and _STATE.trace is None:  # nobody asks for the reasons, and every call comes here
         for kernel in kernels:
             if kernel.backend == "reference" or (unsupported is None and kernel.can_run(x) is None):
                 return kernel

@@ -92,6 +92,12 @@ def check_no_gradient(op: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(f"{op}: it has no gradient; torch.no_grad() or the modules of effnet_fast.nn, which train, would do")
 
 
+def either(dtypes: tuple[torch.dtype, ...]) -> str:
+    """Their names, for a sentence that says what would do."""
+    *others, last = map(str, dtypes)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def check_tensor(
     op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
@@ -99,7 +105,7 @@ def check_tensor(
     if tensor.shape != shape:
         raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}; {shape} would do")
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{op}: {name} is {tensor.dtype}; {' or '.join(map(str, dtypes))} would do")
+        raise TypeError(f"{op}: {name} is {tensor.dtype}; {either(dtypes)} would do")
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}; {device}, where the first argument is, would do")
 
@@ -144,7 +150,7 @@ def check_conv(
     if channels < 1 or height < 1 or width < 1:
         raise ValueError(f"{op}: x is {tuple(shape)}; [N, C, H, W] with C, H and W >= 1 would do")
     if dtype not in DTYPES:
-        raise TypeError(f"{op}: x is {dtype}; {' or '.join(map(str, DTYPES))} would do")
+        raise TypeError(f"{op}: x is {dtype}; {either(DTYPES)} would do")
 
     shape = weight.shape
     if len(shape) != 4 or 0 in shape:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effnet_fast.ops.common import either
 from effnet_fast.ops.library import NAMESPACE, implement
 
 #: Why triton cannot be used, in one sentence; None if it is installed.
@@ -44,7 +45,7 @@ def register(name: str, check: Callable[..., Any], allocate: Callable[..., Any])
     def check_all(first_argument: Tensor, *others: Any) -> None:
         check(first_argument, *others)
         if first_argument.dtype not in DTYPES:
-            raise TypeError(f"{name}: {first} is {first_argument.dtype}; {' or '.join(map(str, DTYPES))} would do for Triton")
+            raise TypeError(f"{name}: {first} is {first_argument.dtype}; {either(DTYPES)} would do for Triton")
 
     def launch(args: tuple[Any, ...], out: dict[str, Tensor]) -> None:
         importlib.import_module(module).launch(*args, **out)

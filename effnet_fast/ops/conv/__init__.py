@@ -67,7 +67,8 @@ def conv_bn_act(
     """``activation(norm(conv(x))) + residual``, one group.
 
     x         [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
-    weight    [K, C, k, k]
+    weight    [K, C, k, k], of any of these dtypes (used in x's)
+    norm      [K] each, of any of these dtypes, all alike
     padding   (top, bottom, left, right), zeros
     residual  [N, K, H', W'] in x's dtype
     returns   [N, K, H', W'] channels_last in x's dtype

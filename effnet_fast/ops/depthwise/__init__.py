@@ -95,6 +95,7 @@ def depthwise_conv_bn_act(
 
     x        [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
     weight   [C, 1, k, k], of any of these dtypes (used in x's)
+    norm     [C] each, of any of these dtypes, all alike
     padding  (top, bottom, left, right), zeros, need not be symmetric
     returns  y [N, C, H', W'] channels_last in x's dtype; partial [N, P, C] fp32: sums of the stored y over P disjoint pieces of
              the image that cover it (P = 0 without ``squeeze``); the kernel that runs chooses P

@@ -70,8 +70,9 @@ def pointwise_conv_bn_act(
     """``activation(norm(conv1x1(x * gate))) + residual``: the expand, project and head convolutions.
 
     x         [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
-    weight    [K, C, 1, 1]
-    gate      [N, C] fp32, from squeeze_excite_gate
+    weight    [K, C, 1, 1], of any of these dtypes (used in x's)
+    norm      [K] each, of any of these dtypes, all alike
+    gate      [N, C] fp32 (fp64 beside fp64), from squeeze_excite_gate
     residual  [N, K, H, W] in x's dtype
     returns   [N, K, H, W] channels_last in x's dtype
 

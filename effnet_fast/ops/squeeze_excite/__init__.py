@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends, native, triton_backend
-from effnet_fast.ops.common import DTYPES, check_activation, check_integer, check_no_gradient, check_tensor
+from effnet_fast.ops.common import DTYPES, check_activation, check_integer, check_no_gradient, check_tensor, either
 from effnet_fast.ops.library import define
 from effnet_fast.ops.squeeze_excite import reference
 
 NAME = "squeeze_excite_gate"
-SUMS = (torch.float32, torch.float64)
+SUMS = (torch.float32, torch.float64)  # what partial sums are kept in
 
 
 def _check(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation):
@@ -20,7 +20,7 @@ def _check(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bia
         raise ValueError(f"{NAME}: partial is {tuple(partial.shape)}; [N, P, C] with P and C >= 1 would do")
     channels, device = partial.shape[2], partial.device
     if partial.dtype not in SUMS:
-        raise TypeError(f"{NAME}: partial is {partial.dtype}; torch.float32 or torch.float64 would do")
+        raise TypeError(f"{NAME}: partial is {partial.dtype}; {either(SUMS)} would do")
     check_integer(NAME, "count", count, 1)
     if reduce_weight.dim() != 4 or reduce_weight.shape[0] < 1:
         raise ValueError(f"{NAME}: reduce_weight is {tuple(reduce_weight.shape)}; [R, {channels}, 1, 1] with R >= 1 would do")
