@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+CPU = torch.device("cpu")
 MINIMUM_TORCH = (2, 11)  # the stable-ABI version that setup.py compiles for
 
 
@@ -48,10 +49,11 @@ def why_not(x: torch.Tensor, cuda: bool = False) -> str | None:
     """``can_run`` of the k x k convolutions' native kernels, which are for the CPU and, with ``cuda``, for CUDA."""
     if REASON is not None:
         return REASON
-    if cuda and x.device.type == "cuda" and not CUDA_KERNELS:
-        return "the compiled module was built without CUDA kernels"
-    if x.device.type != "cpu" and not (cuda and x.device.type == "cuda"):
-        return f"no native kernel for device {x.device.type!r}"
+    if x.device != CPU:
+        if not (cuda and x.is_cuda):
+            return f"no native kernel for device {x.device.type!r}"
+        if not CUDA_KERNELS:
+            return "the compiled module was built without CUDA kernels"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"x is {x.dtype}; the native kernel takes float32, bfloat16 and float16"
     return None
