@@ -211,9 +211,11 @@ void run(const Task& t, int width) {
 void forward_cpu(const ForwardParams& p) {
   const int bands = p.pieces ? p.pieces : std::max(1, p.out_height / kRowsPerBand);
   const int64_t items = p.batch * bands, threads = thread_count();
-  // Vectors of channels, the last with what is left over. As many groups of them as make the tasks divide among the threads.
+  // Vectors of channels, the last with what is left over. Small images are shared out by groups of them, so that no two threads
+  // pack the same weights; of larger ones there are as many groups as make the tasks divide among the threads.
   const int width = simd::width_for(p.channels), vectors = p.channels / width;
-  const int64_t groups = items >= 8 * threads ? 1 : std::min<int64_t>(vectors, threads / std::gcd(items, threads));
+  const int64_t most = items < 4 * threads ? threads : items < 8 * threads ? threads / std::gcd(items, threads) : 1;
+  const int64_t groups = std::min<int64_t>(vectors, most);
   const int64_t work =
       int64_t(p.out_height) * p.out_width * p.channels / (bands * groups) * (p.kernel * p.kernel + kActivationCost);
   parallel_for(groups * items, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
