@@ -38,7 +38,7 @@ class Buffer {
 py::array_t<float> squeeze_excite_gate(const py::array& partial, int count, const py::array& reduce_weight,
                                        const std::optional<py::array>& reduce_bias, const py::array& expand_weight,
                                        const std::optional<py::array>& expand_bias, int activation, int dtype, int multiprocessors,
-                                       unsigned seed, int misalign) {
+                                       int largest_cluster, unsigned seed, int misalign) {
   const Buffer sums(partial, misalign), reduce(reduce_weight, misalign), expand(expand_weight, misalign);
   const auto optional = [&](const std::optional<py::array>& a) {
     return a ? std::optional<Buffer>(std::in_place, *a, misalign) : std::nullopt;
@@ -53,18 +53,16 @@ py::array_t<float> squeeze_excite_gate(const py::array& partial, int count, cons
   p.count = float(count);
   p.activation = Activation(activation);
   p.dtype = DType(dtype);
-  const Buffer hidden(sizeof(float) * p.batch * p.reduced, 0), gate(sizeof(float) * p.batch * p.channels, 0);
+  const Buffer gate(sizeof(float) * p.batch * p.channels, 0);
   p.partial = reinterpret_cast<const float*>(sums.data());
   p.reduce_weight = reduce.data();
   p.reduce_bias = reduce_shift ? reduce_shift->data() : nullptr;
   p.expand_weight = expand.data();
   p.expand_bias = expand_shift ? expand_shift->data() : nullptr;
-  p.hidden = reinterpret_cast<float*>(hidden.data());
   p.gate = reinterpret_cast<float*>(gate.data());
-  std::fill_n(p.hidden, p.batch * p.reduced, NAN);
   std::fill_n(p.gate, p.batch * p.channels, NAN);
   if (multiprocessors > 0) {
-    emulated::squeeze_excite_gate(p, multiprocessors, seed);
+    emulated::squeeze_excite_gate(p, multiprocessors, largest_cluster, seed);
   } else {
     emulated::squeeze_excite_gate_cpu(p);
   }
