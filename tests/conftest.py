@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 SHIM = str(Path(__file__).parent / "shim")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SHIM, os.environ.get("PYTHONPATH"))))
@@ -24,3 +28,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(scope="module")
+def b0() -> torch.nn.Module:
+    """EfficientNet-B0 of five classes, for tests that leave it as it is."""
+    from effnet_fast.models import create_model
+
+    return create_model("efficientnet_b0", num_classes=5).eval()
+
+
+@pytest.fixture
+def saved(b0: torch.nn.Module, tmp_path: Path) -> Path:
+    """A file of ``b0``'s bare state dict."""
+    import torch
+
+    torch.save(b0.state_dict(), tmp_path / "b0.pth")
+    return tmp_path / "b0.pth"

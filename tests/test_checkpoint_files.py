@@ -17,6 +17,7 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
+from states import same
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -26,23 +27,8 @@ from effnet_fast.weights import files
 from effnet_fast.weights.preprocessing import Preprocessing
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in state.items()}
-
-
-@pytest.fixture(scope="module")
-def b0() -> nn.Module:
-    return create_model("efficientnet_b0", num_classes=5).eval()
-
-
-@pytest.fixture
-def saved(b0: nn.Module, tmp_path: Path) -> Path:
-    torch.save(b0.state_dict(), tmp_path / "b0.pth")
-    return tmp_path / "b0.pth"
 
 
 # --- what a file may be wrapped in

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from states import same
 
 from effnet_fast.cli import COMMANDS, demo, digits, main
 from effnet_fast.cli.model import add_model_arguments, load_model
@@ -291,7 +292,7 @@ def test_convert_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["convert", str(there), str(back), "--layout", "timm"]) == 0
     assert "efficientnet_b0 (symmetric padding, batch norm eps 1e-05)" in capsys.readouterr().out
     before, after = read("pets.pth").state_dict, read(back).state_dict
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert same(before, after)
 
 
 def test_force_and_averaged_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -432,6 +433,20 @@ def test_a_reader_that_goes_away_and_an_interrupt_are_quiet(folder: Path) -> Non
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "effnet_fast"], ["-c", "import sys; from effnet_fast.cli import main; sys.exit(main())"]]
+)
+def test_an_interrupt_while_torch_is_loading_is_quiet(command: list[str], tmp_path: Path) -> None:
+    """As is one that comes before: neither the package nor the command's help needs torch."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ["PYTHONPATH"]))}
+    for arguments, code in ((["doctor"], 130), (["predict", "a.pth", "a.png"], 130), (["--version"], 0), (["--help"], 0)):
+        result = subprocess.run(
+            [sys.executable, *command, *arguments], capture_output=True, text=True, env=environment, timeout=300
+        )
+        assert (result.returncode, result.stderr) == (code, "") and bool(result.stdout) == (code == 0)
 
 
 def test_the_demo_keeps_its_promise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import cases  # noqa: F401  (the table imports the family: a broken row fails here first)
 import pytest
@@ -11,11 +13,12 @@ import torch
 from tolerance import assert_2x, largest
 
 import effnet_fast
+from effnet_fast import ops
 from effnet_fast.benchmark import calibrate, images
 from effnet_fast.models import FAMILY, create_model, efficientnet, list_models
 from effnet_fast.nn import MBConv
 from effnet_fast.nn.fused import FusedBlock
-from effnet_fast.ops import triton_backend
+from effnet_fast.ops import backends, triton_backend
 from effnet_fast.scaling.law import CompoundScaling
 
 IN_TIMM = [name for name in FAMILY if not name.startswith("efficientnetv2_b")]
@@ -372,6 +375,36 @@ def test_any_input(name):
         assert not shape[0] or largest(reference) > 1e-2, "the comparison would be vacuous"
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_stem_takes_either_layout_as_it_is(backend, monkeypatch):
+    """No copy of the image comes before the fused stem; its output is channels_last, as are all that follow."""
+    reason = backends.reasons()[backend]["conv_bn_act"]
+    if reason is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model, given = create_model("efficientnet_b0").eval(), []
+    fused = ops.conv_bn_act
+    monkeypatch.setattr(ops, "conv_bn_act", lambda x, *args, **kwargs: given.append(x) or fused(x, *args, **kwargs))
+    x = images(2, (33, 32))
+    with torch.no_grad(), effnet_fast.backend(backend, strict=True):
+        stems = [model.forward_stem(view) for view in (x, x.contiguous(memory_format=torch.channels_last), x[:, :, 1:])]
+    assert given[0] is x and len(given) == 3
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in stems)
+    torch.testing.assert_close(stems[0], stems[1])
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0"])
+@pytest.mark.parametrize("act", [torch.nn.SiLU, torch.nn.PReLU])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_stem_and_head_are_channels_last_in_every_case(training, act, name):
+    model = create_model(name, act_layer=act).train(training)
+    for x in (torch.randn(2, 3, 33, 32), torch.randn(2, 33, 32, 3).permute(0, 3, 1, 2)):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                assert model.forward_stem(x).is_contiguous(memory_format=torch.channels_last)
+                assert model.forward_features(x).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_one_builder_serves_table_and_law():
     law, table = CompoundScaling().at(0).config, FAMILY["efficientnet_b0"]
     assert law.stages == table.stages and law.resolution == table.resolution
@@ -489,3 +522,20 @@ def test_list_models():
     with torch.device("meta"):
         model = effnet_fast.efficientnet_b5(num_classes=10)
     assert model.config.resolution == 456 and model.classifier.out_features == 10
+
+
+def test_public_names():
+    """Each is there, and listed, before anything has been imported; torch comes with the first of them."""
+    code = """
+import sys, effnet_fast
+assert "torch" not in sys.modules
+assert set(effnet_fast.__all__) | {"ops", "weights", "__version__"} <= set(dir(effnet_fast))
+assert effnet_fast.weights.SOURCES and effnet_fast.ops.backend is effnet_fast.backend
+for name in effnet_fast.__all__:
+    assert getattr(effnet_fast, name).__name__ == name
+from effnet_fast import *
+assert create_model is effnet_fast.create_model
+assert not hasattr(effnet_fast, "efficientnet_b8")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tolerance import assert_2x
 
+import effnet_fast
 from effnet_fast.ops import native, squeeze_excite
 
 pytestmark = pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON))
@@ -187,8 +193,53 @@ def test_reason(monkeypatch, version, error, reason):
 
     monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setattr(native.importlib, "import_module", import_module)
-    text, cuda = native._load()
-    assert re.search(reason, text) and not cuda
+    text, module = native._load()
+    assert re.search(reason, text) and module is None
+
+
+@pytest.mark.parametrize(
+    ("text", "replacement"),
+    [
+        ('NAME = "squeeze_excite_gate"', 'NAME = "squeeze_excite_gates"'),  # and the module registers kernels of an op that is not
+        ('"Tensor partial, SymInt count,', '"Tensor partial, float count,'),
+    ],
+    ids=["another op", "another argument"],
+)
+def test_a_module_of_other_sources_is_not_used(text, replacement, tmp_path):
+    """The very module that is built here, beside a package whose op has changed since: the reference runs, and doctor says why."""
+    copy = shutil.copytree(
+        Path(effnet_fast.__file__).parent, tmp_path / "effnet_fast", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    source = copy / "ops" / "squeeze_excite" / "__init__.py"
+    assert text in source.read_text() and "effnet_fast.squeeze_excite_gate." in source.read_text()
+    changed = source.read_text().replace(text, replacement)
+    if "gates" in replacement:
+        changed = changed.replace("effnet_fast.squeeze_excite_gate.", "effnet_fast.squeeze_excite_gates.")
+    source.write_text(changed)
+    code = """
+import torch, effnet_fast
+from effnet_fast.cli import main
+model, x = effnet_fast.create_model("efficientnet_b0", num_classes=2).eval(), torch.randn(1, 3, 32, 32)
+with torch.no_grad():
+    assert model(x).isfinite().all()
+print(*(choice.backend for block in effnet_fast.explain(model, x) for choice in block.ops))
+main(["doctor"])
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ["PYTHONPATH"]))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+    ran, told = done.stdout.split("\n", 1)
+    assert set(ran.split()) == {"reference"}
+    reason = re.search("compiled module +(.*)", told)[1]
+    assert "was built from other sources than this package (squeeze_excite_gate" in reason and "building it again" in reason
+    assert f"[1] {reason}" in told and not done.stderr
+
+
+def test_a_module_that_does_not_say_its_schemas_is_not_used(monkeypatch):
+    """One that was built before modules said them."""
+    monkeypatch.setattr(native, "_MODULE", SimpleNamespace(CUDA_KERNELS=0))
+    monkeypatch.setattr(native, "REASON", None)
+    native.require("an_op(Tensor x) -> (Tensor y)")
+    assert "(an_op differs)" in native.REASON
 
 
 def test_module_is_loaded():

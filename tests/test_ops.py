@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cases
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tolerance import assert_2x, largest
 
 import effnet_fast
 from effnet_fast import ops
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, native
 
 OPS = torch.ops.effnet_fast
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -194,6 +196,32 @@ def test_out_forms_write_what_the_op_returns(op):
             out_form(*args, **{**given, names[0]: torch.empty(1, 1)})
 
 
+def in_double(op: str, args: tuple, norms: bool) -> list:
+    """The weights and biases in float64, and the norm's vectors where asked for; the values stay the same."""
+    names = [argument.name for argument in getattr(OPS, op).reference._schema.arguments]
+    chosen = [name.endswith(("weight", "bias")) and not name.startswith("norm_") for name in names]
+    chosen = [one or (norms and name.startswith("norm_")) for one, name in zip(chosen, names, strict=True)]
+    return [wide(value) if one else value for one, value in zip(chosen, args, strict=True)]
+
+
+def check_parameters_in_double(op: str, backend: str, args: tuple) -> None:
+    """The reference takes a norm as PyTorch's batch norm does: not in float64 beside another x."""
+    run = getattr(getattr(OPS, op), backend)
+    for norms in (False, True) if backend != "reference" else (False,):
+        for made, expected in zip(outputs(run(*in_double(op, args, norms))), outputs(run(*args)), strict=True):
+            assert torch.equal(made, expected) and made.dtype == expected.dtype, backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", sorted(backends._KERNELS))
+def test_parameters_in_double_beside_another_x(op, dtype):
+    torch.manual_seed(0)
+    args = _example(op, dtype, 2)
+    # The processor may be one on which another backend is faster, but not one that the native kernel cannot run on.
+    for backend in ["reference"] if native.REASON is not None else ["native", "reference"]:
+        check_parameters_in_double(op, backend, args)
+
+
 def test_flop_formulas():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -250,6 +278,11 @@ BAD = [
 def test_bad_input(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+def test_a_compiled_module_that_is_there_is_used():
+    """Or the tests of its kernels would all be skipped where it only wants building again."""
+    assert native.REASON is None or list(Path(native.__file__).parent.parent.glob("_C*.so")) == [], native.REASON
 
 
 def test_backend_choice(monkeypatch):

@@ -34,17 +34,6 @@ from effnet_fast.weights.preprocessing import HALF, IMAGENET_MEAN, Preprocessing
 SIZE = (64, 64)
 
 
-@pytest.fixture(scope="module")
-def b0() -> nn.Module:
-    return create_model("efficientnet_b0", num_classes=5).eval()
-
-
-@pytest.fixture
-def saved(b0: nn.Module, tmp_path: Path) -> Path:
-    torch.save(b0.state_dict(), tmp_path / "b0.pth")
-    return tmp_path / "b0.pth"
-
-
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refused(*arguments: Any, **settings: Any) -> None:
         raise urllib.error.URLError("no network in tests")

@@ -104,7 +104,7 @@ def test_importing_the_package_leaves_triton_alone():
 import sys
 import torch.utils.flop_counter
 before = set(sys.modules)
-import effnet_fast
+from effnet_fast import *
 new = set(sys.modules) - before
 print(*(name for name in new if name in ("triton", "torch._dynamo") or name.endswith((".triton", ".triton_common"))))
 """

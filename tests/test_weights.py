@@ -14,7 +14,8 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from states import same
+from torch import nn
 
 from effnet_fast import weights
 from effnet_fast.benchmark import calibrate, images
@@ -23,25 +24,6 @@ from effnet_fast.weights.layouts import LAYOUTS, key_map
 from effnet_fast.weights.preprocessing import HALF, Preprocessing
 
 SIZE = (64, 64)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in state.items()}
-
-
-@pytest.fixture(scope="module")
-def b0() -> nn.Module:
-    return create_model("efficientnet_b0", num_classes=5).eval()
-
-
-@pytest.fixture
-def saved(b0: nn.Module, tmp_path: Path) -> Path:
-    torch.save(b0.state_dict(), tmp_path / "b0.pth")
-    return tmp_path / "b0.pth"
 
 
 # --- peers' weights give peers' logits

@@ -8,7 +8,7 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
-from test_ops import DTYPES, norm, outputs, plain_conv, strided, wide
+from test_ops import DTYPES, check_parameters_in_double, norm, outputs, plain_conv, strided, wide
 from tolerance import assert_2x, largest
 
 import effnet_fast
@@ -204,6 +204,12 @@ def test_both_forms_are_registered(op):
             if bad.shape != given[name].shape or bad.dtype != given[name].dtype or bad.stride() != given[name].stride():
                 with pytest.raises(ValueError, match=name):
                     out_form(*args, **{**given, name: bad})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", sorted(backends._KERNELS))
+def test_parameters_in_double_beside_another_x(op, dtype):
+    check_parameters_in_double(op, "triton", example(op, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

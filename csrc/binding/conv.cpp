@@ -22,35 +22,10 @@ void conv_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_
     added = as_channels_last(*residual);
   }
   const ConvTensors t = conv_tensors(kConv, x, weight, {norm_weight, norm_bias, norm_mean, norm_var, norm_eps});
-  conv::Params p{};
-  p.x = x.const_data_ptr();
-  p.weight = t.weight.const_data_ptr();
-  p.norm_weight = data_or_null(t.norm.weight);
-  p.norm_bias = data_or_null(t.norm.bias);
-  p.norm_mean = t.norm.mean.const_data_ptr();
-  p.norm_var = t.norm.var.const_data_ptr();
-  p.residual = data_or_null(added);
-  p.y = y.mutable_data_ptr();
-  p.batch = x.size(0);
-  p.x_image = x.stride(0);
+  auto p = conv_params<conv::Params>(kConv, x, t, stride, padding, activation, shape, y);
   p.x_channel = x.stride(1);
-  p.x_row = x.stride(2);
-  p.x_pixel = x.stride(3);
   p.in_channels = int(x.size(1));
-  p.channels = int(shape.out_channels);
-  p.height = int(x.size(2));
-  p.width = int(x.size(3));
-  p.out_height = shape.out_height;
-  p.out_width = shape.out_width;
-  p.kernel = shape.kernel;
-  p.stride = int(stride);
-  p.pad_top = int(padding[0]);
-  p.pad_left = int(padding[2]);
-  p.eps = float(norm_eps);
-  p.activation = activation_of(kConv, activation);
-  p.dtype = dtype_of(kConv, "x", x);
-  p.weight_dtype = t.weight_dtype;
-  p.norm_dtype = t.norm_dtype;
+  p.residual = data_or_null(added);
   if (p.batch > 0) conv::conv_cpu(p);
 }
 

@@ -89,24 +89,59 @@ struct ConvTensors {
 inline ConvTensors conv_tensors(const char* op, const Tensor& x, const Tensor& weight, const NormTensors& norm) {
   const auto read = [&](const char* name, const Tensor& t) {
     check_same_device(op, name, t, x);
-    return as_contiguous(t);
+    return as_parameter(t);
   };
+  const Tensor taps = read("weight", weight), mean = read("norm_mean", norm.mean);
   const auto read_vector = [&](const char* name, const Tensor& t) {
     check_shape(op, name, t, {weight.size(0)});
-    check(t.scalar_type() == norm.mean.scalar_type(), op, ": ", name, " must have the dtype of norm_mean");
-    return read(name, t);
+    Tensor vector = read(name, t);
+    check(vector.scalar_type() == mean.scalar_type(), op, ": ", name, " must have the dtype of norm_mean");
+    return vector;
   };
   const auto read_optional = [&](const char* name, const OptionalTensor& t) {
     return t ? OptionalTensor(read_vector(name, *t)) : std::nullopt;
   };
-  Tensor taps = read("weight", weight);
-  if (taps.scalar_type() == ScalarType::Double) taps = torch::stable::to(taps, ScalarType::Float);
-  const DType weight_dtype = dtype_of(op, "weight", taps), norm_dtype = dtype_of(op, "norm_mean", norm.mean);
-  NormTensors vectors{read_optional("norm_weight", norm.weight), read_optional("norm_bias", norm.bias),
-                      read_vector("norm_mean", norm.mean), read_vector("norm_var", norm.var), norm.eps};
-  return {std::move(taps), std::move(vectors), weight_dtype, norm_dtype};
+  check_shape(op, "norm_mean", mean, {weight.size(0)});
+  return {taps,
+          {read_optional("norm_weight", norm.weight), read_optional("norm_bias", norm.bias), mean,
+           read_vector("norm_var", norm.var), norm.eps},
+          dtype_of(op, "weight", taps),
+          dtype_of(op, "norm_mean", mean)};
 }
 
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// What the params of all k x k convolutions hold. They point into the tensors, which must live as long.
+template <typename Params> Params conv_params(const char* op, const Tensor& x, const ConvTensors& t, int64_t stride,
+                                              const std::vector<int64_t>& padding, const std::string& activation,
+                                              const ConvShape& shape, const Tensor& y) {
+  Params p{};
+  p.x = x.const_data_ptr();
+  p.weight = t.weight.const_data_ptr();
+  p.norm_weight = data_or_null(t.norm.weight);
+  p.norm_bias = data_or_null(t.norm.bias);
+  p.norm_mean = t.norm.mean.const_data_ptr();
+  p.norm_var = t.norm.var.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.batch = x.size(0);
+  p.x_image = x.stride(0);
+  p.x_row = x.stride(2);
+  p.x_pixel = x.stride(3);
+  p.channels = int(shape.out_channels);
+  p.height = int(x.size(2));
+  p.width = int(x.size(3));
+  p.out_height = shape.out_height;
+  p.out_width = shape.out_width;
+  p.kernel = shape.kernel;
+  p.stride = int(stride);
+  p.pad_top = int(padding[0]);
+  p.pad_left = int(padding[2]);
+  p.eps = float(t.norm.eps);
+  p.activation = activation_of(op, activation);
+  p.dtype = dtype_of(op, "x", x);
+  p.weight_dtype = t.weight_dtype;
+  p.norm_dtype = t.norm_dtype;
+  return p;
+}
 
 }  // namespace effnet_fast::binding

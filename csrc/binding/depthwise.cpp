@@ -26,34 +26,9 @@ template <typename Run> void write_depthwise(const Tensor& x, const Tensor& weig
 
   const Tensor input = x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
   const ConvTensors t = conv_tensors(kDepthwise, x, weight, norm);
-  depthwise::ForwardParams p{};
-  p.x = input.const_data_ptr();
-  p.weight = t.weight.const_data_ptr();
-  p.norm_weight = data_or_null(t.norm.weight);
-  p.norm_bias = data_or_null(t.norm.bias);
-  p.norm_mean = t.norm.mean.const_data_ptr();
-  p.norm_var = t.norm.var.const_data_ptr();
-  p.y = y.mutable_data_ptr();
+  auto p = conv_params<depthwise::ForwardParams>(kDepthwise, input, t, stride, padding, activation, shape, y);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  p.batch = x.size(0);
-  p.x_image = input.stride(0);
-  p.x_row = input.stride(2);
-  p.x_pixel = input.stride(3);
-  p.channels = int(x.size(1));
-  p.height = int(x.size(2));
-  p.width = int(x.size(3));
-  p.out_height = shape.out_height;
-  p.out_width = shape.out_width;
-  p.kernel = shape.kernel;
-  p.stride = int(stride);
-  p.pad_top = int(padding[0]);
-  p.pad_left = int(padding[2]);
   p.pieces = int(pieces);
-  p.eps = float(norm.eps);
-  p.activation = activation_of(kDepthwise, activation);
-  p.dtype = dtype_of(kDepthwise, "x", x);
-  p.weight_dtype = t.weight_dtype;
-  p.norm_dtype = t.norm_dtype;
   if (p.batch > 0) run(p, input, t.weight);
 }
 

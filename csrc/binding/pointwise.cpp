@@ -27,19 +27,9 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   pointwise::Params p{};
   p.dtype = dtype("x", x);
   check(p.dtype != DType::fp16, kPointwise, ": x must be float32 or bfloat16");
-  p.weight_dtype = dtype("weight", weight);
-  p.norm_dtype = dtype("norm_mean", norm_mean);
-  const auto read_norm = [&](const char* name, const Tensor& t) {
-    check(dtype(name, checked(name, t, {out})) == p.norm_dtype, kPointwise, ": ", name, " must have the dtype of norm_mean");
-    return as_contiguous(t);
-  };
-  const auto read_optional_norm = [&](const char* name, const OptionalTensor& t) {
-    return t ? OptionalTensor(read_norm(name, *t)) : std::nullopt;
-  };
-  const Tensor inputs = as_channels_last(x), weights = as_contiguous(checked("weight", weight, {out, in, 1, 1}));
-  const Tensor mean = read_norm("norm_mean", norm_mean), variance = read_norm("norm_var", norm_variance);
-  const OptionalTensor scale = read_optional_norm("norm_weight", norm_weight);
-  const OptionalTensor shift = read_optional_norm("norm_bias", norm_bias);
+  const Tensor inputs = as_channels_last(x);
+  const ConvTensors t = conv_tensors(kPointwise, x, checked("weight", weight, {out, in, 1, 1}),
+                                     {norm_weight, norm_bias, norm_mean, norm_variance, norm_epsilon});
   OptionalTensor gates, residuals;
   if (gate) {
     check(dtype("gate", *gate) == DType::fp32, kPointwise, ": gate must be float32");
@@ -53,11 +43,13 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   check(dtype("y", y) == p.dtype, kPointwise, ": y must have the dtype of x");
 
   p.x = inputs.const_data_ptr();
-  p.weight = weights.const_data_ptr();
-  p.norm_weight = data_or_null(scale);
-  p.norm_bias = data_or_null(shift);
-  p.norm_mean = mean.const_data_ptr();
-  p.norm_variance = variance.const_data_ptr();
+  p.weight = t.weight.const_data_ptr();
+  p.norm_weight = data_or_null(t.norm.weight);
+  p.norm_bias = data_or_null(t.norm.bias);
+  p.norm_mean = t.norm.mean.const_data_ptr();
+  p.norm_variance = t.norm.var.const_data_ptr();
+  p.weight_dtype = t.weight_dtype;
+  p.norm_dtype = t.norm_dtype;
   p.gate = static_cast<const float*>(data_or_null(gates));
   p.residual = data_or_null(residuals);
   p.y = y.mutable_data_ptr();

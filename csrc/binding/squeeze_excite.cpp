@@ -27,19 +27,23 @@ template <typename Run> void write_gate(const Tensor& partial, int64_t count, co
   check_same_device(kGate, "gate", gate, partial);
   check(gate.scalar_type() == ScalarType::Float && gate.is_contiguous(), kGate, ": gate must be contiguous float32");
 
-  const DType dtype = dtype_of(kGate, "reduce_weight", reduce_weight);
   const auto read = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
     check_shape(kGate, name, t, shape);
     check_same_device(kGate, name, t, partial);
-    check(dtype_of(kGate, name, t) == dtype, kGate, ": ", name, " must have the dtype of reduce_weight");
-    return as_contiguous(t);
-  };
-  const auto read_optional = [&](const char* name, const OptionalTensor& t, int64_t size) {
-    return t ? OptionalTensor(read(name, *t, {size})) : std::nullopt;
+    return as_parameter(t);
   };
   const Tensor sums = as_contiguous(partial);
   const Tensor reduce = read("reduce_weight", reduce_weight, {reduced, channels, 1, 1});
-  const Tensor expand = read("expand_weight", expand_weight, {channels, reduced, 1, 1});
+  const DType dtype = dtype_of(kGate, "reduce_weight", reduce);
+  const auto read_alike = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+    Tensor parameter = read(name, t, shape);
+    check(dtype_of(kGate, name, parameter) == dtype, kGate, ": ", name, " must have the dtype of reduce_weight");
+    return parameter;
+  };
+  const auto read_optional = [&](const char* name, const OptionalTensor& t, int64_t size) {
+    return t ? OptionalTensor(read_alike(name, *t, {size})) : std::nullopt;
+  };
+  const Tensor expand = read_alike("expand_weight", expand_weight, {channels, reduced, 1, 1});
   const OptionalTensor reduce_shift = read_optional("reduce_bias", reduce_bias, reduced);
   const OptionalTensor expand_shift = read_optional("expand_bias", expand_bias, channels);
 

@@ -69,6 +69,11 @@ inline Activation activation_of(const char* op, const std::string& name) {
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+// A weight, a bias or a norm's vector as the kernels read it. They compute in fp32 and have no fp64 form.
+inline Tensor as_parameter(const Tensor& t) {
+  return as_contiguous(t.scalar_type() == ScalarType::Double ? torch::stable::to(t, ScalarType::Float) : t);
+}
+
 // The current stream of torch on that CUDA device, a cudaStream_t.
 void* current_cuda_stream(int32_t device);
 

@@ -1,13 +1,13 @@
 // Depthwise convolution, norm, activation and the squeeze's sums on the CPU, channels_last.
 //
-// A vector holds W channels. One step computes kColumns neighbouring outputs of a row in registers, so that an input pixel is
+// A vector holds W channels. One step computes 7 neighbouring outputs of a row in registers, or 4, so that an input pixel is
 // loaded once for all the outputs it meets in that row; the sums stay in a register for a row. For an output of W channels that
-// is k*k multiply-adds, about k*k * 13/20 loads from L1 (5x5, stride 1), some 20 instructions of SiLU, one store. Memory sees x and
-// y once: 3x3 is bound by it where the image is large, 5x5 and small images by the multiply-adds.
+// is k*k multiply-adds, about k*k * 16/35 loads from L1 (5x5, stride 1), 18 instructions of SiLU with a division, one store. Memory
+// sees x and y once: 3x3 is bound by it where the image is large, 5x5 and small images by the multiply-adds.
 //
-// An image is cut into bands of rows, one for each piece of the squeeze. In a band kTile bytes of x, for one vector of channels,
-// are used up before the next vector's: they stay in L1 for the k rows that read them. A thread owns whole bands; where those do
-// not divide evenly among the threads, groups of vectors of channels are shared too. Neither changes a result.
+// An image is cut into bands of rows, one for each piece of the squeeze. In a band the rows that hold kTile bytes of x, for one
+// vector of channels, are used up before the next vector's: the k rows under the kernel stay in L1. A thread owns whole bands; where
+// those do not divide evenly among the threads, groups of vectors of channels are shared too. Neither changes a result.
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
@@ -21,8 +21,8 @@
 namespace effnet_fast::depthwise {
 namespace {
 
-constexpr int kColumns = 4;
-constexpr int kTile = 16 << 10;
+constexpr int kColumns = 4, kMostColumns = 7;
+constexpr int kTile = 40 << 10;
 constexpr int kRowsPerBand = 7;      // where no sums are asked for
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 constexpr int kActivationCost = 16;  // of an output's norm, activation and store, in multiply-adds
@@ -71,9 +71,9 @@ template <int W, int N> EFFNET_INLINE void activate_all(Activation activation, s
   }
 }
 
-// Adds to v the taps of kColumns outputs whose windows start at input column `column`; kInside if none of them leaves the image
+// Adds to v the taps of C outputs whose windows start at input column `column`; kInside if none of them leaves the image
 // sideways. x is column 0 of the first row under the kernel's rows [tap_row, tap_row + tap_rows), which are inside the image.
-template <int W, int K, int S, bool kInside, typename T>
+template <int W, int K, int S, int C, bool kInside, typename T>
 EFFNET_INLINE void add_taps(const ForwardParams& p, const Block<W, K>& block, const T* x, int tap_row, int tap_rows, int column,
                             simd::Float<W>* v) {
   using namespace simd;
@@ -82,19 +82,23 @@ EFFNET_INLINE void add_taps(const ForwardParams& p, const Block<W, K>& block, co
     Float<W> weight[K];
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) weight[k] = load<W>(block.weight[(tap_row + row) * K + k]);
-#pragma GCC unroll 16
-    for (int q = 0; q < (kColumns - 1) * S + K; ++q) {
+#pragma GCC unroll 20
+    for (int q = 0; q < (C - 1) * S + K; ++q) {
       if (!kInside && unsigned(column + q) >= unsigned(p.width)) continue;
       const Float<W> pixel = load<W>(pixels + q * p.x_pixel);
 #pragma GCC unroll 8
-      for (int i = 0; i < kColumns; ++i)
+      for (int i = 0; i < C; ++i)
         if (q >= i * S && q < i * S + K) v[i] += pixel * weight[q - i * S];
     }
   }
 }
 
+// Whether what is left of a row is cut into steps of kMostColumns outputs from here on. A row of 18 or more is cut without rest.
+EFFNET_INLINE bool takes_most(int left) { return left % 7 == 0 || left == 5 || left == 6; }
+
 // Output rows [first, last) of W channels from `channel` on. Fetches x from the address `ahead` on, as many bytes as new ones are
-// read: all vectors of channels together fetch in order what the next rows need.
+// read: all vectors of channels together fetch in order what the next rows need. With stride 2 that is four times what is made, and
+// would drive out of L1 what is in use: it goes to L2.
 template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const ForwardParams& p, int64_t image, Block<W, K>& block,
                                                                    int channel, int first, int last, uintptr_t ahead) {
   using namespace simd;
@@ -104,28 +108,32 @@ template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const Forward
     T* y = static_cast<T*>(p.y) + (image * p.out_height + row) * p.out_width * p.channels + channel;
     const Float<W> scale = load<W>(block.scale), shift = load<W>(block.shift);
     Float<W> sum{};
-    for (int out = 0; out < p.out_width; out += kColumns) {
+    const auto step = [&](int out, auto columns) __attribute__((always_inline)) {
+      constexpr int C = decltype(columns)::value;
       const int column = out * S - p.pad_left;
-      for (int byte = 0; byte < kColumns * S * W * int(sizeof(T)); byte += 64, ahead += 64) {
-        __builtin_prefetch(reinterpret_cast<const void*>(ahead));
+      for (int byte = 0; byte < C * S * S * W * int(sizeof(T)); byte += 64, ahead += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead), 0, S == 1 ? 3 : 2);
       }
-      Float<W> v[kColumns] = {};
-      if (column >= 0 && column + (kColumns - 1) * S + K <= p.width) {
-        add_taps<W, K, S, true>(p, block, x, from - start, to - from, column, v);
+      Float<W> v[C] = {};
+      if (column >= 0 && column + (C - 1) * S + K <= p.width) {
+        add_taps<W, K, S, C, true>(p, block, x, from - start, to - from, column, v);
       } else {
-        add_taps<W, K, S, false>(p, block, x, from - start, to - from, column, v);
+        add_taps<W, K, S, C, false>(p, block, x, from - start, to - from, column, v);
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < kColumns; ++i) v[i] = v[i] * scale + shift;
-      activate_all<W, kColumns>(p.activation, v);
+      for (int i = 0; i < C; ++i) v[i] = v[i] * scale + shift;
+      activate_all<W, C>(p.activation, v);
 #pragma GCC unroll 8
-      for (int i = 0; i < kColumns; ++i, y += p.channels) {
+      for (int i = 0; i < C; ++i, y += p.channels) {
         if (out + i >= p.out_width) break;
         store<W>(y, v[i]);
         if constexpr (!std::is_same_v<T, float>) v[i] = load<W>(y);
         sum += v[i];
       }
-    }
+    };
+    int out = 0;
+    for (; !takes_most(p.out_width - out); out += kColumns) step(out, std::integral_constant<int, kColumns>());
+    for (; out < p.out_width; out += kMostColumns) step(out, std::integral_constant<int, kMostColumns>());
     store<W>(block.sums, load<W>(block.sums) + sum);
   }
 }

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -64,7 +63,6 @@ class Trunk(nn.Module):
         if not is_traced(x):
             # Another convolution may have been put in the stem's place; what is not known is not checked.
             _check_images(type(self).__name__, x, getattr(self.conv_stem, "in_channels", None))
-            x = x.contiguous(memory_format=torch.channels_last)
         return conv_norm_act(self.conv_stem, self.bn1, self.act1, 3, 2, self.config.padding, x)
 
     def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:

@@ -298,7 +298,7 @@ class FusedBlock:
 
 
 def conv_norm_act(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, kernel: int, stride: int, padding: str, x: Tensor) -> Tensor:
-    """A stem or head: one op where :class:`FusedBlock` would fuse, else ``act(norm(conv(x)))``.
+    """A stem or head: one op where :class:`FusedBlock` would fuse, else ``act(norm(conv(x)))``; channels_last from either layout.
 
     kernel, stride, padding   as the network's own convolution has them; another may stand in its place
     """
@@ -307,5 +307,7 @@ def conv_norm_act(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, kernel: int,
     reason = reason or why_plain_now(BlockParts(None, None, None, part, False))
     if reason is not None:
         note(f"children one by one: {reason}")
+        if not is_traced(x):
+            x = x.contiguous(memory_format=torch.channels_last)  # a convolution's result lies as its input does
         return act(norm(conv(pad(conv, kernel, stride, padding, x))))
     return run_conv(part, autocast(x))

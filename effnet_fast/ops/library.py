@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from effnet_fast.ops import native
+
 NAMESPACE = "effnet_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -54,6 +56,8 @@ def define(
     is inside.
     """
     returned = ", ".join(f"Tensor {result}" for result in results)
+    if "native" in backends:
+        native.require(f"{name}({arguments}) -> ({returned})")
     written = ", ".join(f"Tensor({chr(ord('a') + i)}!) {result}" for i, result in enumerate(results))
     for backend in ("reference", *backends):
         _LIBRARY.define(f"{name}.{backend}({arguments}) -> ({returned})", tags=(torch.Tag.pt2_compliant_tag,))

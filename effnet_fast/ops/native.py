@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
 MINIMUM_TORCH = (2, 11)  # the stable-ABI version that setup.py compiles for
 
 
-def _load() -> tuple[str | None, bool]:
+def _load() -> tuple[str | None, Any]:
+    """Why there is no compiled module to use, or None; and the module."""
     version = torch.__version__.split("+")[0]
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
-        return f"torch {version} is older than the {'.'.join(map(str, MINIMUM_TORCH))} that the compiled module needs", False
+        return f"torch {version} is older than the {'.'.join(map(str, MINIMUM_TORCH))} that the compiled module needs", None
     try:
-        module = importlib.import_module("effnet_fast._C")
+        return None, importlib.import_module("effnet_fast._C")
     except ModuleNotFoundError:
-        return "the compiled module effnet_fast._C was not built", False
+        return "the compiled module effnet_fast._C was not built", None
     except ImportError as error:
-        return f"the compiled module effnet_fast._C cannot be loaded: {str(error).splitlines()[0]}", False
-    return None, bool(module.CUDA_KERNELS)
+        return f"the compiled module effnet_fast._C cannot be loaded: {str(error).splitlines()[0]}", None
 
 
 #: Why the compiled module cannot be used, in one sentence; None if it is loaded.
 REASON: str | None
+REASON, _MODULE = _load()
 #: Whether the compiled module was built with CUDA kernels.
-CUDA_KERNELS: bool
-REASON, CUDA_KERNELS = _load()
+CUDA_KERNELS = bool(getattr(_MODULE, "CUDA_KERNELS", False))
+
+
+def require(schema: str) -> None:
+    """Use nothing of a compiled module that was built for another ``schema`` of an op, or before the op was there.
+
+    A kernel takes its arguments by place, whatever their types: it would fail inside, or worse.
+    """
+    global REASON
+    if REASON is None and schema not in getattr(_MODULE, "SCHEMAS", "").splitlines():
+        op = schema.partition("(")[0]
+        REASON = (
+            f"the compiled module effnet_fast._C was built from other sources than this package ({op} differs):"
+            " building it again (pip install --no-build-isolation -e .) would do"
+        )
 
 
 def why_not(x: torch.Tensor, cuda: bool = False) -> str | None:

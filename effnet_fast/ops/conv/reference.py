@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from effnet_fast.ops.common import Norm, conv_norm_act
@@ -20,5 +21,6 @@ def conv_bn_act(
     padding: list[int],
     activation: str,
 ) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)  # an image is smaller than what a stem makes of it
     norm = Norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps)
     return conv_norm_act(x, weight, norm, stride, padding, 1, activation, residual)
