@@ -136,7 +136,14 @@ def test_other_dense_convolutions_are_refused():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "processors"),
-    [((2, 1, 32, 8), 1), ((1, 3, 13, 1), 132), ((0, 1, 16, 4), 1), ((4, 2, 596, 4), 6), ((1, 1, 556, 119), 132), ((19, 2, 556, 119), 1)],
+    [
+        ((2, 1, 32, 8), 1),
+        ((1, 3, 13, 1), 132),
+        ((0, 1, 16, 4), 1),
+        ((4, 2, 596, 4), 6),
+        ((1, 1, 556, 119), 132),
+        ((19, 2, 556, 119), 1),
+    ],
     ids=str,
 )
 def test_gate(shape, processors, dtype, monkeypatch):

@@ -1,9 +1,9 @@
 """squeeze_excite_gate in Triton: the partial sums added up, two matrix-vector products and the sigmoid.
 
-The weights, 2*C*R of them, are what is read in bulk, from L2; per image and weight there is one multiply-add. Up to 65536 weights an
-FC, which is all of B0, one launch: a program makes the hidden vector of its image, and its share of the gates from it; those that
-share an image make the same hidden vector again. Larger ones have two launches, each split over rows of its weight: with few images
-because one multiprocessor would be long over them all, with many so that a program reads a weight once for 16 images.
+The weights, 2*C*R of them, are what is read in bulk, from L2; per image and weight there is one multiply-add. Up to 65536 weights
+an FC, which is all of B0, one launch: a program makes the hidden vector of its image, and its share of the gates from it; those
+that share an image make the same hidden vector again. Larger ones have two launches, each split over rows of its weight: with few
+images because one multiprocessor would be long over them all, with many so that a program reads a weight once for 16 images.
 """
 
 from __future__ import annotations
@@ -140,10 +140,7 @@ def _of_images(
         total = tl.dot(sums * per_pixel, w, total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == "sigmoid":
-        total = sigmoid(total)
-    else:
-        total = activate(total, ACTIVATION)
+    total = sigmoid(total) if ACTIVATION == "sigmoid" else activate(total, ACTIVATION)
     tl.store(y + image[:, None] * rows + row[None, :], total, mask=(image < images)[:, None] & (row < rows)[None, :])
 
 
@@ -182,15 +179,13 @@ def launch(
     hidden = torch.empty((images, reduced), dtype=torch.float32, device=partial.device)
     if images > 8:
         groups = triton.cdiv(images, 16)
-        tile = {"IMAGES": 16, "BLOCK_INNER": 64, "num_warps": 4}
+        tile = {"IMAGES": 16, "BLOCK_INNER": 64, "num_warps": 4, "maxnreg": 128}
         to_hidden = partial, reduce_weight, reduce_bias, hidden, images, pieces, count, channels, reduced
         run(_of_images, groups * triton.cdiv(reduced, 16), *to_hidden, ACTIVATION=activation, BLOCK_ROWS=16, **tile)
         to_gate = hidden, expand_weight, expand_bias, gate, images, 1, 1, reduced, channels
         run(_of_images, groups * triton.cdiv(channels, 32), *to_gate, ACTIVATION="sigmoid", BLOCK_ROWS=32, **tile)
         return
-    programs = images * triton.cdiv(reduced, 4)
-    to_hidden = partial, reduce_weight, reduce_bias, hidden, pieces, count, channels, reduced
-    run(_reduce, programs, *to_hidden, ACTIVATION=activation, BLOCK_R=4, BLOCK_C=1024, num_warps=4)
-    programs = images * triton.cdiv(channels, block_c)
-    to_gate = hidden, expand_weight, expand_bias, gate, channels, reduced
-    run(_expand, programs, *to_gate, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+    by_row = partial, reduce_weight, reduce_bias, hidden, pieces, count, channels, reduced
+    run(_reduce, images * triton.cdiv(reduced, 4), *by_row, ACTIVATION=activation, BLOCK_R=4, BLOCK_C=1024, num_warps=4)
+    by_channel = hidden, expand_weight, expand_bias, gate, channels, reduced
+    run(_expand, images * triton.cdiv(channels, block_c), *by_channel, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
