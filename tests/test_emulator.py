@@ -12,23 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulator import build as emulator
+from emulator.arrays import ACTIVATIONS, DTYPES, from_raw, raw
 from tolerance import assert_2x
 
 from effnet_fast.ops.common import output_size
 
 missing = emulator.missing()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
-
-ACTIVATIONS = {"identity": 0, "silu": 1, "relu": 2, "relu6": 3}  # the enum of csrc/common/activation.h
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of csrc/common/dtype.h
-
-
-def raw(t: torch.Tensor) -> np.ndarray:
-    return (t if t.dtype == torch.float32 else t.view(torch.uint16)).numpy()
-
-
-def from_raw(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(a) if dtype == torch.float32 else torch.from_numpy(a).view(dtype)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def instance(name: str) -> tuple[str, list[int], bool]:
 
 def registers_allowed(name: str) -> int:
     if "depthwise" not in name:
-        return 64  # so that 4 blocks of 256 threads fit an SM
+        return 128  # so that 2 blocks of 256 threads fit an SM
     kind, (kernel, *tile), _ = instance(name)
     if kind == "tensor" and tile[-1] != 3:
         return 128  # 2 blocks of 256 threads or 4 of 128
