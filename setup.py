@@ -73,8 +73,7 @@ def cuda_root() -> tuple[str | None, str]:
 
 def cuda_architectures() -> list[str]:
     """What torch will have nvcc make: sm_90 is machine code, compute_100 PTX."""
-    flags = " ".join(cpp_extension._get_cuda_arch_flags())
-    return re.findall(r"\b((?:sm|compute)_\d+[af]?)\b", " ".join(re.findall(r"code=([^ ]+)", flags)))
+    return [flag.rpartition(",code=")[2] for flag in cpp_extension._get_cuda_arch_flags()]
 
 
 class BuildExtension(cpp_extension.BuildExtension):

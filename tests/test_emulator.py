@@ -75,11 +75,12 @@ GATES = [
     Gate(2, 5, 641, 39, dtype=torch.bfloat16),  # 4
     Gate(1, 1, 1032, 48, dtype=torch.float16),  # 8
     Gate(1, 2, 712, 100),  # 8 of 96 channels, the last of 40
+    Gate(1, 1, 260, 64),  # 8 of 40, the last empty
     Gate(5, 1, 640, 40, multiprocessors=20),  # 8, groups of 4
     Gate(9, 2, 520, 44, multiprocessors=2, dtype=torch.bfloat16, bias=False),  # 4, groups of 8
     Gate(3, 1, 640, 40, cluster=1),
     Gate(1, 1, 20, 1000),
-    Gate(9, 1, 2600, 36, multiprocessors=1, cluster=1),  # groups of 8 would not fit the block's memory
+    Gate(9, 1, 3200, 20, multiprocessors=1, cluster=1),  # groups of 8 would not fit the block's memory
 ]
 SEEDS = range(3)
 
