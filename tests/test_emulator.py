@@ -59,19 +59,15 @@ class Gate:
 # A block has at most 32 KB of weights, and a group of images is the larger the more images there are for the GPU.
 GATES = [
     Gate(1, 1, 32, 8),
-    Gate(3, 2, 144, 6, activation="relu"),
     Gate(2, 3, 37, 5, activation="relu6"),
     Gate(2, 4, 7, 1, activation="identity", bias=False),
-    Gate(1, 301, 36, 4),
     Gate(2, 2, 48, 12, dtype=torch.bfloat16),
     Gate(2, 2, 48, 12, dtype=torch.float16, bias=False),
-    Gate(2, 2, 64, 16, misalign=1),
     Gate(2, 2, 64, 16, dtype=torch.bfloat16, misalign=1),
     Gate(5, 3, 40, 9, multiprocessors=4, dtype=torch.bfloat16),  # groups of 4
     Gate(7, 2, 41, 12, multiprocessors=4, misalign=1),
     Gate(11, 2, 104, 12, multiprocessors=2),  # groups of 8
     Gate(9, 1, 56, 7, multiprocessors=1, dtype=torch.float16, activation="relu"),
-    Gate(1, 2, 240, 20),  # 2 slices
     Gate(2, 5, 641, 39, dtype=torch.bfloat16),  # 4
     Gate(1, 1, 1032, 48, dtype=torch.float16),  # 8
     Gate(1, 2, 712, 100),  # 8 of 96 channels, the last of 40
@@ -83,6 +79,8 @@ GATES = [
     Gate(9, 1, 3200, 20, multiprocessors=1, cluster=1),  # groups of 8 would not fit the block's memory
 ]
 SEEDS = range(3)
+# What catches the seeded bugs: threads that share pieces, misaligned weights, two blocks, rows that do not come out even.
+SEEDED_GATES = [Gate(1, 301, 36, 4), Gate(2, 2, 64, 16, misalign=1), Gate(1, 2, 240, 20), Gate(3, 2, 144, 6, activation="relu")]
 
 
 def bug(text: str, replacement: str, says: str) -> emulator.Bug:
@@ -109,22 +107,22 @@ def modules(tmp_path_factory) -> dict[str, Path]:
     return emulator.build(emulator.directory(tmp_path_factory.getbasetemp()), SEEDED)
 
 
-def check_squeeze_excite_gate(module: Path) -> None:
-    results = iter(emulator.run(module, [gate.call(seed) for gate in GATES for seed in SEEDS]))
-    for gate in GATES:
+def check_squeeze_excite_gate(module: Path, gates: list[Gate]) -> None:
+    results = iter(emulator.run(module, [gate.call(seed) for gate in gates for seed in SEEDS]))
+    for gate in gates:
         outs = [next(results) for _ in SEEDS]
         assert all(np.array_equal(out, outs[0]) for out in outs), f"{gate}: the order of threads changes the result"
         assert_2x(torch.from_numpy(outs[0]), gate.expected(torch.float32), gate.expected(torch.float64), str(gate))
 
 
 def test_squeeze_excite_gate(modules):
-    check_squeeze_excite_gate(modules["sound"])
+    check_squeeze_excite_gate(modules["sound"], [*GATES, *SEEDED_GATES])
 
 
 @pytest.mark.parametrize("name", SEEDED)
 def test_seeded_bug_is_caught(name, modules):
     with pytest.raises((AssertionError, RuntimeError), match=SEEDED[name].says):
-        check_squeeze_excite_gate(modules[name])
+        check_squeeze_excite_gate(modules[name], SEEDED_GATES)
 
 
 CPU_GATES = [
