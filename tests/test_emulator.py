@@ -56,9 +56,11 @@ class Gate:
         return "squeeze_excite_gate", (partial, 49, rw, rb, ew, eb, *options)
 
 
-# A block has at most 32 KB of weights, and a group of images is the larger the more images there are for the GPU.
+# A block has at most 32 KB of weights, or an eighth, and a group of images is the larger the more images there are for the GPU.
 GATES = [
     Gate(1, 1, 32, 8),
+    Gate(3, 2, 144, 6, activation="relu"),
+    Gate(1, 2, 240, 20),  # 2 slices
     Gate(2, 3, 37, 5, activation="relu6"),
     Gate(2, 4, 7, 1, activation="identity", bias=False),
     Gate(2, 2, 48, 12, dtype=torch.bfloat16),
@@ -66,12 +68,11 @@ GATES = [
     Gate(2, 2, 64, 16, dtype=torch.bfloat16, misalign=1),
     Gate(5, 3, 40, 9, multiprocessors=4, dtype=torch.bfloat16),  # groups of 4
     Gate(7, 2, 41, 12, multiprocessors=4, misalign=1),
-    Gate(11, 2, 104, 12, multiprocessors=2),  # groups of 8
+    Gate(5, 3, 40, 8, multiprocessors=4),
     Gate(9, 1, 56, 7, multiprocessors=1, dtype=torch.float16, activation="relu"),
     Gate(2, 5, 641, 39, dtype=torch.bfloat16),  # 4
     Gate(1, 1, 1032, 48, dtype=torch.float16),  # 8
     Gate(1, 2, 712, 100),  # 8 of 96 channels, the last of 40
-    Gate(1, 1, 260, 64),  # 8 of 40, the last empty
     Gate(5, 1, 640, 40, multiprocessors=20),  # 8, groups of 4
     Gate(9, 2, 520, 44, multiprocessors=2, dtype=torch.bfloat16, bias=False),  # 4, groups of 8
     Gate(3, 1, 640, 40, cluster=1),
@@ -79,8 +80,9 @@ GATES = [
     Gate(9, 1, 3200, 20, multiprocessors=1, cluster=1),  # groups of 8 would not fit the block's memory
 ]
 SEEDS = range(3)
-# What catches the seeded bugs: threads that share pieces, misaligned weights, two blocks, rows that do not come out even.
-SEEDED_GATES = [Gate(1, 301, 36, 4), Gate(2, 2, 64, 16, misalign=1), Gate(1, 2, 240, 20), Gate(3, 2, 144, 6, activation="relu")]
+# What catches the seeded bugs: threads that share pieces, misaligned weights, eight blocks, groups of images and rows that do not
+# come out even.
+SEEDED_GATES = [Gate(1, 301, 36, 4), Gate(2, 2, 64, 16, misalign=1), Gate(1, 1, 260, 64), Gate(11, 2, 104, 12, multiprocessors=2)]
 
 
 def bug(text: str, replacement: str, says: str) -> emulator.Bug:
