@@ -43,7 +43,7 @@ class Entrant:
     """``prepare(case, *arguments)`` runs in the entrant's own process: it checks the result and gives the timer.
 
     nets    the nets on whose cases it runs, None for all: compiling every shape of eight nets would take hours
-    beside  on a GPU it may be prepared while others are: it compiles and measures nothing meanwhile, as autotuning does
+    beside  on a GPU it may be prepared while others are: it compiles and chooses nothing by timing it, as autotuning does
     quick   whether it also runs with --quick
     """
 

@@ -1,21 +1,32 @@
 #!/usr/bin/env bash
-# On a bare machine with an NVIDIA GPU, in nine minutes: build for that GPU, run the gpu tests, measure its ceilings, the kernels
-# and the nets. Installs nothing and needs no network.
+# On a bare machine with an NVIDIA GPU, in nine minutes: build for that GPU, run the gpu tests, measure its ceilings, the kernels,
+# the nets and a training step. Installs nothing and needs no network.
 #
 #   bash benchmarks/gpu.sh OUTDIR
 #
-# Every part has a limit and is skipped, with a line, when the nine minutes are over. JSON and logs go to OUTDIR, the tables come
-# last. Fails only where the build does, or where there is no GPU.
+# Every part has a limit and is skipped, with a line, when the nine minutes are over; what fails is reported and the rest goes on
+# (without the build: Triton's kernels and the peers). The parts stand in order of worth: the kernels on five shapes of each op of
+# B0, B5 and B7 at a batch that fills the chip; the nets against torch.compile's max-autotune; training; the ceilings; the nets
+# against its other modes, one image too; and last the kernels against torch.compile.
+#
+# OUTDIR gets six JSON files, table.txt and logs.tar.gz. In a copy of the tree without its history set EFFNET_FAST_COMMIT, which the
+# JSON then states as the commit. Fails only where there is no GPU.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: bash benchmarks/gpu.sh OUTDIR" >&2; exit 2; }
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.."
 end=$((SECONDS + 530))
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH="$PWD:$PWD/tests/shim${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 command -v nvcc >/dev/null || PATH="/usr/local/cuda/bin:$PATH"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/triton"
+work=$scratch/work && mkdir "$work"
+
+keep() {  # what a part leaves goes out at once: this script may itself be ended
+  cp "$work"/*.json "$out" 2>/dev/null
+  tar -czf "$out/logs.tar.gz" -C "$work" --exclude '*.json' .
+}
 
 # part NAME LIMIT COMMAND...: LIMIT in seconds, cut to what is left. LEFT in the command becomes that, less ten to end in.
 part() {
@@ -24,33 +35,72 @@ part() {
   [ "$limit" -lt "$left" ] || limit=$left
   if [ "$limit" -lt 20 ]; then echo "== $name: skipped, $left s are left"; return 1; fi
   echo "== $name (at most $limit s)"
-  timeout -k 10 "$limit" "${@/#LEFT/$((limit - 10))}" >"$out/$name.log" 2>&1
+  timeout -k 10 "$limit" "${@/#LEFT/$((limit - 10))}" >"$work/$name.log" 2>&1
   rc=$?
   echo "== $name: rc $rc after $((SECONDS - began)) s"
-  [ $rc -eq 0 ] || tail -n 12 "$out/$name.log"
+  [ $rc -eq 0 ] || tail -n 12 "$work/$name.log"
+  keep
   return $rc
 }
+
+# The gpu tests in as many processes as there are cores for: what takes them long is Triton compiling a hundred kernels. At the limit
+# each process is interrupted, as from a keyboard, so that pytest tells how far it came.
+gpu_tests() {
+  local limit=$1 shards=$(($(nproc) / 2)) pids=() lost=0 i
+  [ "$shards" -le 8 ] || shards=8
+  [ "$shards" -ge 1 ] || shards=1
+  local collect=(python3 -m pytest --collect-only -q -p no:cacheprovider)
+  TRITON_INTERPRET=0 "${collect[@]}" tests/triton_kernels.py >"$scratch/triton.ids" 2>&1 &
+  "${collect[@]}" tests -m gpu --deselect tests/test_triton.py::test_on_a_gpu >"$scratch/gpu.ids" 2>&1
+  wait $!
+  cat "$scratch/gpu.ids" "$scratch/triton.ids" | grep '^tests/.*::' >"$scratch/ids" || { cat "$scratch"/*.ids; return 1; }
+  for ((i = 0; i < shards; i++)); do
+    mapfile -t ids < <(awk -v i=$i -v n=$shards 'NR % n == i' "$scratch/ids")
+    [ ${#ids[@]} -gt 0 ] || continue
+    TRITON_INTERPRET=0 timeout -s INT -k 10 $((limit - 15)) env --default-signal=INT \
+      python3 -m pytest -q -rf -p no:cacheprovider "${ids[@]}" >"$work/tests-$i.log" 2>&1 &
+    pids+=($!)
+  done
+  for i in "${pids[@]}"; do wait "$i" || lost=$((lost + 1)); done
+  echo "$(wc -l <"$scratch/ids") tests in ${#pids[@]} processes, $lost of which failed or came to the limit"
+  grep -hE '^(FAILED|ERROR)' "$work"/tests-*.log | cut -c1-200 | head -n 30
+  tail -qn 1 "$work"/tests-*.log
+  [ "$lost" -eq 0 ]
+}
+export -f gpu_tests
+export work scratch
 
 arch=$(python3 -c 'import torch; p = torch.cuda.get_device_properties(0); print(f"{p.major}.{p.minor}")') || {
   echo "gpu.sh: torch finds no CUDA device" >&2
   exit 1
 }
-part build 180 env TORCH_CUDA_ARCH_LIST="$arch" EFFNET_FAST_CUDA=1 MAX_JOBS="$(nproc)" \
-  python3 setup.py -q build_ext --inplace --build-temp "$scratch/temp" --build-lib "$scratch/lib" || exit 1
-part tests 90 python3 -m pytest tests -m gpu -q -p no:cacheprovider --continue-on-collection-errors --maxfail=30
-part ceilings 60 python3 -m benchmarks.ceilings --out "$out/ceilings.json"
-run=(python3 -m benchmarks.run --device cuda)
-part kernels 110 "${run[@]}" --suite kernels --out "$out/kernels-cuda.json" --only 'ours|eager' --seconds LEFT
-part model 170 "${run[@]}" --suite model --out "$out/model-cuda.json" --only ': (?!compile max)' --seconds LEFT
-part model-autotuned 150 "${run[@]}" --suite model --out "$out/model-autotuned-cuda.json" \
-  --only ': (ours|timm channels_last|compile max)' --seconds LEFT
-part kernels-compiled 120 "${run[@]}" --suite kernels --out "$out/kernels-compiled-cuda.json" \
-  --only ': (ours|eager channels_last|compile default)' --seconds LEFT
+part build 110 env TORCH_CUDA_ARCH_LIST="$arch" EFFNET_FAST_CUDA=1 MAX_JOBS="$(nproc)" \
+  python3 setup.py -q build_ext --inplace --build-temp "$scratch/temp" --build-lib "$scratch/lib" ||
+  echo "== without the native kernels"
+part tests 75 bash -c 'gpu_tests "$1"' bash LEFT
+# Limits up to here and down to ceilings add up to 495 s; the last two parts take what the others left.
+run=(python3 -m benchmarks.run --device cuda --seconds LEFT)
+large=' n(?!1 ).*'
+part kernels 80 "${run[@]}" --suite kernels --out "$work/kernels-cuda.json" --nets b0,b5,b7 --most 5 \
+  --only "$large: (ours|eager channels_last)"
+part model-autotuned 140 "${run[@]}" --suite model --out "$work/model-autotuned-cuda.json" \
+  --only "$large: (ours|timm channels_last$|compile max)"
+part train 60 "${run[@]}" --suite train --out "$work/train-cuda.json" --only ': (?!compile max)'
+part ceilings 30 python3 -m benchmarks.ceilings --out "$work/ceilings.json"
+part model 100 "${run[@]}" --suite model --out "$work/model-cuda.json" --only ': (?!compile max|timm nchw)'
+part kernels-compiled 90 "${run[@]}" --suite kernels --out "$work/kernels-compiled-cuda.json" --nets b0,b5 --most 5 \
+  --only "$large: (ours|eager channels_last|compile default)"
 
-echo
-echo "== tests"
-tail -n 4 "$out/tests.log"
-for file in ceilings kernels-cuda model-cuda model-autotuned-cuda kernels-compiled-cuda; do
-  [ ! -f "$out/$file.json" ] || { echo && echo "== $file"; python3 -m benchmarks.report "$out/$file.json"; }
-done
+{
+  files=()
+  for file in ceilings kernels-cuda model-autotuned-cuda train-cuda model-cuda kernels-compiled-cuda; do
+    [ ! -f "$work/$file.json" ] || files+=("$work/$file.json")
+  done
+  [ ${#files[@]} -eq 0 ] || python3 -m benchmarks.report "${files[@]}"
+  echo
+  echo "== tests"
+  tail -n 40 "$work/tests.log"
+} >"$out/table.txt" 2>&1
+cat "$out/table.txt"
+keep
 exit 0

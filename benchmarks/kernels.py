@@ -1,7 +1,7 @@
 """The kernel suite's entrants: every op by ours and by plain PyTorch, on the same random inputs, checked before it is timed.
 
 Eager is what a user writes: separate calls, the squeeze as a mean, the gate as a product. The first and the last image of a batch
-are held to float64.
+are held to float64. Our gate takes as many partial sums as the depthwise kernel of its backend hands over; eager's takes a mean.
 """
 
 from __future__ import annotations
@@ -32,14 +32,27 @@ Arguments = dict[str, Any]
 def ours(case: Case, backend: str) -> Timer:
     """The op on one of its backends."""
     kernel = next((kernel for kernel in backends.kernels(case.group) if kernel.backend == backend), None)
-    arguments = make(case)
+    pieces = pieces_of(case, backend)
+    arguments = make(case, pieces=pieces)
     reason = "no kernel of this op" if kernel is None else kernel.can_run(arguments.get("x", arguments.get("partial")))
     if reason is not None:
         raise Skipped(reason)
     _BACKEND.close()
     _BACKEND.enter_context(ops.backend(backend, strict=True))
     op = getattr(ops, case.group)
-    return checked(case, lambda arguments: op(**arguments), arguments, 2.0)
+    timer = checked(case, lambda arguments: op(**arguments), arguments, 2.0, pieces=pieces)
+    if pieces:
+        timer.facts["pieces"] = pieces
+    return timer
+
+
+def pieces_of(case: Case, backend: str) -> int:
+    """Partial sums of an image that the depthwise kernel of ``backend`` makes, or hands to the gate; 0 where there are none."""
+    d, kernel = case.shape, next((k for k in backends.kernels("depthwise_conv_bn_act") if k.backend == backend), None)
+    if kernel is None or kernel.pieces is None or not (case.group == "squeeze_excite_gate" or d.get("squeeze")):
+        return 0
+    x = torch.empty((), dtype=DTYPES[case.dtype], device=case.device).expand(case.batch, d["c"], d["h"], d["w"])
+    return kernel.pieces(x, *(-(-side // d.get("stride", 1)) for side in (d["h"], d["w"])))
 
 
 def eager(case: Case, layout: str) -> Timer:
@@ -58,14 +71,15 @@ def checked(
     arguments: Arguments,
     factor: float = 2.0,
     convert: Callable[[Arguments], Arguments] = lambda arguments: arguments,
+    pieces: int = 0,
 ) -> Timer:
-    """A timer for ``call(convert(arguments))`` that goes round copies of them.
+    """A timer for ``call(convert(arguments))`` that goes round copies of them. ``pieces``: partial sums of an image, if there are.
 
     Raises Refused where a result is further from float64 than ``factor`` times eager's own distance allows.
     """
     assert case.launch is not None
     torch.backends.cudnn.benchmark = True
-    made = case.batch * case.shape["c"] * case.shape.get("h", 1) * case.shape.get("w", 1)
+    made = case.batch * case.shape["c"] * (1 if "partial" in arguments else case.shape["h"] * case.shape["w"])
     outs, plains, exacts = [], [], []
     for seed in range(min(32, math.ceil(CHECKED / made))):
         draw = redrawn(arguments, seed) if seed else arguments
@@ -80,14 +94,17 @@ def checked(
             raise Refused(wrong)
     del outs, plains, exacts, draw, few, wide
     arguments = convert(arguments)
-    count = copies(case.launch.bytes(case.dtype, case.batch), last_level_cache(case.device))
+    moved = case.launch.bytes(case.dtype, case.batch) + 4 * case.batch * case.shape["c"] * max(0, pieces - 1)
+    count = copies(moved, last_level_cache(case.device))
     sets = [arguments, *({name: _clone(value) for name, value in arguments.items()} for _ in range(count - 1))]
-    timer: type = GraphTimer if case.device == "cuda" else HostTimer
-    return timer(lambda i: call(sets[i]), count)
+    kind: type = GraphTimer if case.device == "cuda" else HostTimer
+    timer: Timer = kind(lambda i: call(sets[i]), count)
+    timer.facts["bytes"] = moved
+    return timer
 
 
-def make(case: Case, layout: str = "channels_last") -> Arguments:
-    """Random arguments of the op, as keywords: the same for our op and for eager."""
+def make(case: Case, layout: str = "channels_last", pieces: int = 1) -> Arguments:
+    """Random arguments of the op, as keywords: the same for our op and for eager, but for the gate's ``pieces``."""
     d, dtype = case.shape, DTYPES[case.dtype]
     generator = torch.Generator(case.device).manual_seed(0)
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -98,10 +115,11 @@ def make(case: Case, layout: str = "channels_last") -> Arguments:
 
     channels = d["c"]
     if case.group == "squeeze_excite_gate":
-        reduced = d["reduced"]
+        reduced, count = d["reduced"], d["h"] * d["w"]
+        pieces = max(1, pieces)
         return {
-            "partial": draw(case.batch, 1, channels, dtype=torch.float32) * d["count"],
-            "count": d["count"],
+            "partial": draw(case.batch, pieces, channels, dtype=torch.float32) * (count / pieces**0.5),
+            "count": count,
             "reduce_weight": draw(reduced, channels, 1, 1) / channels**0.5,
             "reduce_bias": draw(reduced),
             "expand_weight": draw(channels, reduced, 1, 1) / reduced**0.5,
@@ -136,7 +154,7 @@ def redrawn(arguments: Arguments, seed: int) -> Arguments:
     name = "partial" if "partial" in arguments else "x"
     generator = torch.Generator(arguments[name].device).manual_seed(seed)
     images = torch.empty_like(arguments[name]).normal_(generator=generator)
-    return {**arguments, name: images * arguments["count"] if name == "partial" else images}
+    return {**arguments, name: images * (arguments["count"] / images.shape[1] ** 0.5) if name == "partial" else images}
 
 
 def plain_arguments(arguments: Arguments) -> Arguments:

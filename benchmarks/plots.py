@@ -105,7 +105,7 @@ def _roofline(told: dict[str, Any]) -> Any:
     groups = list(dict.fromkeys(case["group"] for case in told["cases"]))
     intensities = []
     for case in told["cases"]:
-        if not case["flops"]:
+        if not (case["flops"] and case["bytes"]):
             continue
         intensities.append(case["flops"] / case["bytes"])
         for name, entrant in _timed(case).items():

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from benchmarks import kernels, models
+from benchmarks import kernels, models, training
 from benchmarks.case import Case, Entrant
 from effnet_fast.benchmark.roofline import Launch, op_launches
 from effnet_fast.models import FAMILY
 from effnet_fast.ops.backends import BACKENDS
 
 NETS = ("b0", "b5", "b7", "b4", "b1", "b2", "b3", "b6")  # the first ones first: a time limit cuts the end off
-SUITES = ("kernels", "model")
+SUITES = ("kernels", "model", "train")
 # Images that fill the chip, for nets; for kernels, halved until a call moves no more than MOST_BYTES.
 LARGE = {
     "cpu": {"b0": 16, "b4": 8, "b5": 4, "b7": 2},
     "cuda": {"b0": 256, "b4": 128, "b5": 64, "b7": 32},
 }
+TRAIN = {"cpu": {"b0": 8}, "cuda": {"b0": 128, "b5": 32, "b4": 64, "b7": 8}}
 KERNEL_LARGE = {"cpu": 16, "cuda": 128}
 MOST_BYTES = {"cpu": 1 << 28, "cuda": 3 << 30}
 
 
-def cases(suite: str, device: str, dtype: str, quick: bool = False) -> list[Case]:
-    """Every case of a suite; with ``quick`` B0's at batch 1."""
-    nets = NETS[:1] if quick else NETS
+def cases(
+    suite: str, device: str, dtype: str, quick: bool = False, nets: tuple[str, ...] = NETS, most: int | None = None
+) -> list[Case]:
+    """Every case of a suite for ``nets``; with ``quick`` B0's at batch 1 (2 for a training step).
+
+    ``most``: of each net and op so many shapes, evenly spaced from the net's first to its last.
+    """
+    nets = NETS[:1] if quick else nets
+    if suite == "train":
+        sizes = {"b0": 2} if quick else TRAIN[device]
+        return [Case(f"{net} n{sizes[net]}", net, (net,), sizes[net], dtype, device) for net in nets if net in sizes]
     if suite == "model":
         return [
             Case(f"{net} n{batch}", net, (net,), batch, dtype, device)
@@ -29,9 +38,10 @@ def cases(suite: str, device: str, dtype: str, quick: bool = False) -> list[Case
             if net in LARGE[device]
             for batch in ((1,) if quick else (LARGE[device][net], 1))
         ]
-    shapes: dict[str, tuple[Launch, list[str]]] = {}  # by what a kernel sees: the gate's divisor makes no other shape
+    # By what a kernel sees; a gate's images are of the size that they have in the first net which has it.
+    shapes: dict[str, tuple[Launch, list[str]]] = {}
     for net in nets:
-        for launch in op_launches(FAMILY[f"efficientnet_{net}"]):
+        for launch in _chosen(op_launches(FAMILY[f"efficientnet_{net}"]), most):
             _, having = shapes.setdefault(_name(launch), (launch, []))
             if net not in having:
                 having.append(net)
@@ -50,10 +60,10 @@ def entrants(suite: str, device: str, quick: bool = False) -> list[Entrant]:
     return [entrant for entrant in found if entrant.quick or not quick]
 
 
-BASELINE = {"kernels": "eager channels_last", "model": "timm channels_last"}
+BASELINE = {"kernels": "eager channels_last", "model": "timm channels_last", "train": "timm channels_last"}
 _ENTRANTS = {
     "kernels": [
-        *(Entrant(f"ours {backend}", kernels.ours, (backend,)) for backend in BACKENDS if backend != "reference"),
+        *(Entrant(f"ours {backend}", kernels.ours, (backend,), beside=True) for backend in BACKENDS if backend != "reference"),
         Entrant("eager channels_last", kernels.eager, ("channels_last",)),
         Entrant("eager nchw", kernels.eager, ("nchw",)),
     ],
@@ -63,10 +73,15 @@ _ENTRANTS = {
         Entrant("timm channels_last", models.timm_eager, ("channels_last",)),
         Entrant("timm nchw", models.timm_eager, ("nchw",), quick=False),
     ],
+    "train": [
+        Entrant("ours", training.ours),
+        Entrant("timm channels_last", training.timm_eager),
+    ],
 }
 # Whole nets launched one kernel after another, and as CUDA graphs; single kernels are always timed inside one.
 _GRAPHS: dict[str, list[Entrant]] = {
     "kernels": [],
+    "train": [],
     "model": [
         Entrant("ours, graph", models.ours, (True,)),
         Entrant("accelerated timm, graph", models.accelerated, (True,)),
@@ -76,7 +91,7 @@ _GRAPHS: dict[str, list[Entrant]] = {
 
 
 def _compiled(suite: str, name: str, options: dict[str, object], beside: bool = True) -> Entrant:
-    prepare = kernels.compiled if suite == "kernels" else models.timm_compiled
+    prepare = {"kernels": kernels.compiled, "model": models.timm_compiled, "train": training.timm_compiled}[suite]
     # Every shape of eight nets compiled in each mode would take hours.
     nets = ("b0", "b5") if suite == "kernels" else None
     return Entrant(f"compile {name}", prepare, (options,), nets, beside, quick=False)
@@ -103,7 +118,24 @@ _COMPILED = {
         _compiled("model", "reduce-overhead", {"mode": "reduce-overhead"}),
         _compiled("model", "max-autotune", {"mode": "max-autotune"}, beside=False),
     ],
+    ("train", "cpu"): [_compiled("train", "default", {})],
+    ("train", "cuda"): [
+        _compiled("train", "default", {}),
+        _compiled("train", "reduce-overhead", {"mode": "reduce-overhead"}),
+        _compiled("train", "max-autotune", {"mode": "max-autotune"}, beside=False),
+    ],
 }
+
+
+def _chosen(launches: tuple[Launch, ...], most: int | None) -> list[Launch]:
+    """Of each op ``most`` shapes, evenly spaced."""
+    chosen: list[Launch] = []
+    for op in dict.fromkeys(launch.op for launch in launches):
+        alike = list({_name(launch): launch for launch in reversed(launches) if launch.op == op}.values())[::-1]
+        if most is not None and most < len(alike):
+            alike = [alike[i * (len(alike) - 1) // max(1, most - 1)] for i in range(most)]
+        chosen += alike
+    return chosen
 
 
 def _fills(launch: Launch, device: str, dtype: str) -> int:

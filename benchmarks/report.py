@@ -22,7 +22,7 @@ from effnet_fast.weights import SOURCES
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-TIMINGS = tuple(f"{suite}-{device}" for device in ("cuda", "cpu") for suite in ("model", "kernels"))
+TIMINGS = tuple(f"{suite}-{device}" for device in ("cuda", "cpu") for suite in ("model", "train", "kernels"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -115,6 +115,7 @@ def main() -> int:
     options = parser.parse_args()
     for path in options.files:
         results = json.loads(path.read_text())
+        print(f"\n== {path.stem}")
         print((ceilings if results["suite"] == "ceilings" else run).summary(results))
     if options.files:
         return 0

@@ -18,22 +18,26 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import models, registry
+from benchmarks import models, registry, training
 from benchmarks.case import Case, Entrant
-from effnet_fast.benchmark import machine
+from effnet_fast.benchmark import kernel_time, machine
 from effnet_fast.benchmark.roofline import Launch, Machine, bound, launches
 from effnet_fast.benchmark.timing import Answer, Lane, Summary, race
 from effnet_fast.cli.table import table
 from effnet_fast.models import FAMILY
 
 PREPARE_SECONDS = 900.0  # a large net's max-autotune
+INSTRUCTIONS = Path(__file__).with_name("instructions.json")  # written by tests/sass.py
+WRITERS = {"model": models.write_weights, "train": training.write_weights}
+# Rounds of a pass and seconds of a turn. On a GPU the graph of a kernel case runs for 2 ms, so a turn of three replays is 6.
+TURNS = {("kernels", "cpu"): (5, 0.06), ("kernels", "cuda"): (3, 0.006), ("model", "cuda"): (3, 0.1), ("train", "cuda"): (2, 0.3)}
 
 
 class Clock:
@@ -54,16 +58,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write; what the workers print goes beside it")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on the CPU, bf16 on a GPU")
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression, to be found in 'CASE [NETS]: ENTRANT'")
+    parser.add_argument("--nets", default=",".join(registry.NETS), help="of b0 to b7; with commas; the first ones first")
+    parser.add_argument("--most", type=int, metavar="N", help="of each net and op N shapes, evenly spaced from first to last")
     parser.add_argument("--quick", action="store_true", help="B0 alone, one image, short turns, nothing compiled")
     parser.add_argument("--seconds", type=float, default=math.inf, help="cases for which no time is left are skipped")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device; --device cpu would do")
+    nets = tuple(options.nets.split(","))
+    if unknown := set(nets) - set(registry.NETS):
+        parser.error(f"--nets: {', '.join(sorted(unknown))}; of {', '.join(registry.NETS)} some would do")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a polite kill ends the entrants' processes too
     dtype = options.dtype or {"cpu": "fp32", "cuda": "bf16"}[options.device]
     results = run(
         options.suite,
-        registry.cases(options.suite, options.device, dtype, options.quick),
+        registry.cases(options.suite, options.device, dtype, options.quick, nets, options.most),
         registry.entrants(options.suite, options.device, options.quick),
         options.out,
         only=options.only,
@@ -95,27 +104,39 @@ def run(
     if not plan:
         raise ValueError(f"benchmarks.run: no case and entrant contains {only!r}")
     clock, device, dtype = Clock(seconds), plan[0][0].device, plan[0][0].dtype
-    rates = machine.measure(device, dtype)
+    rates, facts = machine.measure(device, dtype), machine.facts()
+    counts, model = _counts(suite, device, facts)
     results: dict[str, Any] = {
         "suite": suite,
         "device": device,
         "dtype": dtype,
         "quick": quick,
-        "machine": machine.facts(),
-        "roofline": {"name": rates.name, "copy_bytes_s": rates.copy, "dense_flop_s": rates.dense[dtype]},
+        "machine": facts,
+        "roofline": {
+            "name": rates.name,
+            "copy_bytes_s": rates.copy,
+            "dense_flop_s": rates.dense[dtype],
+            "lanes_s": rates.lanes,
+            "special_s": rates.special if math.isfinite(rates.special) else None,
+            "cache_bytes": machine.last_level_cache(device),
+        },
+        "model": model,
         "baseline": registry.BASELINE[suite],
         "cases": [],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(entrant.name for _, chosen in plan for entrant in chosen))
-    turns = (1, 0.02) if quick else (5, 0.06) if suite == "kernels" else (4, 0.4)
+    turns = (1, 0.02) if quick else TURNS.get((suite, device), (4, 0.4))
     with tempfile.TemporaryDirectory() as folder, _lanes(names, out) as lanes:
         for number, (case, chosen) in enumerate(plan, start=1):
-            if suite == "model":
-                case = replace(case, weights=str(Path(folder, f"{case.nets[0]}.pt")))
-            row = _case_facts(case, rates)
-            row["entrants"] = _entrants(case, chosen, lanes, clock, turns)
-            _add_shares(row)
+            if suite != "kernels":  # a net has the same weights at every batch, a training step its own images
+                file = case.nets[0] if suite == "model" else case.name.replace(" ", "-")
+                case = replace(case, weights=str(Path(folder, f"{file}.pt")))
+            row = _case_facts(case, rates, suite)
+            row["entrants"] = _entrants(case, chosen, lanes, clock, turns, WRITERS.get(suite))
+            _add_shares(row, results["roofline"]["cache_bytes"])
+            if counts is not None:
+                _add_model(row, case, rates, counts)
             results["cases"].append(row)
             write(results, out)
             print(f"[{number:>{len(str(len(plan)))}}/{len(plan)}] {_line(row)}", flush=True)
@@ -142,7 +163,12 @@ def _lanes(names: list[str], out: Path) -> Iterator[dict[str, Lane]]:
 
 
 def _entrants(
-    case: Case, chosen: list[Entrant], lanes: dict[str, Lane], clock: Clock, turns: tuple[int, float]
+    case: Case,
+    chosen: list[Entrant],
+    lanes: dict[str, Lane],
+    clock: Clock,
+    turns: tuple[int, float],
+    write_weights: Callable[[Case], None] | None,
 ) -> dict[str, dict[str, Any]]:
     """Prepare all entrants, race those that are ready."""
     answers: dict[str, Answer] = {}
@@ -150,8 +176,8 @@ def _entrants(
         lanes[entrant.name].send("release")
     for entrant in chosen:
         lanes[entrant.name].answer(120)
-    if case.weights and not Path(case.weights).exists() and clock.left > 0:
-        made = lanes["weights"].ask(min(PREPARE_SECONDS, clock.left), "prepare", models.write_weights, case)
+    if write_weights is not None and not Path(case.weights).exists() and clock.left > 0:
+        made = lanes["weights"].ask(min(PREPARE_SECONDS, clock.left), "prepare", write_weights, case)
         lanes["weights"].stop()
         if made.status != "ok":
             answers = {entrant.name: Answer(made.status, f"no weights to compare with: {made.value}") for entrant in chosen}
@@ -188,7 +214,7 @@ def _outcome(prepared: Answer, raced: Answer | None) -> dict[str, Any]:
     }
 
 
-def _case_facts(case: Case, rates: Machine) -> dict[str, Any]:
+def _case_facts(case: Case, rates: Machine, suite: str) -> dict[str, Any]:
     """What the case must move and compute, and the bound that follows."""
     facts = {"name": case.name, "group": case.group, "nets": list(case.nets), "batch": case.batch}
     if case.launch is not None:
@@ -200,16 +226,47 @@ def _case_facts(case: Case, rates: Machine) -> dict[str, Any]:
     limits = {level: bound(rows[level], rates, case.dtype, case.batch) * 1e6 for level in rows}
     moved = sum(row.bytes(case.dtype, case.batch, vectors=False) for row in rows["L2"])
     flops = sum(row.flops(case.batch) for row in rows["L2"])
+    if suite == "train":  # backward is two more forwards' worth of multiply-adds; there is no bound of its bytes
+        return {**facts, "bytes": None, "flops": 3 * flops, "bound_us": None, "binds": None}
     return {**facts, "bytes": moved, "flops": flops, "bound_us": limits["L2"], "bound_L3_us": limits["L3"], "binds": "sum"}
 
 
-def _add_shares(row: dict[str, Any]) -> None:
+def _add_shares(row: dict[str, Any], cache: int) -> None:
+    """Rates, and over how many caches the inputs rotated: an entrant's own bytes where it has some, as with partial sums."""
     for entrant in row["entrants"].values():
         if entrant["status"] == "timed":
             seconds = entrant["median_us"] * 1e-6
-            entrant["gb_s"] = row["bytes"] / seconds / 1e9
             entrant["gflop_s"] = row["flops"] / seconds / 1e9
-            entrant["share_of_bound"] = row["bound_us"] / entrant["median_us"]
+            if row["bound_us"] is not None:
+                entrant["gb_s"] = entrant.get("bytes", row["bytes"]) / seconds / 1e9
+                entrant["share_of_bound"] = row["bound_us"] / entrant["median_us"]
+            if "bytes" in entrant:
+                entrant["caches_rotated"] = entrant["sets"] * entrant["bytes"] / cache
+
+
+def _counts(suite: str, device: str, facts: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """What the model of our kernels' times rests on, if there is one for this device, and a line on that."""
+    if suite != "kernels":
+        return None, "none of whole nets"
+    if device == "cpu":
+        return None, "none of CPU kernels: bound_us has their bytes and multiply-adds"
+    told, capability = json.loads(INSTRUCTIONS.read_text()), facts["gpu"]["capability"]
+    if capability.replace(".", "") != str(told["arch"]):
+        return None, f"none: instructions were counted for sm_{told['arch']}, this GPU has capability {capability}"
+    return told["kernels"], f"native: instructions of sm_{told['arch']} by nvcc {told['nvcc']}; triton: roofline and a launch"
+
+
+def _add_model(row: dict[str, Any], case: Case, rates: Machine, counts: dict[str, Any]) -> None:
+    """Beside what our kernels took, what a model says that they should."""
+    assert case.launch is not None
+    for name, entrant in row["entrants"].items():
+        predicted = None
+        if name == "ours native":
+            predicted = kernel_time.predict(case.launch, case.dtype, case.batch, rates, counts)
+        elif name == "ours triton":
+            predicted = kernel_time.least(case.launch, case.dtype, case.batch, rates)
+        if predicted is not None:
+            entrant["model_us"], entrant["model_binds"] = predicted.seconds * 1e6, predicted.binds
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -248,6 +305,12 @@ def summary(results: dict[str, Any]) -> str:
             if entrant["status"] != "timed":
                 lost.append((entrant["status"], name, entrant["reason"]))
     told = [table(HEADER, rows, "lllrrrrrr")] if rows else []
+    for group in dict.fromkeys(case["group"] for case in results["cases"]):
+        mine = [entrant for case in results["cases"] if case["group"] == group for entrant in case["entrants"].items()]
+        for name in dict.fromkeys(name for name, entrant in mine if "model_us" in entrant):
+            ratios = [e["median_us"] / e["model_us"] for n, e in mine if n == name and e["status"] == "timed" and "model_us" in e]
+            if ratios:
+                told.append(f"{group}, {name}: {geomean(ratios):.2f} of the modelled time, {min(ratios):.2f} to {max(ratios):.2f}")
     counts = {key: lost.count(key) for key in dict.fromkeys(lost)}
     told += [f"{name} {status} on {count} cases: {reason}" for (status, name, reason), count in counts.items()]
     return "\n".join(told)
@@ -258,10 +321,11 @@ def _figures(cases: list[dict[str, Any]], name: str, baseline: str) -> tuple[str
     mine = [case["entrants"][name] for case in cases]
     against = [case["entrants"].get(baseline, {}).get("median_us") for case in cases]
     ratios = [theirs / entrant["median_us"] for theirs, entrant in zip(against, mine, strict=True) if theirs]
-    shares = [entrant["share_of_bound"] for entrant in mine]
+    shares = [entrant["share_of_bound"] for entrant in mine if "share_of_bound" in entrant]
     speed = (f"{geomean(ratios):.2f}", f"{min(ratios):.2f}") if ratios else ("-", "-")
     us = geomean([entrant["median_us"] for entrant in mine])
-    return (str(len(cases)), f"{us:.4g}", *speed, f"{100 * geomean(shares):.0f} %", f"{100 * min(shares):.0f} %")
+    of_bound = (f"{100 * geomean(shares):.0f} %", f"{100 * min(shares):.0f} %") if shares else ("-", "-")
+    return (str(len(cases)), f"{us:.4g}", *speed, *of_bound)
 
 
 if __name__ == "__main__":

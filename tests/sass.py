@@ -1,18 +1,35 @@
-"""What nvcc made of the kernels: resources from ptxas's report, and the hot loop of each kernel from its SASS."""
+"""What nvcc made of the kernels: resources from ptxas's report, and from the SASS the hot loop of each kernel and the counts that
+the model of its time rests on.
+
+    python tests/sass.py        writes those counts to benchmarks/instructions.json (nvcc, cuobjdump)
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+ROOT = Path(__file__).resolve().parent.parent
+COUNTS = ROOT / "benchmarks" / "instructions.json"
+COUNTED_ARCH = 90
 USEFUL = {"HMMA", "FFMA", "FMUL", "FADD", "MUFU", "LDG", "STG", "LDGSTS", "LDS", "LDSM", "STS", "STSM"}
+FP32 = {"FFMA", "FMUL", "FADD"}
+SPECIAL = {"MUFU", "I2F", "F2I", "F2F", "I2I"}
+# At half rate: integers, moves, comparisons, conversions.
+HALF = frozenset(
+    "IMAD IADD3 VIADD LOP3 SHF LEA ISETP SEL MOV CS2R IABS IMNMX VIMNMX PLOP3 LDC S2R R2P PRMT F2FP HADD2 FMNMX FSETP FSEL".split()  # noqa: SIM905
+)
 
 
 def cuobjdump() -> str | None:
@@ -45,9 +62,19 @@ def compile_kernels(source: Path, arch: int, cubin: Path) -> dict[str, Resources
 
 class Instruction(NamedTuple):
     at: int
-    base: str  # without its suffixes
+    operation: str  # with its suffixes
     guarded: bool
     target: int | None  # of a branch that all lanes take together
+
+    @property
+    def base(self) -> str:
+        return self.operation.split(".")[0]
+
+    @property
+    def bytes(self) -> int:
+        """Of a warp's access to memory."""
+        width = re.search(r"\.U?(8|16|64|128)(\.|$)", self.operation)
+        return 32 * (16 if self.base in ("LDSM", "STSM") else int(width[1]) // 8 if width else 4)
 
 
 def read_sass(cubin: Path, tool: str) -> dict[str, list[Instruction]]:
@@ -61,18 +88,24 @@ def read_sass(cubin: Path, tool: str) -> dict[str, list[Instruction]]:
         elif found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][A-Z0-9_.]*)(.*?);", line):
             operation, to = found[3], re.search(r"0x([0-9a-f]+)$", found[4].strip())
             jumps = operation.startswith("BRA") and "DIV" not in operation and to
-            code.append(Instruction(int(found[1], 16), operation.split(".")[0], bool(found[2]), int(to[1], 16) if jumps else None))
+            never = found[2] == "@!PT"  # padding that the assembler puts before LDGSTS
+            operation = "NOP" if never else operation
+            code.append(Instruction(int(found[1], 16), operation, bool(found[2]), int(to[1], 16) if jumps else None))
     return kernels
 
 
 def hot_loop(code: list[Instruction]) -> Counter[str]:
     """Instructions of one pass of the loop with most arithmetic, along the path that does most work: by name."""
-    loops = []
-    for end in code:
-        if end.target is not None and end.target <= end.at:
-            body = [i for i in code if end.target <= i.at <= end.at]
-            loops.append((sum(i.base in ("HMMA", "FFMA") for i in body), -len(body), body))
-    return Counter(i.base for i in _busiest(max(loops)[2]))
+    return Counter(i.base for i in _busiest(_loop(code)))
+
+
+def _loops(code: list[Instruction]) -> list[list[Instruction]]:
+    return [[i for i in code if end.target <= i.at <= end.at] for end in code if end.target is not None and end.target <= end.at]
+
+
+def _loop(code: list[Instruction]) -> list[Instruction]:
+    """The loop with most arithmetic; of those with the same, the innermost."""
+    return max((sum(i.base in ("HMMA", "FFMA") for i in body), -len(body), body) for body in _loops(code))[2]
 
 
 def _busiest(code: list[Instruction]) -> list[Instruction]:
@@ -91,3 +124,119 @@ def _busiest(code: list[Instruction]) -> list[Instruction]:
         path.append(code[n])
         n = choice[n]
     return path
+
+
+def tally(path: Iterable[Instruction]) -> dict[str, int]:
+    """By what they keep busy; effnet_fast/benchmark/kernel_time.py says what each number is. Zeros are left out."""
+    counts: Counter[str] = Counter()
+    for i in path:
+        counts["issue"] += 1
+        if i.base == "HMMA":
+            counts["k16" if "16816" in i.operation else "k8"] += 1
+        elif i.base in FP32:
+            counts["fp32"] += 1
+        elif i.base in SPECIAL:
+            counts["special"] += 1
+        elif i.base in HALF:
+            counts["half"] += 1
+        elif i.base == "LDGSTS":
+            counts["copies"] += 1
+        elif i.base in ("LDS", "LDSM", "STS", "STSM"):
+            counts["shared"] += -(-i.bytes // 128)
+        elif i.base == "STG" and i.bytes == 512:
+            counts["stores"] += 1
+        elif i.base in ("LDG", "STG"):
+            counts["lines"] += -(-i.bytes // 128)
+    return dict(counts)
+
+
+def depthwise_instance(name: str) -> tuple[str, list[int], str]:
+    """Of a depthwise kernel's mangled name: "tensor" or "direct", its numbers from k and stride on, and its type."""
+    found = re.search(r"(tensor|direct)_kernelI.*?TraitsI(?:f|\w*?(?P<half>bf16|fp16)E)(?P<numbers>(?:Li\d+E)+)", name)
+    assert found, name
+    return found[1], [int(n) for n in re.findall(r"Li(\d+)E", found["numbers"])], found["half"] or "fp32"
+
+
+def depthwise_parts(code: list[Instruction], tensor: bool, live: int, taps: int, outputs: int) -> dict[str, dict[str, int]]:
+    """A depthwise kernel's counts: "once" a block; "weight", one element of the weights put down by a thread (direct_kernel);
+    "rows", the input rows of one pass of the main loop that lie in the image; "finish", the output rows of one pass, ``live`` of
+    them, ``outputs`` a lane; "pass", the rest of a pass. Staging is counted by the row, wherever it stands."""
+    main = _loop(code)
+    first, last = main[0].at, main[-1].at
+    inner = [body for body in _loops([i for i in code if i.at < first]) if any(i.base == "STS" for i in body)]
+    in_loops = {i.at for body in inner for i in body}
+    before = [i for i in code if i.at < first and i.at not in in_loops and i.base != "LDGSTS"]
+    once = [*_busiest(before), *_busiest([i for i in code if i.at > last])]
+    path = _busiest(main)
+    if tensor:
+        sums = [i for i in path if i.base == "HMMA" and "16816" not in i.operation][: 2 * live]
+        rows = [i for i in path if i.base in ("HMMA", "LDSM", "LDGSTS") and i not in sums]
+        finish = [*sums, *(i for i in path if i.base in {*FP32, "MUFU", "F2FP", "PRMT", "STSM", "LDS", "STG"})]
+    else:
+        products = [i for i in path if i.base in ("FFMA", "FMUL")][: taps * outputs]
+        rows = [*products, *(i for i in path if i.base == "LDG")]
+        finish = [i for i in path if i not in products and i.base in {*FP32, "MUFU", "STG"}]
+    counted = {i.at for i in [*rows, *finish]}
+    parts = {"once": once, "rows": rows, "finish": finish, "pass": [i for i in path if i.at not in counted]}
+    counts = {name: tally(part) for name, part in parts.items()}
+    if inner:  # the unrolled loop
+        body = max(inner, key=len)
+        stored = sum(i.base == "STS" for i in body)
+        counts["weight"] = {name: -(-number // stored) for name, number in tally(_busiest(body)).items()}
+    return counts
+
+
+def gate_parts(code: list[Instruction]) -> dict[str, dict[str, int]]:
+    """A fully connected layer's counts: "vectors", four vectors of 16 bytes of weights a lane; "row", the rest of a row group."""
+    loops = [body for body in _loops(code) if sum(i.base == "LDG" and i.bytes == 512 for i in body) == 4]
+    loops = [body for body in loops if any(i.base == "LDS" for i in body)]
+    vectors = max(loops, key=lambda body: sum(i.base == "FFMA" for i in body))
+    outer = min((body for body in _loops(code) if body[0].at < vectors[0].at and body[-1].at > vectors[-1].at), key=len)
+    inside = {i.at for body in _loops(outer[:-1]) for i in body}
+    return {"vectors": tally(_busiest(vectors)), "row": tally(_busiest([i for i in outer if i.at not in inside]))}
+
+
+def model_counts(cubins: dict[str, Path], resources: dict[str, Resources], tool: str) -> dict[str, Any]:
+    """What benchmarks/instructions.json holds, from the cubins of depthwise.cu and squeeze_excite.cu for COUNTED_ARCH."""
+    counted: dict[str, Any] = {}
+    for name, code in read_sass(cubins["depthwise.cu"], tool).items():
+        kind, (k, s, *tile), dtype = depthwise_instance(name)
+        tensor = kind == "tensor"
+        # Those that EfficientNets run: SiLU, and two channels a thread.
+        if "Lb0E" in name or dtype == "fp16" or (not tensor and (dtype, tile) != ("fp32", [2])):
+            continue
+        live = -(-k // s)
+        columns, width = (tile[0], 16 * tile[1]) if tensor else (4, tile[0])
+        parts = depthwise_parts(code, tensor, live, k * k, live * columns * width)
+        counted[f"{kind} k{k} s{s} {columns}x{width}"] = {"registers": resources[name].registers, **parts}
+    for name, code in read_sass(cubins["squeeze_excite.cu"], tool).items():
+        found = re.search(r"(reduce|expand)_kernelI(f|\w*?bf16)E", name)
+        if found:
+            dtype = "fp32" if found[2] == "f" else "bf16"
+            counted[f"gate {found[1]} {dtype}"] = {"registers": resources[name].registers, **gate_parts(code)}
+    return {"arch": COUNTED_ARCH, "nvcc": nvcc_version(), "kernels": dict(sorted(counted.items()))}
+
+
+def nvcc_version() -> str:
+    told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"V(\d+\.\d+\.\d+)", told)[1]  # type: ignore[index]
+
+
+def main() -> int:
+    tool = cuobjdump()
+    if tool is None:
+        sys.exit("sass.py: there is no cuobjdump: $CUOBJDUMP, PATH or an installed triton would do")
+    with tempfile.TemporaryDirectory() as folder:
+        cubins, resources = {}, {}
+        for name in ("depthwise/depthwise.cu", "squeeze_excite/squeeze_excite.cu"):
+            source = ROOT / "csrc" / name
+            cubins[source.name] = Path(folder, source.name)
+            resources |= compile_kernels(source, COUNTED_ARCH, cubins[source.name])
+        counts = model_counts(cubins, resources, tool)
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in counts.pop("kernels").items())
+    COUNTS.write_text(json.dumps(counts)[:-1] + ', "kernels": {\n' + rows + "\n}}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernels, models, parity, registry, report, run
+from benchmarks import kernels, models, parity, registry, report, run, training
 from benchmarks.case import Entrant
-from effnet_fast.benchmark import calibrate, images
+from effnet_fast import ops
+from effnet_fast.benchmark import calibrate, images, kernel_time, machine
 from effnet_fast.benchmark.roofline import H200, LEVELS, Launch, bound, launches, op_launches
 from effnet_fast.benchmark.timing import Lane, Refused, copies, summarize
 from effnet_fast.models import FAMILY, create_model
@@ -128,20 +131,30 @@ def test_registry(suite, device, dtype):
         assert len({row.name for row in rows}) == len(rows)
     assert registry.BASELINE[suite] in {entrant.name for entrant in registry.entrants(suite, device, quick=True)}
     assert pickle.loads(pickle.dumps(entrants)) == entrants
-    assert {case.batch == 1 for case in cases} == {True, False}
+    assert {case.batch == 1 for case in cases} == ({False} if suite == "train" else {True, False})
     quick = registry.cases(suite, device, dtype, quick=True)
-    assert {case.name for case in quick} < {case.name for case in cases} and all(case.nets[0] == "b0" for case in quick)
+    assert all(case.nets[0] == "b0" for case in quick)
+    if suite != "train":
+        assert {case.name for case in quick} < {case.name for case in cases}
     if suite == "kernels":
+        some = registry.cases(suite, device, dtype, nets=("b7", "b0"), most=3)
+        assert {case.name for case in some} < {case.name for case in cases} and some[0].nets[0] == "b7"
+        for net in ("b0", "b7"):  # three of each op that has as many, the first and the last among them
+            groups = [case.group for case in some if net in case.nets and case.batch == 1]
+            assert {op: groups.count(op) >= (1 if op == "conv_bn_act" else 3) for op in groups} == dict.fromkeys(groups, True)
+            names = {case.name for case in some}
+            depthwise = [row for row in op_launches(FAMILY[f"efficientnet_{net}"]) if row.op == "depthwise_conv_bn_act"]
+            assert {f"{registry._name(row)} n1" for row in (depthwise[0], depthwise[-1])} <= names
         assert {case.group for case in cases} == set(backends.reasons()["reference"])
         for number in range(8):
             of_net = {case.launch.shape for case in cases if f"b{number}" in case.nets and case.batch == 1}
             wanted = {row.shape for row in op_launches(FAMILY[f"efficientnet_b{number}"])}
-            assert {without_count(shape) for shape in of_net} == {without_count(shape) for shape in wanted}
+            assert {seen(shape) for shape in of_net} == {seen(shape) for shape in wanted}
 
 
-def without_count(shape):
-    """A gate's divisor makes no other case."""
-    return tuple(pair for pair in shape if pair[0] != "count")
+def seen(shape):
+    """The size of its images makes no other case of a gate."""
+    return shape[:2] if "reduced" in dict(shape) else shape
 
 
 def one_of(suite, name):
@@ -181,7 +194,11 @@ def test_kernel_suite(tmp_path):
         assert entrant["status"] == "timed" and 0 < low <= high and entrant["median_us"] > 0 and entrant["again_us"] > 0
         assert entrant["calls"] >= 6 and entrant["sets"] >= 2 and entrant["peak_bytes"] >= 0
         assert entrant["gb_s"] > 0 and entrant["gflop_s"] > 0 and entrant["share_of_bound"] > 0
+        assert entrant["caches_rotated"] == entrant["sets"] * entrant["bytes"] / results["roofline"]["cache_bytes"]
+    assert results["roofline"]["lanes_s"] == results["roofline"]["dense_flop_s"] / 2 and results["model"].startswith("none")
     native = first["entrants"]["ours native"]
+    if native["status"] == "timed":
+        assert native["pieces"] == 1 and native["bytes"] == first["bytes"]
     assert native["status"] == "timed" or native["reason"] == backends.reasons()["native"]["depthwise_conv_bn_act"]
     text = run.summary(results)
     assert "eager channels_last" in text and "wrong refused on 1 cases" in text
@@ -197,6 +214,134 @@ def test_ours_is_what_eager_computes(case):
             assert kernels.ours(one_of("kernels", case), "reference").burst(0.0)
         finally:
             kernels._BACKEND.close()
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_gate_gets_the_sums_of_the_depthwise_kernel(backend):
+    case = one_of("kernels", "gate c96 r4 n1")
+    pieces = kernels.pieces_of(case, backend)
+    assert kernels.make(case, pieces=pieces)["partial"].shape == (1, pieces, 96) and pieces > 1
+    assert pieces == kernels.pieces_of(one_of("kernels", "depthwise c96 112x112 k3s2 n1"), backend)
+    if backends.reasons()[backend]["squeeze_excite_gate"] is None:
+        with torch.no_grad():
+            try:
+                depthwise = kernels.make(one_of("kernels", "depthwise c96 112x112 k3s2 n1"))
+                with ops.backend(backend, strict=True):
+                    assert ops.depthwise_conv_bn_act(**depthwise)[1].shape[1] == pieces
+                facts = kernels.ours(case, backend).facts
+            finally:
+                kernels._BACKEND.close()
+        assert facts == {"pieces": pieces, "bytes": case.launch.bytes("fp32", 1) + 4 * 96 * (pieces - 1)}
+
+
+COUNTS = json.loads(run.INSTRUCTIONS.read_text())["kernels"]
+
+
+def modelled(net, op, dtype="bf16", batch=128, counts=COUNTS, on=H200):
+    rows = {row.shape: row for row in op_launches(FAMILY[f"efficientnet_{net}"]) if row.op == op}
+    return [(row, kernel_time.predict(row, dtype, batch, on, counts)) for row in rows.values()]
+
+
+def test_the_model_gives_the_figures_of_the_depthwise_kernels_note():
+    note = (ROOT / "csrc" / "depthwise" / "forward.cuh").read_text()
+    stated = re.search(r"batch of 128 bf16 images runs at (\d+) % \(B0\) and (\d+) % \(B5\)", note)
+    for net, percent in zip(("b0", "b5"), stated.groups(), strict=True):
+        shares = [row.elements * 128 * 2 / H200.copy / time.seconds for row, time in modelled(net, "depthwise_conv_bn_act")]
+        assert run.geomean(shares) == pytest.approx(int(percent) / 100, abs=0.005)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("op", ["depthwise_conv_bn_act", "squeeze_excite_gate"])
+def test_the_model_of_kernel_times(op, dtype):
+    """Every launch of the family has one, it is never below the roofline, and more work never takes less time."""
+    slow = {
+        name: {part: {pipe: 50 * n for pipe, n in held.items()} if isinstance(held, dict) else held for part, held in row.items()}
+        for name, row in COUNTS.items()
+    }
+    for net in ("b0", "b4", "b7"):
+        for batch in (1, 128):
+            for row, time in modelled(net, op, dtype, batch):
+                assert time.seconds > row.bound(H200, dtype, batch).seconds and time.binds in time.times, row
+                if op == "depthwise_conv_bn_act":  # a gate of one image adds up more partial sums
+                    assert kernel_time.predict(row, dtype, 16 * batch, H200, COUNTS).seconds >= time.seconds
+                more = kernel_time.predict(row, dtype, batch, H200, slow)
+                assert more.seconds >= time.seconds and more.times["issue"] == pytest.approx(50 * time.times["issue"])
+                starved = kernel_time.predict(row, dtype, batch, replace(H200, copy=1e9), COUNTS)
+                assert starved.binds == "memory" or op == "squeeze_excite_gate"
+
+
+def test_the_model_stands_beside_the_measurement():
+    case = one_of("kernels", "depthwise c96 112x112 k3s2 n1")
+    row = {"entrants": {name: {"status": "skipped"} for name in ("ours native", "ours triton", "eager nchw")}}
+    run._add_model(row, case, H200, COUNTS)
+    native, triton, eager = row["entrants"].values()
+    assert native["model_us"] > triton["model_us"] > 1e6 * case.launch.bound(H200, "fp32", 1).seconds and len(eager) == 1
+    gpu = {"gpu": {"capability": "9.0"}}
+    assert run._counts("kernels", "cuda", gpu)[0] == COUNTS
+    assert run._counts("kernels", "cuda", {"gpu": {"capability": "8.0"}})[0] is None
+
+
+def test_a_cpus_bound_knows_its_multiply_adds():
+    """Those of a 5x5 depthwise convolution in cache are slower than its bytes."""
+    measured = machine.measure("cpu", "bf16")
+    assert math.isfinite(measured.lanes)
+    launch = next(row for row in op_launches(FAMILY["efficientnet_b0"]) if dict(row.shape).get("kernel") == 5)
+    assert launch.bound(replace(measured, copy=1e15), "bf16", 1) == (launch.lanes / measured.lanes, "lanes")
+
+
+def wrong_step(case):
+    """An entrant whose logits are off by a hundredth."""
+    return training._checked(case, create_model("efficientnet_b0"), lambda model: lambda x: 1.01 * model(x), 2.0)
+
+
+def test_training_suite(tmp_path):
+    entrants = [*registry.entrants("train", "cpu", quick=True)[:1], Entrant("wrong", wrong_step)]
+    cases = registry.cases("train", "cpu", "fp32", quick=True)
+    results = run.run("train", cases, entrants, tmp_path / "train-cpu.json", quick=True)
+    (case,) = results["cases"]
+    ours, wrong = case["entrants"]["ours"], case["entrants"]["wrong"]
+    assert ours["status"] == "timed" and "share_of_bound" not in ours and case["bound_us"] is None
+    assert wrong["status"] == "refused" and "off by" in wrong["reason"]
+    assert "ours" in run.summary(results) and json.loads((tmp_path / "train-cpu.json").read_text()) == results
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# A CPU plays the GPU: no module can be built, two short tests, one of each suite's files.
+case "$*" in
+  *get_device_properties*) echo 9.0 ;;
+  *setup.py*) echo "no compiler" >&2; exit 1 ;;
+  *--collect-only*triton_kernels.py) echo "tests/test_cost.py::test_a_launch_reads_a_tensor_once" ;;
+  *--collect-only*) echo "tests/test_triton.py::test_reasons" ;;
+  *"--suite model"*model-autotuned*) exit 3 ;;
+  *benchmarks.run*) while [ $# -gt 0 ]; do [ "$1" != --out ] || cp "$RESULTS" "$2"; shift; done ;;
+  *) exec "$PYTHON" "$@" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None or shutil.which("bash") is None, reason="there is no bash or no timeout")
+def test_gpu_script_goes_on(tmp_path):
+    """What fails is told, the rest is run; what comes back are eight files at most."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "python3"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    results = {"suite": "kernels", "device": "cuda", "baseline": "eager", "cases": []}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHON": sys.executable, "RESULTS": str(tmp_path / "results.json")}
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", out], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== build: rc 1" in done.stdout and "no compiler" in done.stdout and "== without the native kernels" in done.stdout
+    assert "== model-autotuned: rc 3" in done.stdout and "== ceilings: rc 2" in done.stdout  # there is no CUDA device
+    assert "2 tests in" in done.stdout and sum(map(int, re.findall(r"(\d+) passed", done.stdout))) == 2
+    wanted = {"table.txt", "logs.tar.gz", "kernels-cuda.json", "model-cuda.json", "train-cuda.json", "kernels-compiled-cuda.json"}
+    assert {path.name for path in out.iterdir()} == wanted
+    limits = [int(limit) for limit in re.findall(r"^part [\w-]+ (\d+)", (ROOT / "benchmarks" / "gpu.sh").read_text(), flags=re.M)]
+    assert sum(limits[:-2]) == 495 < 530
 
 
 def test_model_suite_and_its_report(tmp_path, monkeypatch):
@@ -240,3 +385,4 @@ def test_copies_pass_the_cache():
         assert copies(moved, cache, most=10**6) * moved > 3 * cache and copies(moved, cache) >= 2
     times = summarize([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])
     assert (times.median, times.again, times.calls) == (2.0, 4.0, 6)
+    assert copies(100, 1 << 30) == 1024  # as the README says

@@ -3,7 +3,7 @@ the CPU's for each instruction set."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cases
@@ -181,6 +181,7 @@ class Pointwise:
 
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
         x, weight, norm, gate, residual = (None if t is None else t.to(dtype) for t in self.tensors())
+        norm = self.tensors()[2].to(torch.promote_types(dtype, torch.float32))
         x = x if gate is None else x * gate.repeat_interleave(self.pixels, 0)
         y = F.batch_norm(F.linear(x, weight), norm[2], norm[3], norm[0], norm[1], eps=1e-3)
         y = {"identity": lambda t: t, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[self.activation](y)
@@ -213,6 +214,17 @@ def test_pointwise_cpu(width, modules):
     for pointwise, out in zip(POINTWISES, outs, strict=True):
         plain = pointwise.expected(torch.float32).to(pointwise.dtype)
         assert_2x(from_raw(out, pointwise.dtype), plain, pointwise.expected(torch.float64), str(pointwise))
+
+
+def test_pointwise_cpu_by_bf16_dot_products(modules):
+    cpu = Path("/proc/cpuinfo")
+    if not (cpu.exists() and " avx512_bf16 " in cpu.read_text()):
+        pytest.skip("this machine has no avx512_bf16")
+    cases = [replace(case, dtype=torch.bfloat16) for case in POINTWISES]
+    outs = emulator.run(modules["sound"], [case.call() for case in cases], EMULATED_WIDTH="16", EMULATED_BF16="1")
+    for case, out in zip(cases, outs, strict=True):
+        plain = case.expected(torch.bfloat16)  # which rounds the weights and the gated inputs too
+        assert_2x(from_raw(out, case.dtype), plain, case.expected(torch.float64), str(case))
 
 
 class Convolution:

@@ -8,7 +8,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_2x, largest
+from tolerance import assert_2x
 
 import effnet_fast
 from effnet_fast import ops
@@ -51,7 +51,7 @@ def strided(x: torch.Tensor, how: str) -> torch.Tensor:
     if how == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if how == "sliced":
-        larger = torch.full((x.shape[0], x.shape[1] + 3, x.shape[2] + 1, x.shape[3] + 2), float("nan"), dtype=x.dtype)
+        larger = x.new_full((x.shape[0], x.shape[1] + 3, x.shape[2] + 1, x.shape[3] + 2), float("nan"))
         view = larger[:, 1:-2, 1:, 1:-1]
         return view.copy_(x)
     if how == "misaligned":
@@ -75,7 +75,7 @@ def test_depthwise(case, dtype):
         assert partial.dtype == torch.float32 and partial.shape[1] >= 1
         # The squeeze is of the stored y.
         total = y.double().sum((2, 3))
-        assert largest(partial.double().sum(1) - total) <= 2 * largest(y.float().sum((2, 3)) - total) + 1e-6 * largest(total)
+        assert_2x(partial.sum(1), y.float().sum((2, 3)), total, f"partial, {activation}")
     y, partial = ops.depthwise_conv_bn_act(x, weight, n, activation="silu", squeeze=False, **args)
     assert partial.numel() == 0
 
@@ -178,7 +178,7 @@ def outputs(result) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("op", sorted(backends._KERNELS))
 def test_out_forms_write_what_the_op_returns(op):
-    """Into memory that was NaN; and they refuse a tensor of another shape."""
+    """Into memory that was NaN; and they refuse a tensor of another shape, dtype or device."""
     torch.manual_seed(0)
     args = _example(op, torch.float32, 2)
     for kernel in backends._KERNELS[op]:
@@ -192,8 +192,9 @@ def test_out_forms_write_what_the_op_returns(op):
         for name, tensor in zip(names, made, strict=True):
             torch.testing.assert_close(given[name], tensor)
         torch.library.opcheck(out_form, args, given)
-        with pytest.raises((ValueError, RuntimeError), match=names[0]):
-            out_form(*args, **{**given, names[0]: torch.empty(1, 1)})
+        for bad in (torch.empty(1, 1), given[names[0]].double(), given[names[0]].to("meta")):
+            with pytest.raises((ValueError, TypeError, RuntimeError), match=names[0]):
+                out_form(*args, **{**given, names[0]: bad})
 
 
 def in_double(op: str, args: tuple, norms: bool) -> list:
@@ -237,47 +238,205 @@ def test_flop_formulas():
         assert counter.get_total_flops() == flops, op
 
 
-X, W, N = torch.ones(2, 16, 8, 8), torch.ones(16, 1, 3, 3), norm(16)
-PW = torch.ones(8, 16, 1, 1)
-GOOD = {"stride": 1, "padding": (1, 1, 1, 1), "activation": "silu", "squeeze": True}
-BAD = [
-    (lambda: ops.depthwise_conv_bn_act(X[:, :8], W, N, **GOOD), ValueError, "weight has 16 channels, x has 8"),
-    (lambda: ops.depthwise_conv_bn_act(X[0], W, N, **GOOD), ValueError, "x has 3 dimensions"),
-    (lambda: ops.depthwise_conv_bn_act(X[None], W, N, **GOOD), ValueError, "x has 5 dimensions"),
-    (lambda: ops.depthwise_conv_bn_act(X.int(), W, N, **GOOD), TypeError, "x is torch.int32"),
-    (lambda: ops.depthwise_conv_bn_act(X, W.repeat(1, 2, 1, 1), N, **GOOD), ValueError, r"weight is \(16, 2, 3, 3\)"),
-    (lambda: ops.depthwise_conv_bn_act(X, W, N, **{**GOOD, "padding": (-1, 0, 0, 0)}), ValueError, "padding is"),
-    (lambda: ops.depthwise_conv_bn_act(X, W, N, **{**GOOD, "padding": (1, 1)}), ValueError, "four numbers"),
-    (lambda: ops.depthwise_conv_bn_act(X, W, N, **{**GOOD, "stride": 0}), ValueError, "stride is 0"),
-    (lambda: ops.depthwise_conv_bn_act(X, W, N, **{**GOOD, "activation": "gelu"}), ValueError, "'gelu'"),
-    (lambda: ops.depthwise_conv_bn_act(X[:, :, :1], W, N, **{**GOOD, "padding": (0,) * 4}), ValueError, "larger than the padded"),
-    (lambda: ops.depthwise_conv_bn_act(X, W, norm(8), **GOOD), ValueError, "norm has 8 channels"),
-    (lambda: ops.depthwise_conv_bn_act(X, W.to("meta"), N, **GOOD), ValueError, "weight on meta"),
-    (lambda: ops.depthwise_conv_bn_act(X.double(), W, N, **GOOD), TypeError, "the norm is torch.float32"),
-    (lambda: ops.depthwise_conv_bn_act(X.clone().requires_grad_(), W, N, **GOOD), RuntimeError, "no gradient"),
-    (lambda: ops.pointwise_conv_bn_act(X, W, N, activation="silu"), ValueError, "weight has 1 channels"),
-    (lambda: ops.pointwise_conv_bn_act(X, PW, norm(8), gate=torch.ones(2, 8), activation="silu"), ValueError, "gate is"),
-    (lambda: ops.pointwise_conv_bn_act(X, PW, norm(8), residual=X, activation="silu"), ValueError, "residual is"),
-    (lambda: ops.pointwise_conv_bn_act(X, torch.ones(16, 16, 3, 3), N, activation="silu"), ValueError, r"\[K, C, 1, 1\]"),
-    (lambda: ops.conv_bn_act(X, PW, norm(8), stride=1, padding=(0,) * 4, activation="silu", residual=X), ValueError, "residual is"),
-    (lambda: ops.squeeze_excite_gate(X, 4, PW, None, PW, None, activation="silu"), ValueError, "partial is"),
-    (
-        lambda: ops.squeeze_excite_gate(torch.ones(1, 1, 4), 4, PW, None, PW, None, activation="silu"),
-        ValueError,
-        "reduce_weight is",
-    ),
-    (
-        lambda: ops.squeeze_excite_gate(torch.ones(1, 1, 16), 0, PW, None, PW, None, activation="silu"),
-        ValueError,
-        "count is 0",
-    ),
+def good(op: str, device: str = "cpu") -> dict:
+    """Arguments that every kernel of the op takes, by their names in its schema."""
+    sizes = {
+        "depthwise_conv_bn_act": {"x": (2, 16, 8, 8), "weight": (16, 1, 3, 3)},
+        "pointwise_conv_bn_act": {"x": (2, 16, 8, 8), "weight": (16, 16, 1, 1), "gate": (2, 16), "residual": (2, 16, 8, 8)},
+        "conv_bn_act": {"x": (2, 3, 8, 8), "weight": (16, 3, 3, 3), "residual": (2, 16, 4, 4)},
+        "squeeze_excite_gate": {"partial": (2, 3, 16), "reduce_weight": (4, 16, 1, 1), "reduce_bias": 4}
+        | {"expand_weight": (16, 4, 1, 1), "expand_bias": 16},
+    }[op]
+    others = {"activation": "silu", "norm_eps": 1e-3, "stride": 2, "padding": [1, 1, 1, 1], "pieces": 1, "count": 64}
+    names = [argument.name for argument in getattr(OPS, op).reference._schema.arguments]
+    return {name: others[name] if name in others else torch.ones(sizes.get(name, 16), device=device) for name in names}
+
+
+def public(op: str, args: dict):
+    """The op's public function, called with the arguments of its schema."""
+    args = dict(args)
+    if "norm_eps" in args:
+        args["norm"] = ops.Norm(*(args.pop(f"norm_{name}") for name in ("weight", "bias", "mean", "var", "eps")))
+    if "pieces" in args:
+        args["squeeze"] = args.pop("pieces") > 0
+    return getattr(ops, op)(**args)
+
+
+def check_refused(op: str, backend: str, args: dict, error: type[Exception], says: str) -> None:
+    """By the public function whatever backend is asked for, and by the overload; the compiled module has words of its own."""
+    with effnet_fast.backend(backend), pytest.raises(error, match=f"^{op}: .*({says})"):
+        public(op, args)
+    native = backend == "native"
+    with pytest.raises((RuntimeError, error) if native else error, match=f"^{op}: " + ("" if native else f".*({says})")):
+        getattr(getattr(OPS, op), backend)(*args.values())
+
+
+SPOILT = {
+    "without dimensions": (lambda t: t.sum(), ValueError),
+    "with another dimension": (lambda t: t[None], ValueError),
+    "longer": (lambda t: torch.cat([t, t[:1]]), ValueError),
+    "int32": (lambda t: t.int(), TypeError),
+    "complex64": (lambda t: t.to(torch.complex64), TypeError),
+    "float8": (lambda t: t.to(torch.float8_e4m3fn), TypeError),
+    "on another device": (lambda t: t.to("meta"), ValueError),
+}
+
+
+def check_every_tensor(op: str, backend: str, device: str) -> None:
+    """Each is spoilt in each way; it is then the one that is named, unless the others are held to it."""
+    args = good(op, device)
+    with effnet_fast.backend(backend, strict=True):
+        public(op, args)
+    for name, tensor in args.items():
+        for how, (spoil, error) in SPOILT.items() if isinstance(tensor, torch.Tensor) else ():
+            named = name.replace("norm_", "norm.")
+            if name == "weight" and how == "longer":
+                named = "norm|weight"
+            elif name == "reduce_weight" and how == "longer":
+                named = "reduce_bias"
+            elif name in ("x", "partial") and how == "on another device":
+                named = "weight is on"
+            elif name in ("x", "partial") and how == "longer":
+                if "residual" not in args:
+                    continue  # as good as before
+                named = "gate|residual"
+            check_refused(op, backend, {**args, name: spoil(tensor)}, error, named)
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("op", sorted(backends._KERNELS))
+def test_every_tensor_is_checked(op, backend):
+    if (reason := backends.reasons()[backend][op]) is not None:
+        pytest.skip(reason)
+    check_every_tensor(op, backend, "cpu")
+
+
+BF16, FP64 = torch.bfloat16, torch.float64
+CONV = [
+    ("x", (2, 0, 8, 8), ValueError, r"x is \(2, 0, 8, 8\); \[N, C, H, W\] with C, H and W >= 1 would do"),
+    ("x", (2, 16, 0, 8), ValueError, "C, H and W >= 1"),
+    ("weight", (0, 1, 3, 3), ValueError, "with no size of 0 would do"),
+    ("weight", (16, 1, 0, 3), ValueError, "with no size of 0 would do"),
+    ("weight", (16, 2, 3, 3), ValueError, r"weight is \(16, 2, 3, 3\); \(16, "),
+    ("norm_var", (8,), ValueError, r"norm.var is \(8,\); \(16,\) would do"),
+    ("norm_weight", (8,), ValueError, r"norm.weight is \(8,\)"),
+    ("norm_mean", (16, 3), ValueError, r"norm.mean is \(16, 3\)"),
+    ("norm_var", ((16,), BF16), TypeError, "norm.var is torch.bfloat16; torch.float32 would do"),
+    ("norm_bias", ((16,), FP64), TypeError, "norm.bias is torch.float64; torch.float32 would do"),
+    ("activation", "gelu", ValueError, "activation is 'gelu'; one of silu, relu, relu6, identity would do"),
+]
+WINDOW = [
+    ("stride", 0, ValueError, "stride is 0; an integer >= 1 would do"),
+    ("stride", -1, ValueError, "stride is -1"),
+    ("padding", [-1, 0, 0, 0], ValueError, r"padding is \[-1, 0, 0, 0\]; four integers >= 0 \(top, bottom, left, right\) would do"),
+    ("padding", [1, 1], ValueError, r"padding is \[1, 1\]"),
+    ("padding", [], ValueError, r"padding is \[\]"),
+]
+BAD = {
+    "depthwise_conv_bn_act": [
+        *CONV,
+        *WINDOW,
+        ("x", (2, 8, 8, 8), ValueError, r"weight is \(16, 1, 3, 3\); \(8, 1, 3, 3\) would do"),
+        ("weight", (32, 1, 3, 3), ValueError, r"weight is \(32, 1, 3, 3\); \(16, 1, 3, 3\) would do"),
+        ("weight", (16, 1, 11, 11), ValueError, r"kernel 11x11 is larger than the padded x, 8x8 and \(1, 1, 1, 1\)"),
+        ("pieces", -1, ValueError, "pieces is -1; an integer >= 0 would do"),
+    ],
+    "pointwise_conv_bn_act": [
+        *CONV,
+        ("residual", (2, 16, 8, 7), ValueError, r"residual is \(2, 16, 8, 7\); \(2, 16, 8, 8\) would do"),
+        ("residual", ((2, 16, 8, 8), BF16), TypeError, "residual is torch.bfloat16; torch.float32 would do"),
+        ("gate", (2, 8), ValueError, r"gate is \(2, 8\); \(2, 16\) would do"),
+        ("gate", (2, 16, 1, 1), ValueError, "gate is"),
+        ("gate", ((2, 16), BF16), TypeError, "gate is torch.bfloat16; torch.float32 would do"),
+        ("gate", ((2, 16), FP64), TypeError, "gate is torch.float64; torch.float32 would do"),
+    ],
+    "conv_bn_act": [
+        *CONV,
+        *WINDOW,
+        ("weight", (16, 3, 11, 3), ValueError, r"kernel 11x3 is larger than the padded x, 8x8 and \(1, 1, 1, 1\)"),
+        ("residual", (2, 16, 8, 8), ValueError, r"residual is \(2, 16, 8, 8\); \(2, 16, 4, 4\) would do"),
+        ("residual", ((2, 16, 4, 4), FP64), TypeError, "residual is torch.float64; torch.float32 would do"),
+    ],
+    "squeeze_excite_gate": [
+        ("partial", (2, 0, 16), ValueError, r"partial is \(2, 0, 16\); \[N, P, C\] with P and C >= 1 would do"),
+        ("partial", (2, 3, 0), ValueError, "P and C >= 1"),
+        ("partial", (2, 3, 8), ValueError, r"reduce_weight is \(4, 16, 1, 1\); \(4, 8, 1, 1\) would do"),
+        ("partial", ((2, 3, 16), BF16), TypeError, "partial is torch.bfloat16; torch.float32 or torch.float64 would do"),
+        ("count", 0, ValueError, "count is 0; an integer >= 1 would do"),
+        ("count", -5, ValueError, "count is -5"),
+        ("reduce_weight", (0, 16, 1, 1), ValueError, "R >= 1"),
+        ("reduce_weight", (4, 16, 3, 3), ValueError, r"reduce_weight is \(4, 16, 3, 3\); \(4, 16, 1, 1\) would do"),
+        ("reduce_bias", (3,), ValueError, r"reduce_bias is \(3,\); \(4,\) would do"),
+        ("reduce_bias", ((4,), FP64), TypeError, "reduce_bias is torch.float64; torch.float32 would do"),
+        ("expand_weight", (16, 4, 2, 2), ValueError, r"expand_weight is \(16, 4, 2, 2\); \(16, 4, 1, 1\) would do"),
+        ("expand_weight", ((16, 4, 1, 1), BF16), TypeError, "expand_weight is torch.bfloat16; torch.float32 would do"),
+        ("expand_bias", (3,), ValueError, r"expand_bias is \(3,\); \(16,\) would do"),
+        ("activation", "gelu", ValueError, "activation is 'gelu'; one of silu, relu, relu6, identity would do"),
+    ],
+}
+
+
+def check_bad_input(op: str, backend: str, device: str) -> None:
+    args = good(op, device)
+    for name, value, error, says in BAD[op]:
+        if name == "pieces":  # the public functions choose it
+            with pytest.raises(RuntimeError if backend == "native" else error, match=name if backend == "native" else says):
+                getattr(getattr(OPS, op), backend)(*{**args, name: value}.values())
+            continue
+        if isinstance(value, tuple):
+            shape, dtype = value if isinstance(value[0], tuple) else (value, torch.float32)
+            value = torch.ones(shape, dtype=dtype, device=device)
+        check_refused(op, backend, {**args, name: value}, error, says)
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("op", sorted(backends._KERNELS))
+def test_bad_input(op, backend):
+    if (reason := backends.reasons()[backend][op]) is not None:
+        pytest.skip(reason)
+    check_bad_input(op, backend, "cpu")
+
+
+# What the schemas have no place for, so that only the public functions can say what would do.
+MISTYPED = [
+    ("depthwise_conv_bn_act", "stride", (1, 1), r"stride is \(1, 1\); an integer >= 1 would do"),
+    ("depthwise_conv_bn_act", "stride", 1.0, "stride is 1.0; an integer"),
+    ("depthwise_conv_bn_act", "padding", 1, "padding is 1; four integers"),
+    ("conv_bn_act", "padding", (1.0, 1, 1, 1), r"padding is \(1.0, 1, 1, 1\); four integers"),
+    ("pointwise_conv_bn_act", "activation", None, "activation is None; one of"),
+    ("squeeze_excite_gate", "count", 64.5, "count is 64.5; an integer >= 1 would do"),
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "says"), BAD, ids=[says for _, _, says in BAD])
-def test_bad_input(call, error, says):
-    with pytest.raises(error, match=says):
-        call()
+@pytest.mark.parametrize(("op", "name", "value", "says"), MISTYPED, ids=str)
+def test_mistyped(op, name, value, says):
+    with pytest.raises(ValueError, match=f"^{op}: {says}"):
+        public(op, {**good(op), name: value})
+
+
+@pytest.mark.parametrize("op", sorted(backends._KERNELS))
+def test_gradients_are_refused(op):
+    """In every tensor; and only where they are recorded."""
+    args = good(op)
+    for name, tensor in args.items():
+        if isinstance(tensor, torch.Tensor):
+            asking = {**args, name: tensor.clone().requires_grad_()}
+            with pytest.raises(RuntimeError, match=f"^{op}: it has no gradient"):
+                public(op, asking)
+            with torch.no_grad():
+                public(op, asking)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, FP64], ids=str)
+@pytest.mark.parametrize("parameters", [*DTYPES, FP64], ids=str)
+def test_reference_takes_norms_of_any_dtype(dtype, parameters):
+    """Even those that PyTorch's batch norm does not; in fp32, or fp64 beside fp64."""
+    torch.manual_seed(0)
+    x, weight, n = torch.randn(2, 16, 5, 5).to(dtype), torch.randn(16, 16, 1, 1), norm(16, parameters)
+    converted = ops.Norm(*(t.to(FP64 if dtype == FP64 else torch.float32) for t in n[:4]), n.eps)
+    with effnet_fast.backend("reference", strict=True):
+        y, expected = (ops.pointwise_conv_bn_act(x, weight, some, activation="silu") for some in (n, converted))
+    torch.testing.assert_close(y, expected)
 
 
 def test_a_compiled_module_that_is_there_is_used():

@@ -1,8 +1,10 @@
 """What nvcc makes of the CUDA kernels: registers and spills within each kernel's budget (the kernels assert their shared memory
-themselves), and the instructions of the depthwise kernels' hot loops against what csrc/depthwise/forward.cuh promises."""
+themselves), the instructions of the depthwise kernels' hot loops against what csrc/depthwise/forward.cuh promises, and the counts
+that the model of the kernels' times rests on."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -31,17 +33,10 @@ def compiled(tmp_path_factory) -> dict[tuple[str, int], tuple[Path, dict[str, sa
         return {(source.name, arch): made for (source, arch), made in zip(keys, pool.map(compile_one, keys), strict=True)}
 
 
-def instance(name: str) -> tuple[str, list[int], bool]:
-    """Of a depthwise kernel's mangled name: "tensor" or "direct", its numbers from k and stride on, and whether it is for fp32."""
-    found = re.search(r"(tensor|direct)_kernelI.*?TraitsI(f|\w+?E)((?:Li\d+E)+)", name)
-    assert found, name
-    return found[1], [int(n) for n in re.findall(r"Li(\d+)E", found[3])], found[2] == "f"
-
-
 def registers_allowed(name: str) -> int:
     if "depthwise" not in name:
         return 128  # so that 2 blocks of 256 threads fit an SM
-    kind, (kernel, *tile), _ = instance(name)
+    kind, (kernel, *tile), _ = sass.depthwise_instance(name)
     if kind == "tensor" and tile[-1] != 3:
         return 128  # 2 blocks of 256 threads or 4 of 128
     return {("tensor", 3): 112, ("tensor", 5): 168, ("direct", 3): 128, ("direct", 5): 232}[kind, kernel]
@@ -77,8 +72,8 @@ def test_instructions_an_output(compiled):
         pytest.skip("there is no cuobjdump: $CUOBJDUMP, PATH or an installed triton would do")
     checked = {}
     for name, code in sass.read_sass(compiled["depthwise.cu", 90][0], tool).items():
-        kind, (k, s, *tile), fp32 = instance(name)
-        if (kind == "tensor" and tile != [32, 3]) or (kind == "direct" and (not fp32 or tile != [2])) or "Lb0E" in name:
+        kind, (k, s, *tile), dtype = sass.depthwise_instance(name)
+        if (kind == "tensor" and tile != [32, 3]) or (kind == "direct" and (dtype, tile) != ("fp32", [2])) or "Lb0E" in name:
             continue
         live = -(-k // s)
         outputs = 8 * live if kind == "tensor" else 4 * tile[0] * live  # of a lane, one pass
@@ -90,3 +85,27 @@ def test_instructions_an_output(compiled):
         assert sum(loop.values()) / outputs <= 1.01 * PROMISED[kind, k, s], f"{name}: {loop}"
         checked[kind, k, s] = True
     assert checked.keys() == PROMISED.keys()
+
+
+def test_the_models_counts_are_the_compilers(compiled):
+    """benchmarks/instructions.json is what tests/sass.py counts now."""
+    tool, recorded = sass.cuobjdump(), json.loads(sass.COUNTS.read_text())
+    if tool is None:
+        pytest.skip("there is no cuobjdump: $CUOBJDUMP, PATH or an installed triton would do")
+    if recorded["nvcc"] != sass.nvcc_version():
+        pytest.skip(f"benchmarks/instructions.json was counted with nvcc {recorded['nvcc']}, here is {sass.nvcc_version()}")
+    made = {name: compiled[name, sass.COUNTED_ARCH] for name in ("depthwise.cu", "squeeze_excite.cu")}
+    resources = {name: used for _, kernels in made.values() for name, used in kernels.items()}
+    counted = sass.model_counts({name: cubin for name, (cubin, _) in made.items()}, resources, tool)
+    assert counted == recorded, "run: python tests/sass.py"
+    for name, counts in recorded["kernels"].items():  # the parts of the loop hold all taps and both uses of MUFU an output
+        if name.startswith(("tensor", "direct")):
+            k, s, columns, width = map(int, re.findall(r"\d+", name))
+            live = -(-k // s)
+            if name.startswith("tensor"):
+                outputs = 8 * live
+                assert counts["rows"]["k16"] * 8 == k * (k // 2) * 2 * outputs and counts["rows"]["k8"] * 8 == 2 * k * outputs
+            else:
+                outputs = columns * width * live
+                assert counts["rows"]["fp32"] == k * k * outputs and "weight" in counts
+            assert counts["finish"]["special"] == 2 * outputs

@@ -94,9 +94,8 @@ inline ConvTensors conv_tensors(const char* op, const Tensor& x, const Tensor& w
   const Tensor taps = read("weight", weight), mean = read("norm_mean", norm.mean);
   const auto read_vector = [&](const char* name, const Tensor& t) {
     check_shape(op, name, t, {weight.size(0)});
-    Tensor vector = read(name, t);
-    check(vector.scalar_type() == mean.scalar_type(), op, ": ", name, " must have the dtype of norm_mean");
-    return vector;
+    check(t.scalar_type() == norm.mean.scalar_type(), op, ": ", name, " must have the dtype of norm_mean");
+    return read(name, t);
   };
   const auto read_optional = [&](const char* name, const OptionalTensor& t) {
     return t ? OptionalTensor(read_vector(name, *t)) : std::nullopt;

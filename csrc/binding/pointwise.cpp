@@ -26,7 +26,6 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 
   pointwise::Params p{};
   p.dtype = dtype("x", x);
-  check(p.dtype != DType::fp16, kPointwise, ": x must be float32 or bfloat16");
   const Tensor inputs = as_channels_last(x);
   const ConvTensors t = conv_tensors(kPointwise, x, checked("weight", weight, {out, in, 1, 1}),
                                      {norm_weight, norm_bias, norm_mean, norm_variance, norm_epsilon});
@@ -69,6 +68,7 @@ Tensor pointwise_made(const Tensor& x, const Tensor& weight, const OptionalTenso
   check(weight.dim() == 4, kPointwise, ": weight has shape ", shape_text(weight), ", expected [K, C, 1, 1]");
   Tensor y = torch::stable::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(),
                                   std::nullopt, MemoryFormat::ChannelsLast);
+  if (y.is_cpu()) advise_huge_pages(y);
   pointwise_out(x, weight, norm_weight, norm_bias, norm_mean, norm_variance, norm_epsilon, gate, residual, activation, y);
   return y;
 }

@@ -36,9 +36,8 @@ template <typename Run> void write_gate(const Tensor& partial, int64_t count, co
   const Tensor reduce = read("reduce_weight", reduce_weight, {reduced, channels, 1, 1});
   const DType dtype = dtype_of(kGate, "reduce_weight", reduce);
   const auto read_alike = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
-    Tensor parameter = read(name, t, shape);
-    check(dtype_of(kGate, name, parameter) == dtype, kGate, ": ", name, " must have the dtype of reduce_weight");
-    return parameter;
+    check(t.scalar_type() == reduce_weight.scalar_type(), kGate, ": ", name, " must have the dtype of reduce_weight");
+    return read(name, t, shape);
   };
   const auto read_optional = [&](const char* name, const OptionalTensor& t, int64_t size) {
     return t ? OptionalTensor(read_alike(name, *t, {size})) : std::nullopt;

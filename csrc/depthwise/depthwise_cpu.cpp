@@ -6,8 +6,8 @@
 // sees x and y once: 3x3 is bound by it where the image is large, 5x5 and small images by the multiply-adds.
 //
 // An image is cut into bands of rows, one for each piece of the squeeze. In a band the rows that hold kTile bytes of x, for one
-// vector of channels, are used up before the next vector's: the k rows under the kernel stay in L1. A thread owns whole bands; where
-// those do not divide evenly among the threads, groups of vectors of channels are shared too. Neither changes a result.
+// vector of channels, are used up before the next vector's: the k rows under the kernel stay in L1. A thread owns whole bands;
+// where those do not divide evenly among the threads, groups of vectors of channels are shared too. Neither changes a result.
 #include <algorithm>
 #include <numeric>
 #include <type_traits>

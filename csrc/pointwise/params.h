@@ -8,7 +8,7 @@
 namespace effnet_fast::pointwise {
 
 // y = activation(norm((x * gate) weight^T)) + residual. Everything is contiguous (x, y and residual as channels_last), of any
-// alignment; fp16 storage of x is not supported.
+// alignment.
 struct Params {
   const void* x;              // [rows, in_channels], of type dtype as are residual and y
   const void* weight;         // [out_channels, in_channels]

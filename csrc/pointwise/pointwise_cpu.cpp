@@ -3,12 +3,16 @@
 //
 // A thread owns a rectangle of the output: a range of rows, a range of channels, or both (split_work). Vectors run along the
 // output channels. It packs the weights of a group of its channels, transposed, into scratch that stays in L2, and goes over its
-// rows kBlock at a time: the gate is multiplied into a copy of the block, and each panel of up to three vectors of channels is
-// multiplied with up to twelve rows in registers, in_channels deep, then finished while it is in L1.
+// rows kBlock at a time: each panel of up to three vectors of channels is multiplied with up to twelve rows in registers,
+// in_channels deep, then finished while it is in L1. What is multiplied are Elements: floats, or pairs of bf16 where the
+// processor has their dot products (bf16_pairs.h). Rows that are no Elements yet (fp16, bf16 elsewhere, an odd number of
+// channels) are converted into a block of scratch. The gate goes into the weights of each image, or, where an image has few
+// pixels, into that block.
 //
 // An output costs in_channels multiply-adds; x is read once for each group of channels, y is written and the residual read once,
-// the weights are read once by every thread that shares their channels. The multiply-adds bind, one vector of them for each half
-// of a vector loaded; below about 40 input channels SiLU does (20 instructions and a division a vector).
+// the weights are read once by every thread that shares their channels, and once an image if they take its gate. The
+// multiply-adds bind, one vector of them (two of bf16 pairs) for each half of a vector loaded: deep layers reach 95 % of their
+// rate. Below about 40 input channels SiLU does, and in bf16 below 200.
 #include <algorithm>
 #include <type_traits>
 #include <utility>
@@ -17,6 +21,7 @@
 #include "../common/norm.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
+#include "bf16_pairs.h"
 #include "params.h"
 
 namespace effnet_fast::pointwise {
@@ -24,12 +29,12 @@ namespace {
 
 constexpr int kBlock = 24;             // rows that a thread takes on at once: a multiple of every kernel's rows
 constexpr int kChunk = 64;             // products added up before they join a total: a longer chain rounds worse than oneDNN
-constexpr int kSlice = 768;            // input channels taken on at once, so that kPacked holds more than a panel
-constexpr int kPartialRows = 1024;     // rows whose sums wait for the next slice
-constexpr int kPacked = 96 << 10;      // packed weights, in floats, that stay in L2 beside a block of rows
+constexpr int kSlice = 768;            // Elements of a row taken on at once, so that kPacked holds more than a panel
+constexpr int kPartialRows = 256;      // rows whose sums wait for the next slice
+constexpr int kPacked = 96 << 10;      // packed weights, in Elements, that stay in L2 beside a block of rows
 constexpr int64_t kGrain = 1 << 20;    // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 constexpr double kPackCost = 0.4;      // packing a weight, and
-constexpr double kPrologueCost = 0.2;  // multiplying a gate into an input, in multiply-adds of a vector
+constexpr double kPrologueCost = 0.3;  // multiplying a gate into an input, in multiply-adds of a vector
 
 // The rectangle of the output that a thread owns.
 struct Part {
@@ -68,51 +73,90 @@ template <int W> EFFNET_INLINE void transpose(simd::Float<W> (&rows)[W]) {
   }
 }
 
-// One vector of channels: packed[i * pitch + lane] = weight[lane * stride + i], zero for the lanes from `channels` on.
-template <int W, typename T>
-EFFNET_INLINE void pack(const T* weight, int stride, int depth, int channels, float* packed, int pitch) {
+// Input channels in an Element of a row: one float, or a Pair.
+template <typename Element> constexpr int kDepth = std::is_same_v<Element, float> ? 1 : 2;
+
+template <int W, typename T> EFFNET_INLINE simd::Float<W> load_gated(const T* p, const float* gate) {
+  return gate ? simd::load<W>(p) * simd::load<W>(gate) : simd::load<W>(p);
+}
+
+// W Elements of a weight's row, times the gates if there are any.
+template <int W, typename Element, typename T> EFFNET_INLINE simd::Float<W> load_weights(const T* weight, const float* gate) {
   using namespace simd;
-  int i = 0;
-  for (; channels == W && i + W <= depth; i += W) {
-    Float<W> rows[W];
-#pragma GCC unroll 16
-    for (int lane = 0; lane < W; ++lane) rows[lane] = load<W>(weight + int64_t(lane) * stride + i);
-    transpose<W>(rows);
-#pragma GCC unroll 16
-    for (int k = 0; k < W; ++k) store<W>(packed + int64_t(i + k) * pitch, rows[k]);
+  if constexpr (std::is_same_v<Element, float>) return load_gated<W>(weight, gate);
+  bf16 pairs[2 * W];
+  if (std::is_same_v<T, bf16> && !gate) {
+    memcpy(pairs, weight, sizeof(pairs));
+  } else {
+    store<W>(pairs, load_gated<W>(weight, gate));
+    store<W>(pairs + W, load_gated<W>(weight + W, gate ? gate + W : nullptr));
   }
-  for (; i < depth; ++i)
-    for (int lane = 0; lane < W; ++lane)
-      packed[int64_t(i) * pitch + lane] = lane < channels ? to_float(weight[int64_t(lane) * stride + i]) : 0.f;
+  Float<W> bits;
+  memcpy(&bits, pairs, sizeof(bits));
+  return bits;
+}
+
+// One vector of channels: packed[i * pitch + lane] = Element i of weight[lane * stride ...] * gate, zero beyond `channels` and
+// `depth`.
+template <int W, typename Element, typename T>
+EFFNET_INLINE void pack(const T* weight, int64_t stride, const float* gate, int depth, int channels, Element* packed, int pitch) {
+  using namespace simd;
+  constexpr int kWide = W * kDepth<Element>;
+  for (int i = 0; i < depth; i += kWide, packed += int64_t(W) * pitch) {
+    const int count = std::min(kWide, depth - i);
+    T edge[W][kWide];
+    float edge_gate[kWide] = {};
+    const T* rows = weight + i;
+    const float* gates = gate ? gate + i : nullptr;
+    int64_t between = stride;
+    if (channels < W || count < kWide) {
+      memset(edge, 0, sizeof(edge));
+      for (int lane = 0; lane < channels; ++lane) memcpy(edge[lane], rows + lane * stride, count * sizeof(T));
+      rows = edge[0];
+      between = kWide;
+      if (gate) {
+        std::copy_n(gates, count, edge_gate);
+        gates = edge_gate;
+      }
+    }
+    Float<W> tile[W];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; ++lane) tile[lane] = load_weights<W, Element>(rows + lane * between, gates);
+    transpose<W>(tile);
+    const int elements = (count + kDepth<Element> - 1) / kDepth<Element>;
+#pragma GCC unroll 16
+    for (int k = 0; k < W; ++k)
+      if (k < elements) memcpy(packed + int64_t(k) * pitch, &tile[k], sizeof(tile[k]));
+  }
 }
 
 // --- rows ------------------------------------------------------------------------------------------------------------------
 
-// Inputs [start, start + depth) of the rows from `first` on, in fp32, times the gates of the images that they belong to.
-template <int W, typename T>
-EFFNET_INLINE void gate_rows(const Params& p, int64_t first, int rows, int start, int depth, float* output, int pitch) {
-  using namespace simd;
-  for (int r = 0; r < rows; ++r, output += pitch) {
-    const T* x = static_cast<const T*>(p.x) + (first + r) * p.in_channels + start;
-    const float* gate = p.gate ? p.gate + (first + r) / p.pixels * p.in_channels + start : nullptr;
-    int i = 0;
-    for (; i + W <= depth; i += W) store<W>(output + i, gate ? load<W>(x + i) * load<W>(gate + i) : load<W>(x + i));
-    for (; i < depth; ++i) output[i] = gate ? to_float(x[i]) * gate[i] : to_float(x[i]);
-  }
+// Inputs [start, start + depth) of a row, as Elements, times the gates if there are any.
+template <int W, typename T> EFFNET_INLINE void copy_row(const T* x, const float* gate, int depth, float* output) {
+  int i = 0;
+  for (; i + W <= depth; i += W) simd::store<W>(output + i, load_gated<W>(x + i, gate ? gate + i : nullptr));
+  for (; i < depth; ++i) output[i] = gate ? to_float(x[i]) * gate[i] : to_float(x[i]);
 }
+#if defined(__x86_64__)
+template <int W> EFFNET_INLINE void copy_row(const bf16* x, const float* gate, int depth, Pair* output) {
+  copy_pairs(x, gate, depth, output);
+}
+#endif
 
-struct Rows {
-  const float* at;
+template <typename Element> struct Rows {
+  const Element* at;
   int pitch;
 };
 
-// A range of the input channels.
+// A range of the input channels, and how many Elements it is.
 struct Slice {
-  int start, depth;
+  int start, depth, elements;
 };
 
 // tile[R][V * W] = or, if `adds`, += R rows of x times a packed panel.
-template <int W, int R, int V> EFFNET_INLINE void multiply(const Rows& x, const float* panel, int depth, bool adds, float* tile) {
+template <int W, int R, int V>
+EFFNET_INLINE void multiply(const Rows<float>& x, const float* panel, int depth, bool adds, float* tile) {
   using namespace simd;
   int start = 0;
   do {
@@ -140,9 +184,16 @@ template <int W, int R, int V> EFFNET_INLINE void multiply(const Rows& x, const 
   } while (start < depth);
 }
 
+#if defined(__x86_64__)
+template <int W, int R, int V>
+EFFNET_INLINE void multiply(const Rows<Pair>& x, const Pair* panel, int depth, bool adds, float* tile) {
+  multiply_pairs<R, V>(x.at, x.pitch, panel, depth, adds, tile);
+}
+#endif
+
 // As many of the next rows as there is a kernel for, at most `rows`; returns how many.
-template <int W, int V, int R = kRows<W, V>>
-EFFNET_INLINE int multiply_some(const Rows& x, const float* panel, int depth, int rows, bool adds, float* tile) {
+template <int W, int V, int R = kRows<W, V>, typename Element>
+EFFNET_INLINE int multiply_some(const Rows<Element>& x, const Element* panel, int depth, int rows, bool adds, float* tile) {
   if constexpr (R > 1) {
     constexpr int kFewer = R > 8 ? 8 : R > 4 ? 4 : R / 2;
     if (rows < R) return multiply_some<W, V, kFewer>(x, panel, depth, rows, adds, tile);
@@ -152,15 +203,16 @@ EFFNET_INLINE int multiply_some(const Rows& x, const float* panel, int depth, in
 }
 
 // A panel of packed weights, and what becomes of its products.
-struct Panel {
-  const float *weights, *scale, *shift;
+template <typename Element> struct Panel {
+  const Element* weights;
+  const float *scale, *shift;
   int vectors;
   int channel;  // the first
 };
 
 // Norm, activation and residual of a tile, from that row of the output.
-template <int W, Activation activation, typename T>
-EFFNET_INLINE void finish(const Params& p, const Panel& panel, const float* tile, int64_t row, int rows) {
+template <int W, Activation activation, typename T, typename Element>
+EFFNET_INLINE void finish(const Params& p, const Panel<Element>& panel, const float* tile, int64_t row, int rows) {
   using namespace simd;
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < panel.vectors; ++v, tile += W) {
@@ -188,8 +240,9 @@ EFFNET_INLINE void finish(const Params& p, const Panel& panel, const float* tile
 
 // Rows [row, row + rows) of the output, which come from x: the slice of its inputs that the panel holds the weights of. Between
 // slices the products wait in `partial`, [rows][panel.vectors * W].
-template <int W, typename T> EFFNET_INLINE void run_panel(const Params& p, const Panel& panel, Rows x, const Slice& slice,
-                                                          int64_t row, int rows, float* partial) {
+template <int W, typename T, typename Element> EFFNET_INLINE void run_panel(const Params& p, const Panel<Element>& panel,
+                                                                            Rows<Element> x, const Slice& slice, int64_t row,
+                                                                            int rows, float* partial) {
   alignas(64) float registers[kMostRows * 2 * W];
   for (const int64_t last = row + rows; row < last;) {
     const int left = int(last - row);
@@ -203,9 +256,9 @@ template <int W, typename T> EFFNET_INLINE void run_panel(const Params& p, const
       }
     int taken = 0;
     switch (panel.vectors) {
-      case 1: taken = multiply_some<W, 1>(x, panel.weights, slice.depth, left, adds, tile); break;
-      case 2: taken = multiply_some<W, 2>(x, panel.weights, slice.depth, left, adds, tile); break;
-      case 3: taken = multiply_some<W, 3>(x, panel.weights, slice.depth, left, adds, tile); break;
+      case 1: taken = multiply_some<W, 1>(x, panel.weights, slice.elements, left, adds, tile); break;
+      case 2: taken = multiply_some<W, 2>(x, panel.weights, slice.elements, left, adds, tile); break;
+      case 3: taken = multiply_some<W, 3>(x, panel.weights, slice.elements, left, adds, tile); break;
     }
     if (finishes) {
       switch (p.activation) {
@@ -235,59 +288,82 @@ float* scratch(size_t floats) {
 
 constexpr int panel_vectors(int left) { return left == 1 || left == 3 ? left : 2; }
 
-// The panels of `count` vectors of channels from `first` on, up to `last`, packed one after another.
-template <int W> EFFNET_INLINE void pack_group(const Params& p, const Slice& slice, int first, int last, int count, float* packed) {
+// The panels of `count` vectors of channels from `first` on, up to `last`, packed one after another. The gate is that of the slice.
+template <int W, typename Element> EFFNET_INLINE void pack_group(const Params& p, const Slice& slice, const float* gate, int first,
+                                                                 int last, int count, Element* packed) {
   for (int v = 0, panel = 0; v < count; v += panel) {
     panel = panel_vectors(count - v);
     for (int k = v; k < v + panel; ++k) {
       const int channel = first + k * W, channels = std::min(W, last - channel), in = p.in_channels, depth = slice.depth;
-      float* target = packed + int64_t(v) * W * depth + (k - v) * W;
+      Element* target = packed + int64_t(v) * W * slice.elements + (k - v) * W;
       const int64_t at = int64_t(channel) * in + slice.start;
       switch (p.weight_dtype) {
-        case DType::fp32: pack<W>(static_cast<const float*>(p.weight) + at, in, depth, channels, target, panel * W); break;
-        case DType::bf16: pack<W>(static_cast<const bf16*>(p.weight) + at, in, depth, channels, target, panel * W); break;
-        case DType::fp16: pack<W>(static_cast<const fp16*>(p.weight) + at, in, depth, channels, target, panel * W); break;
+        case DType::fp32: pack<W>(static_cast<const float*>(p.weight) + at, in, gate, depth, channels, target, panel * W); break;
+        case DType::bf16: pack<W>(static_cast<const bf16*>(p.weight) + at, in, gate, depth, channels, target, panel * W); break;
+        case DType::fp16: pack<W>(static_cast<const fp16*>(p.weight) + at, in, gate, depth, channels, target, panel * W); break;
       }
     }
   }
 }
 
-template <int W, typename T> EFFNET_INLINE void run_part(const Part& part) {
+// Elements in a slice of the input channels.
+int slice_of(int elements) {
+  const int slices = (elements - 1) / kSlice + 1;
+  return slices == 1 ? elements : ((elements - 1) / slices / kChunk + 1) * kChunk;
+}
+
+// Whether gates are multiplied into the weights, which are then packed anew for each image, and not into copies of the rows. It
+// changes what is rounded, so that neither the threads nor the batch may matter to it.
+bool gates_weights(const Params& p, int element_depth) {
+  const int group = std::min(p.out_channels, kPacked / slice_of((p.in_channels - 1) / element_depth + 1));
+  return p.gate && group * kPackCost <= double(p.pixels) * kPrologueCost;
+}
+
+template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const Part& part) {
   const Params& p = *part.params;
   const int vectors = (part.last_channel - part.first_channel + W - 1) / W;
-  const int slices = (p.in_channels - 1) / kSlice + 1;
-  const int slice_depth = slices == 1 ? p.in_channels : ((p.in_channels - 1) / slices / kChunk + 1) * kChunk;
-  const int groups = (vectors - 1) / std::max(2, kPacked / slice_depth / W) + 1, most = (vectors - 1) / groups + 1;
-  const bool copies = p.gate || !std::is_same_v<T, float>;
-  const int pitch = ((slice_depth + 15) / 16 | 1) * 16;  // an odd number of lines: the block's rows fall into different sets of L1
+  const int elements = (p.in_channels - 1) / kDepth<Element> + 1, slice_elements = slice_of(elements);
+  const int slices = (elements - 1) / slice_elements + 1;
+  const int groups = (vectors - 1) / std::max(2, kPacked / slice_elements / W) + 1, most = (vectors - 1) / groups + 1;
+  const bool is_elements = sizeof(T) * kDepth<Element> == sizeof(Element) && p.in_channels % kDepth<Element> == 0;
+  const bool into_weights = is_elements && gates_weights(p, kDepth<Element>), copies = !is_elements || (p.gate && !into_weights);
+  const int pitch = ((slice_elements + 15) / 16 | 1) * 16;  // an odd number of lines: rows fall into different sets of L1
   const int64_t most_rows = std::min<int64_t>(slices == 1 ? INT64_MAX : kPartialRows, part.last_row - part.first_row);
   const size_t block_size = copies ? size_t(kBlock) * pitch : 0, partial_size = slices == 1 ? 0 : size_t(most_rows) * most * W;
-  float* scale = scratch(size_t(most) * W * (slice_depth + 2) + block_size + partial_size);
-  float *shift = scale + most * W, *packed = shift + most * W, *block = packed + int64_t(most) * W * slice_depth;
-  float* partial = block + block_size;
+  float* scale = scratch(size_t(most) * W * (slice_elements + 2) + block_size + partial_size);
+  float *shift = scale + most * W, *partial = shift + most * W;
+  Element *packed = reinterpret_cast<Element*>(partial + partial_size), *block = packed + int64_t(most) * W * slice_elements;
 
   const Norm norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_variance, p.norm_epsilon, p.norm_dtype};
-  for (int64_t top = part.first_row; top < part.last_row; top += most_rows) {
-    const int64_t bottom = std::min(part.last_row, top + most_rows);
+  for (int64_t top = part.first_row, bottom; top < part.last_row; top = bottom) {
+    const int64_t image = top / p.pixels;
+    bottom = std::min({part.last_row, top + most_rows, into_weights ? (image + 1) * p.pixels : INT64_MAX});
     for (int begin = 0; begin < vectors; begin += most) {
       const int count = std::min(most, vectors - begin), first = part.first_channel + begin * W;
       const int last = std::min(part.last_channel, first + count * W);
       std::fill_n(scale, 2 * most * W, 0.f);
       fold_norm(norm, first, last - first, scale, shift);
-      for (int start = 0; start < p.in_channels; start += slice_depth) {
-        const Slice slice{start, std::min(slice_depth, p.in_channels - start)};
-        pack_group<W>(p, slice, first, last, count, packed);
+      for (int start = 0; start < elements; start += slice_elements) {
+        Slice slice{start * kDepth<Element>, 0, std::min(slice_elements, elements - start)};
+        slice.depth = std::min(slice.elements * kDepth<Element>, p.in_channels - slice.start);
+        const float* gate = into_weights ? p.gate + image * p.in_channels + slice.start : nullptr;
+        pack_group<W>(p, slice, gate, first, last, count, packed);
         for (int64_t row = top; row < bottom; row += kBlock) {
           const int rows = int(std::min<int64_t>(kBlock, bottom - row));
-          Rows x{block, pitch};
+          Rows<Element> x{block, pitch};
           if (copies) {
-            gate_rows<W, T>(p, row, rows, slice.start, slice.depth, block, pitch);
+            for (int r = 0; r < rows; ++r) {
+              const float* gates = p.gate ? p.gate + (row + r) / p.pixels * p.in_channels + slice.start : nullptr;
+              copy_row<W>(static_cast<const T*>(p.x) + (row + r) * p.in_channels + slice.start, gates, slice.depth,
+                          block + int64_t(r) * pitch);
+            }
           } else {
-            x = {static_cast<const float*>(p.x) + row * p.in_channels + slice.start, p.in_channels};
+            x = {static_cast<const Element*>(p.x) + row * elements + start, elements};
           }
           for (int v = 0, taken = 0; v < count; v += taken) {
             taken = panel_vectors(count - v);
-            const Panel panel{packed + int64_t(v) * W * slice.depth, scale + v * W, shift + v * W, taken, first + v * W};
+            const Panel<Element> panel{packed + int64_t(v) * W * slice.elements, scale + v * W, shift + v * W, taken,
+                                       first + v * W};
             float* waiting = slices == 1 ? nullptr : partial + (v * (bottom - top) + (row - top) * taken) * W;
             run_panel<W, T>(p, panel, x, slice, row, rows, waiting);
           }
@@ -298,8 +374,16 @@ template <int W, typename T> EFFNET_INLINE void run_part(const Part& part) {
 }
 
 template <int W> EFFNET_INLINE void run_dtype(const Part& part) {
-  if (part.params->dtype == DType::bf16) return run_part<W, bf16>(part);
-  run_part<W, float>(part);
+  switch (part.params->dtype) {
+    case DType::fp32: return run_part<W, float, float>(part);
+    case DType::fp16: return run_part<W, fp16, float>(part);
+    case DType::bf16: break;
+  }
+#if defined(__x86_64__)
+  if constexpr (W == 16)
+    if (has_bf16_pairs()) return run_part<W, bf16, Pair>(part);
+#endif
+  run_part<W, bf16, float>(part);
 }
 
 EFFNET_PER_ISA(run, (const Part& part), run_dtype, (part))
@@ -315,10 +399,11 @@ Split split_work(const Params& p, int threads) {
   const int64_t width = simd::width(), vectors = (p.out_channels + width - 1) / width;
   Split best{1, 1};
   double least = INFINITY;
+  const bool gates_rows = p.gate && !gates_weights(p, 1);
   for (int64_t by_channels = 1; by_channels <= std::min<int64_t>(threads, vectors); ++by_channels) {
     const int64_t by_rows = std::min(threads / by_channels, (p.rows + kBlock / 2 - 1) / (kBlock / 2));
     const double mine = double((vectors - 1) / by_channels + 1), rows = double((p.rows - 1) / by_rows + 1);
-    const double cost = mine * double(width) * kPackCost + rows * (mine + (p.gate ? kPrologueCost : 0.));
+    const double cost = mine * double(width) * kPackCost + rows * (mine + (gates_rows ? kPrologueCost : 0.));
     if (cost < least) {
       least = cost;
       best = {by_rows, by_channels};

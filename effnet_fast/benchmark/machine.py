@@ -43,14 +43,16 @@ def facts() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree that this package is in ("-dirty" where files differ), else what EFFNET_FAST_COMMIT says."""
+    """What EFFNET_FAST_COMMIT says, else the commit of the source tree that this package is in ("-dirty" where files differ)."""
+    if os.environ.get(COMMIT):
+        return os.environ[COMMIT]
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
         )
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT)
+        return None
 
 
 def cpu_model() -> str:
@@ -73,20 +75,27 @@ def last_level_cache(device: str) -> int:
 def measure(device: str, dtype: str) -> Machine:
     """This machine's copy bandwidth (bytes read and written, four caches large) and its rate of a large square matrix product.
 
+    A CPU's vector rate is that of the fp32 product too, whose multiply-adds the same units do; its exponentials are multiply-adds.
     On a GPU the vector and special-function rates are multiprocessors x lanes x the highest clock: for a GPU with Hopper's.
     """
     size = 2 << 30 if device == "cuda" else 4 * last_level_cache(device)
     source = torch.ones(size // 4, device=device)
     target = torch.zeros_like(source)
     copy = 2 * size / _best(lambda: target.copy_(source), device)
+    dense = _product(device, dtype)
+    if device == "cpu":
+        return Machine(cpu_model(), copy, {dtype: dense}, lanes=(dense if dtype == "fp32" else _product(device, "fp32")) / 2)
+    properties, told = torch.cuda.get_device_properties(0), _smi("clocks.max.sm")
+    clock, processors = float(told.split()[0]) * 1e6 if told else H200.clock, properties.multi_processor_count
+    lanes, special = 128 * processors * clock, 16 * processors * clock
+    return Machine(properties.name, copy, {dtype: dense}, lanes, special, multiprocessors=processors, clock=clock)
+
+
+def _product(device: str, dtype: str) -> float:
+    """FLOP/s of a large square matrix product."""
     side = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=_DTYPES[dtype]) for _ in range(2))
-    dense = 2 * side**3 / _best(lambda: a @ b, device)
-    if device == "cpu":
-        return Machine(cpu_model(), copy, {dtype: dense})
-    properties, clock = torch.cuda.get_device_properties(0), _smi("clocks.max.sm")
-    per_clock = properties.multi_processor_count * (float(clock.split()[0]) * 1e6 if clock else H200.special / 16 / 132)
-    return Machine(properties.name, copy, {dtype: dense}, lanes=128 * per_clock, special=16 * per_clock)
+    return 2 * side**3 / _best(lambda: a @ b, device)
 
 
 def _best(call: Callable[[], Any], device: str) -> float:

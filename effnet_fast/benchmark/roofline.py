@@ -9,6 +9,7 @@ A network is a sequence of launches that depends on how far it is fused:
 
 The bound of a launch is the largest of four times: bytes over copy bandwidth, dense multiply-adds over the matrix units' rate,
 lane instructions over the vector units', exponentials over the special-function units'. A net's bound is the sum over its launches.
+Partial sums are as few as can be, one a channel and image; kernels make more.
 Vectors of one number a channel (partial sums, gates, pooled features) are left out at LI, L1 and L3, where their form is open, and
 wherever ``vectors=False``.
 """
@@ -31,7 +32,8 @@ DEPTHWISE_LANES, ACTIVATION_LANES = 8, 4
 @dataclass(frozen=True)
 class Machine:
     """Rates per second. ``dense``: FLOP/s of matrix products by arithmetic; ``lanes``: fp32 lane instructions; ``special``:
-    exponentials or reciprocals. ``shared``: bytes of fast memory that a block of threads can hold, for L3's tiles."""
+    exponentials or reciprocals. ``shared``: bytes of fast memory that a block of threads can hold, for L3's tiles. Of a GPU:
+    ``multiprocessors``, and their ``clock`` in Hz."""
 
     name: str
     copy: float
@@ -39,6 +41,8 @@ class Machine:
     lanes: float = math.inf
     special: float = math.inf
     shared: int = 227 * 1024
+    multiprocessors: int = 0
+    clock: float = 0.0
 
 
 #: 132 SMs at 1.98 GHz. Copy and bf16 rates are those seen on one card, the others the data sheet's; a benchmark measures its own.
@@ -48,6 +52,8 @@ H200 = Machine(
     dense={"bf16": 790e12, "fp16": 790e12, "tf32": 395e12, "fp32": 67e12},
     lanes=132 * 128 * 1.98e9,
     special=132 * 16 * 1.98e9,
+    multiprocessors=132,
+    clock=1.98e9,
 )
 
 
@@ -151,9 +157,10 @@ def depthwise(name: str, channels: int, size: Size, kernel: int, stride: int, ac
     )
 
 
-def gate(name: str, channels: int, reduced: int, count: int) -> Launch:
-    """Both layers of a squeeze-excite over ``channels``; ``count`` pixels were summed. Its multiply-adds are far from binding."""
-    shape = _shape(c=channels, reduced=reduced, count=count)
+def gate(name: str, channels: int, reduced: int, size: Size) -> Launch:
+    """Both layers of a squeeze-excite over ``channels`` of ``size``, of which at least one sum a channel comes in. Its
+    multiply-adds are far from binding."""
+    shape = _shape(c=channels, reduced=reduced, h=size.height, w=size.width)
     macs = 2 * channels * reduced
     return Launch(name, "squeeze_excite_gate", shape, vectors=2 * channels, weights=macs, taps=macs)
 
@@ -254,7 +261,7 @@ def _block(block: BlockConfig, size: Size, active: bool, level: str, machine: Ma
             rows += _unfused_depthwise(middle, expanded * after.pixels, bool(reduced)) if level == "LI" else [middle]
     scaled = expanded * after.pixels  # the elements that the gate multiplies
     if reduced:
-        one_gate = gate(f"{name}.gate", expanded, reduced, after.pixels)
+        one_gate = gate(f"{name}.gate", expanded, reduced, after)
         if level == "L1":
             rows.append(Launch(f"{name}.pool", elements=scaled, lanes=scaled))
         apart = {"LI": 3, "L1": 2}.get(level)

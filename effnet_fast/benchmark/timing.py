@@ -48,7 +48,8 @@ def summarize(passes: list[list[float]]) -> Summary:
 
 def copies(moved: int, cache: int, most: int = 1024) -> int:
     """How many sets of inputs to go round, so that none is still in the last-level cache of ``cache`` bytes when its turn comes
-    again: together more than three times as large, or ``most`` of them. ``moved``: bytes that one call moves."""
+    again: together more than three times as large, or ``most`` of them where a call moves too little. ``moved``: bytes that one
+    call moves."""
     return max(2, min(most, math.ceil(3 * cache / max(1, moved)) + 1))
 
 
@@ -69,6 +70,7 @@ class HostTimer:
 
     def __init__(self, step: Step, sets: int) -> None:
         self.step, self.sets, self.turn = step, sets, 0
+        self.facts: dict[str, Any] = {}
         before = _resident("VmRSS", reset=True)
         step(0)
         self.peak_bytes = max(0, _resident("VmHWM") - before)
@@ -90,6 +92,7 @@ class EventTimer:
 
     def __init__(self, step: Step, sets: int) -> None:
         self.step, self.sets, self.turn = step, sets, 0
+        self.facts: dict[str, Any] = {}
         for i in range(3):
             step(i % sets)
         torch.cuda.synchronize()
@@ -122,6 +125,7 @@ class GraphTimer:
     def __init__(self, step: Step, sets: int, least: float = 2e-3) -> None:
         once = EventTimer(step, sets)
         self.sets = sets
+        self.facts: dict[str, Any] = {}
         self.peak_bytes = once.peak_bytes
         each = statistics.median(once.burst(0.01))
         self.calls = sets * max(1, min(40, math.ceil(least / (each * sets))))
@@ -249,7 +253,8 @@ def _serve(connection: Connection, log: str) -> None:
                 timer = None
                 _release()
                 timer = arguments[0](*arguments[1:])
-                answer = Answer("ok", None if timer is None else {"sets": timer.sets, "peak_bytes": timer.peak_bytes})
+                facts = None if timer is None else {"sets": timer.sets, "peak_bytes": timer.peak_bytes, **timer.facts}
+                answer = Answer("ok", facts)
             elif request == "burst":
                 assert timer is not None
                 answer = Answer("ok", timer.burst(*arguments))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = ("silu", "relu", "relu6", "identity")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (int, torch.SymInt)
 NORM_SCHEMA = "Tensor? norm_weight, Tensor? norm_bias, Tensor norm_mean, Tensor norm_var, float norm_eps"
 
 
@@ -57,6 +59,8 @@ def conv_norm_act(
     if top != bottom or left != right:
         x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
     y = F.conv2d(x, weight.to(x.dtype), stride=stride, padding=(top, left), groups=groups)
+    if norm.mean.dtype not in (x.dtype, accumulator(x.dtype)):  # PyTorch's batch norm takes no other
+        norm = Norm(*(None if t is None else t.to(accumulator(x.dtype)) for t in norm[:4]), norm.eps)  # type: ignore[arg-type, call-arg]
     y = activate_(F.batch_norm(y, norm.mean, norm.var, norm.weight, norm.bias, eps=norm.eps), activation)
     if residual is not None:
         y += residual
@@ -83,45 +87,104 @@ def conv_flops(x_shape: Sequence[int], weight_shape: Sequence[int], y_shape: Seq
 
 
 def check_no_gradient(op: str, *tensors: Tensor | None) -> None:
-    """Refuse silently losing a gradient: the inference ops have none."""
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    """Where gradients are recorded, refuse silently losing one: the inference ops have none."""
+    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError(f"{op}: it has no gradient; torch.no_grad() or the modules of effnet_fast.nn, which train, would do")
 
 
-def check_conv(op: str, x: Tensor, weight: Tensor, norm: Norm, activation: str, channels: int) -> None:
-    """Refuse what no kernel takes, by name. ``channels``: input channels that the weight expects."""
-    check_no_gradient(op, x, weight, *norm[:4])
-    if x.dim() != 4:
-        raise ValueError(f"{op}: x has {x.dim()} dimensions; an image batch [N, C, H, W] would do")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x is {x.dtype}; float32, bfloat16, float16 or float64 would do")
-    if weight.dim() != 4:
-        raise ValueError(f"{op}: weight has {weight.dim()} dimensions; [K, C/groups, k, k] would do")
-    if channels != x.shape[1]:
-        raise ValueError(f"{op}: weight has {channels} channels, x has {x.shape[1]}")
-    if norm.mean.shape[0] != weight.shape[0]:
-        raise ValueError(f"{op}: the norm has {norm.mean.shape[0]} channels, the weight gives {weight.shape[0]}")
-    if norm.mean.dtype != x.dtype and not (norm.mean.dtype == torch.float32 and x.element_size() == 2):
-        raise TypeError(f"{op}: the norm is {norm.mean.dtype} and x {x.dtype}; the same dtype, or float32 beside half x, would do")
-    if weight.device != x.device or norm.mean.device != x.device:
-        raise ValueError(f"{op}: x is on {x.device}, weight on {weight.device}, norm on {norm.mean.device}; one device would do")
+def either(dtypes: tuple[torch.dtype, ...]) -> str:
+    """Their names, for a sentence that says what would do."""
+    *others, last = map(str, dtypes)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def check_tensor(
+    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Refuse a tensor of another shape, dtype or device."""
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}; {shape} would do")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}; {either(dtypes)} would do")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}; {device}, where the first argument is, would do")
+
+
+def check_integer(op: str, name: str, value: int, least: int) -> None:
+    """Refuse what is no integer, perhaps a symbolic one, of ``least`` or more."""
+    if not isinstance(value, INTEGERS) or value < least:
+        raise ValueError(f"{op}: {name} is {value!r}; an integer >= {least} would do")
+
+
+def check_activation(op: str, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; one of {', '.join(ACTIVATIONS)} would do")
 
 
-def check_window(op: str, x: Tensor, kernel: Sequence[int], stride: int, padding: Sequence[int]) -> None:
-    """Refuse a window that does not fit the padded input."""
-    if len(padding) != 4 or any(side < 0 for side in padding):
-        raise ValueError(f"{op}: padding is {tuple(padding)}; four numbers >= 0 (top, bottom, left, right) would do")
-    if stride < 1:
-        raise ValueError(f"{op}: stride is {stride}; 1 or more would do")
-    top, bottom, left, right = padding
-    if x.shape[2] + top + bottom < kernel[0] or x.shape[3] + left + right < kernel[1]:
-        raise ValueError(f"{op}: kernel {tuple(kernel)} is larger than the padded input {tuple(x.shape[2:])} + {tuple(padding)}")
+def check_conv(
+    op: str,
+    kind: Literal["dense", "depthwise", "pointwise"],
+    x: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor | None, Tensor | None, Tensor, Tensor],
+    activation: str,
+    stride: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[int, int]:
+    """Refuse, by name, what a convolution op does not take, whatever the backend; return (H', W').
 
+    x         [N, C, H, W] of one of ``DTYPES``
+    weight    [K, C, k, k], depthwise [C, 1, k, k], pointwise [K, C, 1, 1]: of any of them, whatever x's
+    norm      weight, bias, mean and var, each [K]: of any of them, all of the same one
+    gate      [N, C] fp32, or fp64 beside fp64 x
+    residual  [N, K, H', W'] of x's dtype
 
-def check_like_output(op: str, name: str, tensor: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
-    """Refuse a residual or gate of another shape or device, or with a gradient."""
-    check_no_gradient(op, tensor)
-    if tensor is not None and (tensor.shape != torch.Size(shape) or tensor.device != x.device):
-        raise ValueError(f"{op}: {name} is {tuple(tensor.shape)} on {tensor.device}; {tuple(shape)} on {x.device} would do")
+    It comes before every kernel, and small kernels take 10 us: an attribute of a tensor costs 50 to 100 ns, and so does a call.
+    """
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if len(shape) != 4:
+        raise ValueError(f"{op}: x has {len(shape)} dimensions; an image batch [N, C, H, W] would do")
+    images, channels, height, width = shape
+    if channels < 1 or height < 1 or width < 1:
+        raise ValueError(f"{op}: x is {tuple(shape)}; [N, C, H, W] with C, H and W >= 1 would do")
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: x is {dtype}; {either(DTYPES)} would do")
+
+    shape = weight.shape
+    if len(shape) != 4 or 0 in shape:
+        raise ValueError(f"{op}: weight is {tuple(shape)}; [K, C/groups, k, k] with no size of 0 would do")
+    outputs, inputs, rows, columns = shape
+    if kind == "depthwise":
+        outputs, inputs = channels, 1
+    elif kind == "pointwise":
+        inputs, rows, columns = channels, 1, 1
+    else:
+        inputs = channels
+    check_tensor(op, "weight", weight, (outputs, inputs, rows, columns), DTYPES, device)
+
+    vector, dtypes = (outputs,), (norm[2].dtype,) if norm[2].dtype in DTYPES else DTYPES
+    for i in range(4):
+        tensor = norm[i]
+        if tensor is not None and (tensor.shape != vector or tensor.dtype not in dtypes or tensor.device != device):
+            check_tensor(op, ("norm.weight", "norm.bias", "norm.mean", "norm.var")[i], tensor, vector, dtypes, device)
+
+    check_activation(op, activation)
+    if kind != "pointwise":
+        check_integer(op, "stride", stride, 1)
+        fits = isinstance(padding, (tuple, list)) and len(padding) == 4
+        for side in padding if fits else ():
+            fits = fits and isinstance(side, INTEGERS) and side >= 0
+        if not fits:
+            raise ValueError(f"{op}: padding is {padding!r}; four integers >= 0 (top, bottom, left, right) would do")
+        top, bottom, left, right = padding
+        below, beside = height + top + bottom - rows, width + left + right - columns
+        if below < 0 or beside < 0:
+            raise ValueError(f"{op}: kernel {rows}x{columns} is larger than the padded x, {height}x{width} and {tuple(padding)}")
+        height, width = below // stride + 1, beside // stride + 1
+    if gate is not None:
+        check_tensor(op, "gate", gate, (images, channels), (accumulator(dtype),), device)
+    if residual is not None:
+        check_tensor(op, "residual", residual, (images, outputs, height, width), (dtype,), device)
+    return height, width

@@ -4,18 +4,22 @@ An op's folder calls :func:`define` once. ``.reference`` (plain PyTorch, any dev
 overloads of the same schema whose kernels C++ or Triton contribute. ``.BACKEND_out`` writes into tensors that the caller gives;
 the native ones allocate nothing on CUDA where arguments lie as the kernel reads them, Triton's gate of large weights has a
 workspace. The choice between backends is made in :mod:`effnet_fast.ops.backends`, above the dispatcher.
+
+No overload has a gradient. The ops' public functions refuse tensors that ask for one; an overload that is called directly does not
+look, and it is torch that warns where a backward pass comes to it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from effnet_fast.ops import native
+from effnet_fast.ops.common import check_tensor
 
 NAMESPACE = "effnet_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -41,7 +45,8 @@ def define(
     results: tuple[str, ...],
     *,
     reference: Callable[..., Any],
-    fake: Callable[..., Any],
+    check: Callable[..., Any],
+    allocate: Callable[..., Any],
     flops: Callable[..., int],
     backends: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
@@ -49,13 +54,31 @@ def define(
 
     arguments  of the schema, without brackets
     results    names of the result tensors, which the ``_out`` forms take as keyword arguments and write
-    reference  plain PyTorch; returns channels_last where ``fake`` says so
-    fake       shapes, dtypes and strides of the result, for FakeTensor
+    reference  plain PyTorch; returns channels_last where ``allocate`` does
+    check      raises on arguments that the op does not take
+    allocate   makes the results, unwritten, from arguments that were checked: their shapes, dtypes and strides
     flops      floating-point operations (2 per multiply-add) from the arguments' shapes
 
     Returns the reference as a function: eager mode calls it without the dispatcher, and a compiler sees through it and fuses what
     is inside.
     """
+
+    # The fakes also run where one tensor is on the meta device and others are not. There the checks refuse it.
+    def fake(*args: Any) -> Any:
+        check(*args)
+        return allocate(*args)
+
+    def fake_out(*args: Any, **out: torch.Tensor) -> None:
+        fitting(fake(*args), out)
+
+    def fitting(made: Any, out: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each result that was made with the tensor that was given for it, which must be like it."""
+        pairs = []
+        for result, tensor in zip(results, made if isinstance(made, tuple) else (made,), strict=True):
+            check_tensor(name, result, out[result], tuple(tensor.shape), (tensor.dtype,), tensor.device)
+            pairs.append((tensor, out[result]))
+        return pairs
+
     returned = ", ".join(f"Tensor {result}" for result in results)
     if "native" in backends:
         native.require(f"{name}({arguments}) -> ({returned})")
@@ -64,17 +87,19 @@ def define(
         _LIBRARY.define(f"{name}.{backend}({arguments}) -> ({returned})", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.define(f"{name}.{backend}_out({arguments}, *, {written}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_LIBRARY)
-        torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}_out", _writes_only, lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}_out", fake_out, lib=_LIBRARY)
 
     reference = _without_autocast(reference)
 
-    def reference_out(*args: Any, **out: torch.Tensor) -> None:
-        made = reference(*args)
-        for result, tensor in zip(results, made if isinstance(made, tuple) else (made,), strict=True):
-            check_out(name, result, out[result], tensor.shape, tensor.dtype)
-            out[result].copy_(tensor)
+    def checked_reference(*args: Any) -> Any:
+        check(*args)
+        return reference(*args)
 
-    _LIBRARY.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
+    def reference_out(*args: Any, **out: torch.Tensor) -> None:
+        for made, given in fitting(checked_reference(*args), out):
+            given.copy_(made)
+
+    _LIBRARY.impl(f"{name}.reference", checked_reference, "CompositeExplicitAutograd")
     _LIBRARY.impl(f"{name}.reference_out", reference_out, "CompositeExplicitAutograd")
     register_flop_formula(getattr(torch.ops.effnet_fast, name))(flops)
     return reference
@@ -83,13 +108,3 @@ def define(
 def implement(overload: str, function: Callable[..., Any], key: str) -> None:
     """Give ``OP.BACKEND`` its kernel for a dispatch key, from Python."""
     _LIBRARY.impl(overload, function, key)
-
-
-def _writes_only(*args: Any, **out: torch.Tensor) -> None:
-    """The fake of every ``_out`` form: it has no result."""
-
-
-def check_out(name: str, result: str, given: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Refuse a tensor that the result of an ``_out`` form does not fit."""
-    if given.shape != torch.Size(shape) or given.dtype != dtype:
-        raise ValueError(f"{name}: {result} is {tuple(given.shape)} {given.dtype}; {tuple(shape)} {dtype} would do")

@@ -9,6 +9,7 @@ import torch
 
 from effnet_fast.ops import gpu
 
+CPU = torch.device("cpu")
 MINIMUM_TORCH = (2, 11)  # the stable-ABI version that setup.py compiles for
 
 
@@ -59,10 +60,11 @@ def why_not(x: torch.Tensor, cuda: bool = False) -> str | None:
     """``can_run`` of the k x k convolutions' native kernels, which are for the CPU and, with ``cuda``, for CUDA."""
     if REASON is not None:
         return REASON
-    if cuda and x.device.type == "cuda" and (reason := why_no_cuda(x.device)) is not None:
-        return reason
-    if x.device.type != "cpu" and not (cuda and x.device.type == "cuda"):
-        return f"no native kernel for device {x.device.type!r}"
+    if x.device != CPU:
+        if not (cuda and x.is_cuda):
+            return f"no native kernel for device {x.device.type!r}"
+        if (reason := why_no_cuda(x.device)) is not None:
+            return reason
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"x is {x.dtype}; the native kernel takes float32, bfloat16 and float16"
     return None

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import gpu
+from effnet_fast.ops.common import either
 from effnet_fast.ops.library import NAMESPACE, implement
 
 #: Why triton cannot be used, in one sentence; None if it is installed.
 REASON = None if importlib.util.find_spec("triton") is not None else "triton is not installed"
 #: Whether triton's own switch asks for its interpreter, which runs the kernels on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of x, in storage; partial sums are fp32
 _DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
@@ -29,26 +31,36 @@ def can_run(x: Tensor) -> str | None:
         return f"x is on {x.device.type!r}; Triton {'interprets' if INTERPRETED else 'runs'} kernels on {_DEVICE!r}"
     if not INTERPRETED and (reason := gpu.why_no_triton(x.device.index)) is not None:
         return reason
-    return (
-        None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"x is {x.dtype}; Triton's kernels have no such one"
-    )
+    return None if x.dtype in DTYPES else f"x is {x.dtype}; Triton's kernels have no such one"
 
 
-def register(name: str, allocate: Callable[..., Any]) -> None:
+def register(name: str, check: Callable[..., Any], allocate: Callable[..., Any]) -> None:
     """Implement ``name.triton`` and ``name.triton_out`` by ``launch(*args, **out)`` of the module ``triton`` in the op's folder.
 
-    allocate  makes the op's results, unwritten, from its arguments
+    ``check`` and ``allocate`` are those of :func:`effnet_fast.ops.library.define`.
     """
     overload = getattr(getattr(torch.ops, NAMESPACE), name).triton_out
     results = [argument.name for argument in overload._schema.arguments if argument.is_out]
     module = f"{allocate.__module__}.triton"
 
-    def out_form(*args: Any, **out: Tensor) -> None:
+    first = overload._schema.arguments[0].name
+
+    def check_all(first_argument: Tensor, *others: Any) -> None:
+        check(first_argument, *others)
+        if first_argument.dtype not in DTYPES:
+            raise TypeError(f"{name}: {first} is {first_argument.dtype}; {either(DTYPES)} would do for Triton")
+
+    def launch(args: tuple[Any, ...], out: dict[str, Tensor]) -> None:
         importlib.import_module(module).launch(*args, **out)
 
+    def out_form(*args: Any, **out: Tensor) -> None:
+        check_all(*args)
+        launch(args, out)
+
     def returning(*args: Any) -> Any:
+        check_all(*args)
         made = allocate(*args)
-        out_form(*args, **dict(zip(results, made if isinstance(made, tuple) else (made,), strict=True)))
+        launch(args, dict(zip(results, made if isinstance(made, tuple) else (made,), strict=True)))
         return made
 
     implement(f"{name}.triton", returning, _DEVICE.upper())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.ops.library import check_out
+from effnet_fast.ops.common import check_tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -115,9 +114,9 @@ def vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
-def check_output(op: str, y: Tensor, shape: Sequence[int], x: Tensor) -> None:
+def check_output(op: str, y: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """Refuse a ``y`` of an ``_out`` form that the kernel cannot write."""
-    check_out(op, "y", y, shape, x.dtype)
+    check_tensor(op, "y", y, shape, (x.dtype,), x.device)
     if not y.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"{op}: y has strides {y.stride()}; channels_last would do")
 

@@ -8,23 +8,19 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends, native, triton_backend
-from effnet_fast.ops.common import (
-    NORM_SCHEMA,
-    Norm,
-    check_conv,
-    check_like_output,
-    check_window,
-    conv_flops,
-    empty_output,
-    output_size,
-)
+from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_no_gradient, conv_flops, empty_output
 from effnet_fast.ops.conv import reference
 from effnet_fast.ops.library import define
 
 NAME = "conv_bn_act"
 
 
-def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, residual, stride, padding, activation):
+def _check(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, residual, stride, padding, activation):
+    norm = norm_weight, norm_bias, norm_mean, norm_var
+    check_conv(NAME, "dense", x, weight, norm, activation, stride, padding, residual=residual)
+
+
+def _allocate(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, residual, stride, padding, activation):
     return empty_output(x, weight, stride, padding)
 
 
@@ -37,11 +33,12 @@ _reference = define(
     f"Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? residual, int stride, SymInt[] padding, str activation",
     ("y",),
     reference=reference.conv_bn_act,
-    fake=_fake,
+    check=_check,
+    allocate=_allocate,
     flops=_flops,
     backends=("native", "triton"),
 )
-triton_backend.register(NAME, _fake)
+triton_backend.register(NAME, _check, _allocate)
 backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.conv_bn_act.native, native.why_not))
 backends.register(NAME, backends.Kernel("triton", torch.ops.effnet_fast.conv_bn_act.triton, triton_backend.can_run))
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
@@ -53,7 +50,8 @@ def is_stem(weight: Tensor, stride: int) -> bool:
     A dense k x k convolution of many channels (FusedMBConv) is bound by multiplications, and libraries do those near the peak; a
     stem is bound by memory, and a library would make three passes of it.
     """
-    return tuple(weight.shape[2:]) == (3, 3) and stride == 2 and weight.shape[1] <= 4
+    _, channels, *kernel = weight.shape
+    return kernel == [3, 3] and stride == 2 and channels <= 4
 
 
 def conv_bn_act(
@@ -69,20 +67,17 @@ def conv_bn_act(
     """``activation(norm(conv(x))) + residual``, one group.
 
     x         [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
-    weight    [K, C, k, k]
+    weight    [K, C, k, k], of any of these dtypes (used in x's)
+    norm      [K] each, of any of these dtypes, all alike
     padding   (top, bottom, left, right), zeros
     residual  [N, K, H', W'] in x's dtype
     returns   [N, K, H', W'] channels_last in x's dtype
 
     No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
-    check_conv(NAME, x, weight, norm, activation, weight.shape[1])
-    check_window(NAME, x, weight.shape[2:], stride, padding)
-    if residual is not None:
-        top, bottom, left, right = padding
-        height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
-        width = output_size(x.shape[3], weight.shape[3], stride, left, right)
-        check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], height, width), x)
+    _check(x, weight, *norm, residual, stride, padding, activation)
+    if torch.is_grad_enabled():
+        check_no_gradient(NAME, x, weight, *norm[:4], residual)
     unsupported = None
     if not is_stem(weight, stride):
         window = f"{weight.shape[2]}x{weight.shape[3]} of {weight.shape[1]} input channels, stride {stride}"

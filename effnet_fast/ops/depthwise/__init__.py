@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends, native, triton_backend
-from effnet_fast.ops.common import NORM_SCHEMA, Norm, accumulator, check_conv, check_window, conv_flops, empty_output, output_size
+from effnet_fast.ops.common import (
+    NORM_SCHEMA,
+    Norm,
+    accumulator,
+    check_conv,
+    check_integer,
+    check_no_gradient,
+    conv_flops,
+    empty_output,
+)
 from effnet_fast.ops.depthwise import launch, reference
 from effnet_fast.ops.library import define
 
@@ -16,7 +25,13 @@ NAME = "depthwise_conv_bn_act"
 KERNELS, STRIDES = ((3, 3), (5, 5)), (1, 2)  # that kernels other than the reference take
 
 
-def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, pieces):
+def _check(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, pieces=0):
+    check_integer(NAME, "pieces", pieces, 0)
+    norm = norm_weight, norm_bias, norm_mean, norm_var
+    return check_conv(NAME, "depthwise", x, weight, norm, activation, stride, padding)
+
+
+def _allocate(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, pieces):
     y = empty_output(x, weight, stride, padding)
     return y, y.new_empty((x.shape[0], pieces, weight.shape[0]), dtype=accumulator(x.dtype))
 
@@ -30,11 +45,12 @@ _reference = define(
     f"Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[] padding, str activation, SymInt pieces",
     ("y", "partial"),
     reference=reference.depthwise_conv_bn_act,
-    fake=_fake,
+    check=_check,
+    allocate=_allocate,
     flops=_flops,
     backends=("native", "triton"),
 )
-triton_backend.register(NAME, _fake)
+triton_backend.register(NAME, _check, _allocate)
 
 
 def _native_can_run(x: Tensor) -> str | None:
@@ -43,7 +59,7 @@ def _native_can_run(x: Tensor) -> str | None:
 
 def _native_pieces(x: Tensor, height: int, width: int) -> int:
     """On the CPU bands of 7 rows or a little more: what a thread works on at a time, small enough to share an image out evenly."""
-    if x.device.type == "cuda":
+    if x.is_cuda:
         return launch.pieces(x, height, width)
     return max(1, min(height // 7, 16))
 
@@ -66,8 +82,9 @@ backends.register(NAME, backends.Kernel("reference", _reference, backends.always
 
 
 def _unsupported(weight: Tensor, stride: int) -> str | None:
-    if (weight.shape[2], weight.shape[3]) not in KERNELS:
-        return f"kernel {weight.shape[2]}x{weight.shape[3]}: only the reference takes others than 3x3 and 5x5"
+    _, _, rows, columns = weight.shape
+    if (rows, columns) not in KERNELS:
+        return f"kernel {rows}x{columns}: only the reference takes others than 3x3 and 5x5"
     return None if stride in STRIDES else f"stride {stride}: only the reference takes others than 1 and 2"
 
 
@@ -78,6 +95,7 @@ def depthwise_conv_bn_act(
 
     x        [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
     weight   [C, 1, k, k], of any of these dtypes (used in x's)
+    norm     [C] each, of any of these dtypes, all alike
     padding  (top, bottom, left, right), zeros, need not be symmetric
     returns  y [N, C, H', W'] channels_last in x's dtype; partial [N, P, C] fp32: sums of the stored y over P disjoint pieces of
              the image that cover it (P = 0 without ``squeeze``); the kernel that runs chooses P
@@ -87,14 +105,9 @@ def depthwise_conv_bn_act(
 
     No gradient: see effnet_fast.nn for when modules use it. Raises ValueError or TypeError, naming the argument, on bad input.
     """
-    check_conv(NAME, x, weight, norm, activation, weight.shape[0])
-    if weight.shape[1] != 1:
-        raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [C, 1, k, k] would do")
-    check_window(NAME, x, weight.shape[2:], stride, padding)
-    kernel, pieces = backends.choose(NAME, x, _unsupported(weight, stride)), 0
-    if squeeze:
-        top, bottom, left, right = padding
-        height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
-        width = output_size(x.shape[3], weight.shape[3], stride, left, right)
-        pieces = kernel.pieces(x, height, width)  # type: ignore[misc]
+    height, width = _check(x, weight, *norm, stride, padding, activation)
+    if torch.is_grad_enabled():
+        check_no_gradient(NAME, x, weight, *norm[:4])
+    kernel = backends.choose(NAME, x, _unsupported(weight, stride))
+    pieces = kernel.pieces(x, height, width) if squeeze else 0  # type: ignore[misc]
     return kernel.run(x, weight, *norm, stride, padding, activation, pieces)

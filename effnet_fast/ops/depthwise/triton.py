@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.ops.common import output_size
+from effnet_fast.ops.common import check_tensor, output_size
 from effnet_fast.ops.depthwise import KERNELS, STRIDES, triton_pieces
-from effnet_fast.ops.library import check_out
 from effnet_fast.ops.triton_common import (
     activate,
     alignment,
@@ -141,7 +140,7 @@ def launch(
     out_height = output_size(height, kernel, stride, top, bottom)
     out_width = output_size(width, weight.shape[3], stride, left, right)
     check_output(op, y, (images, channels, out_height, out_width), x)
-    check_out(op, "partial", partial, (images, pieces, channels), torch.float32)
+    check_tensor(op, "partial", partial, (images, pieces, channels), (torch.float32,), x.device)
     if (kernel, weight.shape[3]) not in KERNELS or stride not in STRIDES or not partial.is_contiguous():
         raise ValueError(
             f"{op}: kernel {tuple(weight.shape[2:])}, stride {stride}, partial's strides {partial.stride()}; 3x3 or 5x5, 1 or 2,"

@@ -6,15 +6,20 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends, native, triton_backend
-from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_like_output, conv_flops, empty_output
+from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_no_gradient, conv_flops, empty_output
 from effnet_fast.ops.library import define
 from effnet_fast.ops.pointwise import reference
 
 NAME = "pointwise_conv_bn_act"
-BF16_DOT_PRODUCTS = torch.cpu._is_avx512_bf16_supported()  # oneDNN uses them; without them ours takes a third of its time
+MATRIX_TILES = torch.cpu._is_amx_tile_supported()  # eight times the bf16 multiply-adds of vectors: oneDNN uses them, ours does not
 
 
-def _fake(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation):
+def _check(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation):
+    norm = norm_weight, norm_bias, norm_mean, norm_var
+    check_conv(NAME, "pointwise", x, weight, norm, activation, gate=gate, residual=residual)
+
+
+def _allocate(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation):
     return empty_output(x, weight, 1, (0, 0, 0, 0))
 
 
@@ -27,31 +32,34 @@ _reference = define(
     f"Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? gate, Tensor? residual, str activation",
     ("y",),
     reference=reference.pointwise_conv_bn_act,
-    fake=_fake,
+    check=_check,
+    allocate=_allocate,
     flops=_flops,
     backends=("native", "triton"),
 )
-triton_backend.register(NAME, _fake)
+triton_backend.register(NAME, _check, _allocate)
 
 
 def _native_can_run(x: Tensor) -> str | None:
     if native.REASON is not None:
         return native.REASON
-    if x.device.type != "cpu":
+    if x.device != native.CPU:
         return f"no native kernel for device {x.device.type!r}"
-    if x.dtype == torch.bfloat16:
-        return "this processor has bfloat16 dot products: oneDNN is faster" if BF16_DOT_PRODUCTS else None
-    return None if x.dtype == torch.float32 else f"x is {x.dtype}; the native kernel takes float32 or bfloat16"
+    if x.dtype == torch.bfloat16 and MATRIX_TILES:
+        return "this processor has matrix tiles for bfloat16, which oneDNN uses"
+    return f"x is {x.dtype}; the native kernel takes float32, bfloat16 or float16" if x.dtype == torch.float64 else None
 
 
 def _unsupported(x: Tensor, weight: Tensor, gate: Tensor | None) -> str | None:
     """Shapes on which oneDNN or, on CUDA, cuBLAS is faster; on CUDA none has been measured yet, and Triton takes all.
 
-    On a core ours takes 0.93 to 1.16 of oneDNN's time there, 1.06 in the median. Asking a symbolic batch would fix it.
+    On a core oneDNN takes 0.85 to 0.99 of our time there. Asking symbolic sizes would fix them.
     """
-    if x.device.type == "cpu" and gate is not None and weight.shape[1] >= 960 and weight.shape[0] >= 256:
-        rows = x.shape[0] * x.shape[2] * x.shape[3]
-        if isinstance(rows, int) and rows >= 1024:
+    channels = weight.shape[1]
+    if gate is not None and channels >= 960 and weight.shape[0] >= 256 and x.device == native.CPU:
+        pixels = x.shape[2] * x.shape[3]
+        many = isinstance(x.shape[0], int) and isinstance(pixels, int) and x.shape[0] * pixels >= 1024
+        if many and (x.dtype == torch.float32 and pixels <= 128 or x.dtype == torch.bfloat16 and channels > 1536):
             return "a gate over many rows and channels: oneDNN is faster"
     return None
 
@@ -67,16 +75,15 @@ def pointwise_conv_bn_act(
     """``activation(norm(conv1x1(x * gate))) + residual``: the expand, project and head convolutions.
 
     x         [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
-    weight    [K, C, 1, 1]
-    gate      [N, C] fp32, from squeeze_excite_gate
+    weight    [K, C, 1, 1], of any of these dtypes (used in x's)
+    norm      [K] each, of any of these dtypes, all alike
+    gate      [N, C] fp32 (fp64 beside fp64), from squeeze_excite_gate
     residual  [N, K, H, W] in x's dtype
     returns   [N, K, H, W] channels_last in x's dtype
 
     No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
-    check_conv(NAME, x, weight, norm, activation, weight.shape[1])
-    if weight.shape[2] != 1 or weight.shape[3] != 1:
-        raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; [K, C, 1, 1] would do")
-    check_like_output(NAME, "gate", gate, (x.shape[0], x.shape[1]), x)
-    check_like_output(NAME, "residual", residual, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]), x)
+    _check(x, weight, *norm, gate, residual, activation)
+    if torch.is_grad_enabled():
+        check_no_gradient(NAME, x, weight, *norm[:4], gate, residual)
     return backends.choose(NAME, x, _unsupported(x, weight, gate)).run(x, weight, *norm, gate, residual, activation)

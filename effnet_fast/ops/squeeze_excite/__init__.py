@@ -6,14 +6,35 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends, native, triton_backend
-from effnet_fast.ops.common import ACTIVATIONS, check_no_gradient
+from effnet_fast.ops.common import DTYPES, check_activation, check_integer, check_no_gradient, check_tensor, either
 from effnet_fast.ops.library import define
 from effnet_fast.ops.squeeze_excite import reference
 
 NAME = "squeeze_excite_gate"
+SUMS = (torch.float32, torch.float64)  # what partial sums are kept in
 
 
-def _fake(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation):
+def _check(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation):
+    """Refuse, by name, what :func:`squeeze_excite_gate` does not say it takes, whatever the backend."""
+    if partial.dim() != 3 or 0 in partial.shape[1:]:
+        raise ValueError(f"{NAME}: partial is {tuple(partial.shape)}; [N, P, C] with P and C >= 1 would do")
+    channels, device = partial.shape[2], partial.device
+    if partial.dtype not in SUMS:
+        raise TypeError(f"{NAME}: partial is {partial.dtype}; {either(SUMS)} would do")
+    check_integer(NAME, "count", count, 1)
+    if reduce_weight.dim() != 4 or reduce_weight.shape[0] < 1:
+        raise ValueError(f"{NAME}: reduce_weight is {tuple(reduce_weight.shape)}; [R, {channels}, 1, 1] with R >= 1 would do")
+    reduced, alike = reduce_weight.shape[0], (reduce_weight.dtype,)
+    check_tensor(NAME, "reduce_weight", reduce_weight, (reduced, channels, 1, 1), DTYPES, device)
+    if reduce_bias is not None:
+        check_tensor(NAME, "reduce_bias", reduce_bias, (reduced,), alike, device)
+    check_tensor(NAME, "expand_weight", expand_weight, (channels, reduced, 1, 1), alike, device)
+    if expand_bias is not None:
+        check_tensor(NAME, "expand_bias", expand_bias, (channels,), alike, device)
+    check_activation(NAME, activation)
+
+
+def _allocate(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation):
     return partial.new_empty((partial.shape[0], partial.shape[2]))
 
 
@@ -27,19 +48,20 @@ _reference = define(
     " str activation",
     ("gate",),
     reference=reference.squeeze_excite_gate,
-    fake=_fake,
+    check=_check,
+    allocate=_allocate,
     flops=_flops,
     backends=("native", "triton"),
 )
-triton_backend.register(NAME, _fake)
+triton_backend.register(NAME, _check, _allocate)
 
 
 def _native_can_run(partial: Tensor) -> str | None:
     if native.REASON is not None:
         return native.REASON
-    if partial.device.type == "cuda" and (reason := native.why_no_cuda(partial.device)) is not None:
+    if partial.is_cuda and (reason := native.why_no_cuda(partial.device)) is not None:
         return reason
-    if partial.device.type not in ("cpu", "cuda"):
+    if partial.device != native.CPU and not partial.is_cuda:
         return f"no native kernel for device {partial.device.type!r}"
     return None if partial.dtype == torch.float32 else f"partial sums are {partial.dtype}; the native kernel takes float32"
 
@@ -47,7 +69,7 @@ def _native_can_run(partial: Tensor) -> str | None:
 def _unsupported(partial: Tensor, reduce_weight: Tensor) -> str | None:
     """Triton's tile is R wide, and a block's shared memory holds C + 2 R floats (csrc/squeeze_excite/gate.cuh)."""
     reduced, channels = reduce_weight.shape[:2]
-    if partial.device.type == "cuda" and (reduced > 1024 or channels + 2 * reduced > 23000):
+    if partial.is_cuda and (reduced > 1024 or channels + 2 * reduced > 23000):
         return f"R is {reduced} and C {channels}: the GPU kernels take R up to 1024 and C + 2 R up to 23000"
     return None
 
@@ -78,29 +100,13 @@ def squeeze_excite_gate(
 
     partial        [N, P, C] fp32 (fp64 where x was): sums over P pieces of the image, added in a fixed order
     count          H * W, the pixels that were summed
-    reduce_weight  [R, C, 1, 1], reduce_bias [R]; expand_weight [C, R, 1, 1], expand_bias [C]; fp32, bf16, fp16 or fp64
+    reduce_weight  [R, C, 1, 1], reduce_bias [R]; expand_weight [C, R, 1, 1], expand_bias [C]; all fp32, bf16, fp16 or fp64
     returns        gate [N, C] in partial's dtype
 
-    No gradient. Raises ValueError, naming the argument, on bad input.
+    No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
-    check_no_gradient(NAME, partial, reduce_weight, reduce_bias, expand_weight, expand_bias)
-    channels = partial.shape[-1]
-    if partial.dim() != 3 or partial.shape[1] < 1:
-        raise ValueError(f"{NAME}: partial is {tuple(partial.shape)}; [N, P, C] with P >= 1 would do")
-    if count < 1:
-        raise ValueError(f"{NAME}: count is {count}; the number of pixels summed, >= 1, would do")
-    if reduce_weight.dim() != 4 or reduce_weight.shape[1] != channels:
-        raise ValueError(f"{NAME}: reduce_weight is {tuple(reduce_weight.shape)}; [R, {channels}, 1, 1] would do")
-    if expand_weight.dim() != 4 or expand_weight.shape[:2] != (channels, reduce_weight.shape[0]):
-        raise ValueError(
-            f"{NAME}: expand_weight is {tuple(expand_weight.shape)}; [{channels}, {reduce_weight.shape[0]}, 1, 1] would do"
-        )
-    if reduce_weight.device != partial.device or expand_weight.device != partial.device:
-        raise ValueError(
-            f"{NAME}: partial is on {partial.device}, the weights on {reduce_weight.device} and {expand_weight.device}; one device"
-            " would do"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{NAME}: activation is {activation!r}; one of {', '.join(ACTIVATIONS)} would do")
+    _check(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)
+    if torch.is_grad_enabled():
+        check_no_gradient(NAME, partial, reduce_weight, reduce_bias, expand_weight, expand_bias)
     kernel = backends.choose(NAME, partial, _unsupported(partial, reduce_weight))
     return kernel.run(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)

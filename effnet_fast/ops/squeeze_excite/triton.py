@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.ops.library import check_out
+from effnet_fast.ops.common import check_tensor
 from effnet_fast.ops.triton_common import activate, processors, run, sigmoid
 
 
@@ -158,7 +158,7 @@ def launch(
     """Write ``squeeze_excite_gate(...)`` into ``gate``. Two launches allocate the hidden units that pass from one to the other."""
     images, pieces, channels = partial.shape
     reduced = reduce_weight.shape[0]
-    check_out("squeeze_excite_gate", "gate", gate, (images, channels), torch.float32)
+    check_tensor("squeeze_excite_gate", "gate", gate, (images, channels), (torch.float32,), partial.device)
     if not gate.is_contiguous():
         raise ValueError(f"squeeze_excite_gate: gate has strides {gate.stride()}; contiguous would do")
     if gate.numel() == 0:

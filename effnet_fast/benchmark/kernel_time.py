@@ -1,0 +1,203 @@
+"""A model of the time that a CUDA kernel takes: its instructions, counted in what nvcc made of it, and its bytes, against an H200.
+
+A roofline says what no kernel beats; this says what THIS kernel should take, so that a measurement far from it shows either a
+mistake in the model or something in the kernel that nobody thought of. A launch takes the longest of
+
+    memory    bytes that must move, at the machine's copy bandwidth
+    l2        bytes that blocks ask for, halos and repeated weights included, at L2_BYTES
+    latency   bytes read, when a multiprocessor has no more in flight than its resident blocks ask for ahead, LATENCY each time
+    issue     warp instructions, 4 a clock and multiprocessor
+    fp32      multiply-adds, multiplications and additions, 4 warp instructions a clock;  half: integers, moves, comparisons and
+              conversions, 2;  special: exponentials and reciprocals, half of one
+    tensor    mma at MMA_RATE of the dense peak
+    lsu       128 bytes of shared memory, or one line of global memory, a clock
+
+on the fullest multiprocessor, blocks being whole, and RAMP for a launch, its first load and its drain. Perfect overlap is assumed.
+``counts`` is benchmarks/instructions.json: warp instructions by kernel and part, as tests/sass.py counts them ("shared" is in
+128-byte wavefronts, "lines" in 128-byte lines, "copies" are cp.async and "stores" 16 bytes a lane, 32 whole bytes of each pixel).
+What is not the machine's own measured copy bandwidth, clock and number of multiprocessors is an assumption: the constants below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from effnet_fast.benchmark.roofline import ITEM_BYTES, Launch, Machine
+from effnet_fast.ops.depthwise.launch import DIRECT_THREADS, rows_and_pieces, tile
+
+RAMP = 1.5e-6  # seconds
+L2_BYTES = 5.5e12  # a second, all multiprocessors together
+SM_BYTES = 64  # that one multiprocessor takes in a clock
+LATENCY, IDLE_LATENCY, L2_LATENCY = 0.6e-6, 0.3e-6, 0.15e-6  # seconds of a trip to busy memory, to idle memory, to L2
+MMA_PEAK, MMA_RATE = 512, 0.62  # multiply-adds a clock and quarter of a multiprocessor, half types; the share that mma.sync reaches
+SHARED, REGISTERS, THREADS = 227 * 1024, 65536, 2048  # of a multiprocessor
+ARCH = 90  # that the counts are for
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Counts = Mapping[str, Any]  # of one kernel: its registers, and its parts
+Clocks = defaultdict[str, float]  # of the fullest multiprocessor, by what is busy
+
+
+class Predicted(NamedTuple):
+    """Seconds, what takes them, and the times that they are the largest of."""
+
+    seconds: float
+    binds: str
+    times: dict[str, float]
+
+
+def predict(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapping[str, Counts]) -> Predicted | None:
+    """For the native CUDA kernel of ``launch``; None where there is none. ``kernels``: the counts, by kernel."""
+    if launch.op == "depthwise_conv_bn_act":
+        return depthwise(launch, dtype, batch, machine, kernels)
+    if launch.op == "squeeze_excite_gate":
+        return gate(launch, dtype, batch, machine, kernels)
+    return None
+
+
+def least(launch: Launch, dtype: str, batch: int, machine: Machine) -> Predicted:
+    """For a kernel whose instructions nobody counted: its roofline, with two uses of a special-function unit an activation, and
+    RAMP."""
+    limit = launch.bound(machine, dtype, batch, special=2.0)
+    return _predicted({limit.binds: limit.seconds}, RAMP)
+
+
+class _Tensor(NamedTuple):
+    """What csrc/depthwise/forward_tensor.cuh's TensorTraits say of a block."""
+
+    threads: int
+    stage_rows: int
+    in_columns: int
+    in_flight: int
+    shared: int
+
+
+def _tensor(kernel: int, stride: int, columns: int, channels: int) -> _Tensor:
+    groups, live = channels // 16, -(-kernel // stride)
+    in_columns = (columns - 1) * stride + kernel
+    stage = live * stride * 2 * groups * (32 // columns * in_columns | 1) * 16
+    stages, threads = (3 if 3 * stage <= 72 * 1024 else 2), 64 * groups
+    rest = threads // 32 * 1024 + (kernel**2 + 1) * (2 * channels + 16) + 8 * channels
+    return _Tensor(threads, live * stride, in_columns, (stages - 1) * stage, stages * stage + rest)
+
+
+def depthwise(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapping[str, Counts]) -> Predicted:
+    """Of csrc/depthwise/forward.cuh, with SiLU; fp16 has bf16's counts."""
+    d = dict(launch.shape)
+    k, s, channels, height = d["kernel"], d["stride"], d["c"], d["h"]
+    out, across = -(-height // s), -(-d["w"] // s)
+    t, live = tile(_DTYPES[dtype], channels, across), -(-k // s)
+    segment, pieces = rows_and_pieces(_DTYPES[dtype], batch, channels, out, across, machine.multiprocessors)
+    strips, item = -(-across // t.columns), ITEM_BYTES[dtype]
+    if t.threads:
+        width, threads, shared = t.channels, DIRECT_THREADS, 4 * DIRECT_THREADS * t.channels * k * k
+        counts = kernels[f"direct k{k} s{s} {t.columns}x{width}"]
+        stage_rows, in_columns = live * s, (t.columns - 1) * s + k
+        in_flight = in_columns * width * item * threads
+        blocks = -(-batch * strips * (channels // width) // threads)
+    else:
+        width = t.channels if (k, s) == (3, 1) else 48
+        threads, stage_rows, in_columns, in_flight, shared = _tensor(k, s, t.columns, width)
+        counts = kernels[f"tensor k{k} s{s} {t.columns}x{width}"]
+        blocks = -(-channels // width) * strips * -(-batch // t.images)
+    clocks: Clocks = defaultdict(float)
+    rows_read, segments, pad = 0, -(-out // segment), k // 2
+    for part in range(segments):
+        rows_out = min(segment, out - part * segment)
+        rows_in, first = (rows_out - 1) * s + k, part * segment * s - pad
+        real = min(rows_in, height - first) - max(0, -first)
+        rows_read += real
+        times = {"once": 1, "rows": real / stage_rows, "finish": rows_out / live, "pass": -(-rows_in // stage_rows)}
+        if t.threads:
+            times["weight"] = min(channels // width, threads) * width * k * k / threads
+        for name, count in times.items():
+            _add(clocks, counts[name], count * threads / 32, width)
+    full = -(-blocks * segments // machine.multiprocessors)  # blocks of average weight
+    spent = {name: number * full / segments / machine.clock for name, number in clocks.items()}
+    x, y = batch * channels * height * d["w"] * item, batch * channels * out * across * item
+    sums, weights = 4 * batch * pieces * channels * d["squeeze"], k * k * channels * item
+    halo = batch * rows_read * min(strips * in_columns, d["w"] + (strips - 1) * (k - s)) * channels * item
+    again = blocks * segments * k * k * width * item
+    resident = min(full, _resident(counts["registers"], threads, shared))
+    spent |= {
+        "memory": (x + y + sums + weights) / machine.copy,
+        "l2": (halo + y + sums + again) / L2_BYTES,
+        "latency": halo * LATENCY / (in_flight * resident * min(machine.multiprocessors, blocks * segments)),
+    }
+    return _predicted(spent, RAMP)
+
+
+def gate(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapping[str, Counts]) -> Predicted:
+    """Of csrc/squeeze_excite/gate.cuh, for the partial sums that the depthwise kernel hands over; its fp16 has bf16's counts.
+
+    "latency" is the chain of trips that each block makes, one after another: its sums, then each group of rows, which the first
+    blocks all want at once from memory and later ones find in L2.
+    """
+    d, item = dict(launch.shape), ITEM_BYTES[dtype]
+    channels, reduced, processors = d["c"], d["reduced"], machine.multiprocessors
+    pieces = rows_and_pieces(_DTYPES[dtype], batch, channels, d["h"], d["w"], processors)[1]
+    weights, threads, form = 2 * channels * reduced * item, 256, "fp32" if dtype == "fp32" else "bf16"
+    whole = batch >= processors or weights <= 128 << 10
+    slices = 1 if whole else -(-2 * processors // batch)
+    units, rows = max(8, -(-reduced // slices)), max(32, -(-channels // slices))
+    layers = (("reduce", channels, reduced, units), ("expand", reduced, channels, rows))
+    sums = 4 * pieces * channels
+    total: Clocks = defaultdict(float)
+    asked, launches = 0.0, 1 if whole else 2
+    for name, inner, outer, most in layers:
+        counts = kernels[f"gate {name} {form}"]
+        made = outer if whole else min(outer, most)  # rows of a block
+        wide = inner * item % 16 == 0
+        vectors = inner * item // 16 if wide else inner  # of a row; those that are left over of fours are counted with the row
+        lanes = 32
+        while lanes > 1 and lanes / 2 >= vectors:
+            lanes //= 2
+        groups = -(-made // (8 * (32 // lanes)))  # that each warp makes, one after another
+        clocks: Clocks = defaultdict(float)
+        for part, times in (("row", groups), ("vectors", groups * (vectors // lanes // 4) * wide)):
+            _add(clocks, counts[part], 8 * times, 0)
+        blocks = batch * (1 if whole else -(-outer // most))
+        full = -(-blocks // processors)
+        resident = min(full, _resident(counts["registers"], threads, 4 * (channels + reduced)))
+        first = sums if name == "reduce" else 0 if whole else 4 * reduced
+        read = first + made * inner * item
+        trips = groups * math.ceil(vectors / lanes / 4)
+        if name == "reduce":
+            trips += math.ceil(pieces / 16) * math.ceil(channels / 1024)
+        elif not whole:
+            trips += 1
+        for pipe, number in clocks.items():
+            total[pipe] += number * full / machine.clock
+        total["sm"] += read * full / SM_BYTES / machine.clock
+        total["latency"] += trips * (IDLE_LATENCY + L2_LATENCY * (math.ceil(full / resident) - 1))
+        asked += read * blocks
+    moved = batch * (sums + 4 * channels) + weights
+    return _predicted({**total, "memory": moved / machine.copy, "l2": asked / L2_BYTES}, launches * RAMP)
+
+
+def _add(clocks: Clocks, part: Mapping[str, int], times: float, width: int) -> None:
+    """Clocks of a multiprocessor that ``times`` warps' passes over a part keep each pipe busy. ``width``: channels of a block."""
+    issued = Counter(part)
+    clocks["issue"] += times * issued["issue"] / 4
+    clocks["fp32"] += times * issued["fp32"] / 4
+    clocks["half"] += times * issued["half"] / 2
+    clocks["special"] += times * issued["special"] * 2
+    clocks["tensor"] += times * (issued["k8"] * 1024 + issued["k16"] * 2048) / (4 * MMA_PEAK * MMA_RATE)
+    # A copy takes 16 bytes a lane, width / 8 lanes a pixel; a store 16 pixels, each a line.
+    copy_lines = max(4.0, 256 / width + 1) if issued["copies"] else 0.0
+    clocks["lsu"] += times * (issued["shared"] + issued["lines"] + issued["copies"] * copy_lines + issued["stores"] * 16)
+
+
+def _resident(registers: int, threads: int, shared: int) -> int:
+    """Blocks that a multiprocessor holds."""
+    of_registers = REGISTERS // (threads * -(-registers // 8) * 8)
+    return max(1, min(of_registers, SHARED // (shared + 1024), THREADS // threads, 32))
+
+
+def _predicted(times: dict[str, float], ramp: float) -> Predicted:
+    binds = max(times, key=times.__getitem__)
+    return Predicted(times[binds] + ramp, binds, times)
