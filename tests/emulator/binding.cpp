@@ -86,7 +86,7 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
   p.pixels = pixels;
   p.in_channels = int(x.shape(1));
   p.out_channels = int(weight.shape(0));
-  p.norm_epsilon = 1e-3f;
+  p.norm_eps = 1e-3f;
   p.activation = Activation(activation);
   p.dtype = DType(dtype);
   p.weight_dtype = DType(weight_dtype);
@@ -99,7 +99,7 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
   p.norm_weight = rows;
   p.norm_bias = rows + p.out_channels;
   p.norm_mean = rows + 2 * p.out_channels;
-  p.norm_variance = rows + 3 * p.out_channels;
+  p.norm_var = rows + 3 * p.out_channels;
   p.gate = gates ? reinterpret_cast<const float*>(gates->data()) : nullptr;
   p.residual = residuals ? residuals->data() : nullptr;
   p.y = y.data();
