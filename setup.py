@@ -71,6 +71,11 @@ def cuda_root() -> tuple[str | None, str]:
     return root, ""
 
 
+def cuda_architectures() -> list[str]:
+    """What torch will have nvcc make: sm_90 is machine code, compute_100 PTX."""
+    return [flag.rpartition(",code=")[2] for flag in cpp_extension._get_cuda_arch_flags()]
+
+
 class BuildExtension(cpp_extension.BuildExtension):
     """torch's, which misses changed headers of .cu files: beside a CPU-only torch it has nvcc write no dependency file."""
 
@@ -109,6 +114,8 @@ def compiled_module():
     # -Wno-psabi: vectors wider than the baseline's registers are passed only between functions that are always inlined.
     cxx = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     nvcc = ["-std=c++20", "-O3", "-Xcompiler", "-fvisibility=hidden"]
+    if root:
+        cxx.append(f"-DEFFNET_FAST_CUDA_ARCHITECTURES={','.join(cuda_architectures())}")  # nvcc would cut it at the commas
     return cpp_extension.CppExtension(
         "effnet_fast._C",
         [str(path.relative_to(ROOT)) for path in sources],

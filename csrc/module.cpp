@@ -14,15 +14,22 @@ static const char kSchemas[] =
     "squeeze_excite_gate(Tensor partial, SymInt count, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight,"
     " Tensor? expand_bias, str activation) -> (Tensor gate)";
 
+// The text of a macro's value, which may have commas.
+#define TEXT(...) TEXT_OF(__VA_ARGS__)
+#define TEXT_OF(...) #__VA_ARGS__
+
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
 #ifdef EFFNET_FAST_CUDA
   constexpr int cuda_kernels = 1;
+  constexpr const char* cuda_architectures = TEXT(EFFNET_FAST_CUDA_ARCHITECTURES);
 #else
   constexpr int cuda_kernels = 0;
+  constexpr const char* cuda_architectures = "";
 #endif
   if (module && (PyModule_AddIntConstant(module, "CUDA_KERNELS", cuda_kernels) < 0 ||
+                 PyModule_AddStringConstant(module, "CUDA_ARCHITECTURES", cuda_architectures) < 0 ||
                  PyModule_AddStringConstant(module, "SCHEMAS", kSchemas) < 0)) {
     Py_DECREF(module);
     return nullptr;

@@ -87,7 +87,7 @@ def test_wheel_without_cuda(project, tmp_path):
 @needs_nvcc
 def test_wheel_with_cuda(project, tmp_path):
     _, (wheel,) = build_wheel(project, EFFNET_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
-    assert import_module(check_compiled(wheel, tmp_path), "_C.CUDA_KERNELS") == "1"
+    assert import_module(check_compiled(wheel, tmp_path), "_C.CUDA_KERNELS, _C.CUDA_ARCHITECTURES") == "1 sm_90"
     # Objects of an earlier build are not kept when a header of a .cu file has changed.
     with open(project / "csrc" / "squeeze_excite" / "gate.cuh", "a") as header:
         header.write("#error seeded\n")

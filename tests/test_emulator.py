@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulator import build as emulator
+from emulator.arrays import ACTIVATIONS, DTYPES, from_raw, raw
 from tolerance import assert_2x
 
 from effnet_fast.ops.common import output_size
@@ -19,21 +20,11 @@ from effnet_fast.ops.common import output_size
 missing = emulator.missing()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
-ACTIVATIONS = {"identity": 0, "silu": 1, "relu": 2, "relu6": 3}  # the enum of csrc/common/activation.h
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of csrc/common/dtype.h
-
-
-def raw(t: torch.Tensor) -> np.ndarray:
-    return (t if t.dtype == torch.float32 else t.view(torch.uint16)).numpy()
-
-
-def from_raw(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(a) if dtype == torch.float32 else torch.from_numpy(a).view(dtype)
-
 
 @dataclass(frozen=True)
 class Gate:
-    """A squeeze-excite gate: N, P, C and R, and on how large a GPU. 0 multiprocessors: the CPU's kernel."""
+    """A squeeze-excite gate: N, P, C and R, and on how large a GPU, of how many blocks a cluster. 0 multiprocessors: the CPU's
+    kernel."""
 
     batch: int
     pieces: int
@@ -44,6 +35,7 @@ class Gate:
     activation: str = "silu"
     bias: bool = True
     misalign: int = 0
+    cluster: int = 8
 
     def tensors(self) -> list[torch.Tensor | None]:
         g = torch.Generator().manual_seed(self.channels)
@@ -60,26 +52,37 @@ class Gate:
 
     def call(self, seed: int = 0) -> tuple[str, tuple]:
         partial, rw, rb, ew, eb = (None if t is None else raw(t) for t in self.tensors())
-        options = (ACTIVATIONS[self.activation], DTYPES[self.dtype], self.multiprocessors, seed, self.misalign)
+        options = (ACTIVATIONS[self.activation], DTYPES[self.dtype], self.multiprocessors, self.cluster, seed, self.misalign)
         return "squeeze_excite_gate", (partial, 49, rw, rb, ew, eb, *options)
 
 
-# Weights above 128 KB are split over blocks when there are fewer images than multiprocessors.
+# A block has at most 32 KB of weights, or an eighth, and a group of images is the larger the more images there are for the GPU.
 GATES = [
     Gate(1, 1, 32, 8),
     Gate(3, 2, 144, 6, activation="relu"),
+    Gate(1, 2, 240, 20),  # 2 slices
     Gate(2, 3, 37, 5, activation="relu6"),
     Gate(2, 4, 7, 1, activation="identity", bias=False),
     Gate(2, 2, 48, 12, dtype=torch.bfloat16),
     Gate(2, 2, 48, 12, dtype=torch.float16, bias=False),
-    Gate(2, 2, 64, 16, misalign=1),
     Gate(2, 2, 64, 16, dtype=torch.bfloat16, misalign=1),
-    Gate(1, 2, 640, 40),
-    Gate(2, 1, 641, 39, multiprocessors=16, dtype=torch.bfloat16),
-    Gate(1, 1, 1032, 48, dtype=torch.float16),
-    Gate(3, 1, 640, 40, multiprocessors=2),
+    Gate(5, 3, 40, 9, multiprocessors=4, dtype=torch.bfloat16),  # groups of 4
+    Gate(7, 2, 41, 12, multiprocessors=4, misalign=1),
+    Gate(5, 3, 40, 8, multiprocessors=4),
+    Gate(9, 1, 56, 7, multiprocessors=1, dtype=torch.float16, activation="relu"),
+    Gate(2, 5, 641, 39, dtype=torch.bfloat16),  # 4
+    Gate(1, 1, 1032, 48, dtype=torch.float16),  # 8
+    Gate(1, 2, 712, 100),  # 8 of 96 channels, the last of 40
+    Gate(5, 1, 640, 40, multiprocessors=20),  # 8, groups of 4
+    Gate(9, 2, 520, 44, multiprocessors=2, dtype=torch.bfloat16, bias=False),  # 4, groups of 8
+    Gate(3, 1, 640, 40, cluster=1),
+    Gate(1, 1, 20, 1000),
+    Gate(9, 1, 3200, 20, multiprocessors=1, cluster=1),  # groups of 8 would not fit the block's memory
 ]
 SEEDS = range(3)
+# What catches the seeded bugs: threads that share pieces, misaligned weights, eight blocks, groups of images and rows that do not
+# come out even.
+SEEDED_GATES = [Gate(1, 301, 36, 4), Gate(2, 2, 64, 16, misalign=1), Gate(1, 1, 260, 64), Gate(11, 2, 104, 12, multiprocessors=2)]
 
 
 def bug(text: str, replacement: str, says: str) -> emulator.Bug:
@@ -87,11 +90,16 @@ def bug(text: str, replacement: str, says: str) -> emulator.Bug:
 
 
 SEEDED = {
-    "missing-barrier": bug("  __syncthreads();\n", "", "changes the result|off by"),
-    "off-by-one-store": bug("if (row < last && member == 0)", "if (row <= last && member == 0)", "heap-buffer-overflow"),
-    "divergent-shuffle": bug("base < last; base +=", "base + lane / lanes < last; base +=", "shuffle"),
-    "misaligned-vector": bug("inner % V == 0 && aligned16(weight)", "inner % V == 0", "misaligned address"),
-    "shared-memory-too-short": bug("p.channels + p.reduced) * sizeof", "p.channels) * sizeof", "heap-buffer-overflow"),
+    "missing-barrier": bug("  __syncthreads();  // the parts are there\n", "", "changes the result|off by|not finite"),
+    "missing-barrier-of-the-cluster": bug("  cluster_wait();  // every", "  __syncthreads();  // every", "and has not waited"),
+    "peers-read-before-they-have-written": bug(
+        "  cluster_arrive();\n  cluster_wait();  // every", "  __syncthreads();  // every", "changes the result|off by|not finite"
+    ),
+    "peers-read-after-they-have-ended": bug("  cluster_wait();  // nor", "  // nor", "AddressSanitizer|null pointer"),
+    "off-by-one-store": bug("if (row + at / G < rows) y", "if (row + at / G <= rows) y", "heap-buffer-overflow|off by|changes"),
+    "divergent-shuffle": bug("base < rows; base +=", "base + lane / lanes * kRows < rows; base +=", "shuffle"),
+    "misaligned-vector": bug("&& aligned16(weight)", "", "misaligned address"),
+    "shared-memory-too-short": bug("int64_t(2) * images * plan", "int64_t(1) * images * plan", "heap-buffer-overflow"),
 }
 
 
@@ -101,22 +109,22 @@ def modules(tmp_path_factory) -> dict[str, Path]:
     return emulator.build(emulator.directory(tmp_path_factory.getbasetemp()), SEEDED)
 
 
-def check_squeeze_excite_gate(module: Path) -> None:
-    results = iter(emulator.run(module, [gate.call(seed) for gate in GATES for seed in SEEDS]))
-    for gate in GATES:
+def check_squeeze_excite_gate(module: Path, gates: list[Gate]) -> None:
+    results = iter(emulator.run(module, [gate.call(seed) for gate in gates for seed in SEEDS]))
+    for gate in gates:
         outs = [next(results) for _ in SEEDS]
         assert all(np.array_equal(out, outs[0]) for out in outs), f"{gate}: the order of threads changes the result"
         assert_2x(torch.from_numpy(outs[0]), gate.expected(torch.float32), gate.expected(torch.float64), str(gate))
 
 
 def test_squeeze_excite_gate(modules):
-    check_squeeze_excite_gate(modules["sound"])
+    check_squeeze_excite_gate(modules["sound"], [*GATES, *SEEDED_GATES])
 
 
 @pytest.mark.parametrize("name", SEEDED)
 def test_seeded_bug_is_caught(name, modules):
     with pytest.raises((AssertionError, RuntimeError), match=SEEDED[name].says):
-        check_squeeze_excite_gate(modules[name])
+        check_squeeze_excite_gate(modules[name], SEEDED_GATES)
 
 
 CPU_GATES = [

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from cases import Case
 from emulator import build as emulator
+from emulator.arrays import ACTIVATIONS, DTYPES, from_raw, raw
 from tolerance import assert_2x
 
 from effnet_fast.ops.common import output_size
@@ -22,8 +23,6 @@ from effnet_fast.ops.depthwise import launch
 missing = emulator.missing()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
-ACTIVATIONS = {"identity": 0, "silu": 1, "relu": 2, "relu6": 3}  # the enum of csrc/common/activation.h
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of csrc/common/dtype.h
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -83,13 +82,7 @@ class Run:
         return "depthwise", (*arrays, 1e-3, window, *options)
 
     def result(self, out: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        y = torch.from_numpy(out[0])
-        return (y if self.dtype == torch.float32 else y.view(self.dtype)).permute(0, 3, 1, 2), torch.from_numpy(out[1])
-
-
-def raw(t: torch.Tensor) -> np.ndarray:
-    t = t.contiguous()
-    return (t if t.dtype == torch.float32 else t.view(torch.uint16)).numpy()
+        return from_raw(out[0], self.dtype).permute(0, 3, 1, 2), torch.from_numpy(out[1])
 
 
 def covering() -> list[Run]:
@@ -132,8 +125,8 @@ def segments() -> list[Run]:
 
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory) -> dict[str, Path]:
-    """The kernels as they are, "sound", and with each seeded bug."""
-    return emulator.build(emulator.directory(tmp_path_factory.getbasetemp()), SEEDED)
+    """The kernels as they are, "sound", with each seeded bug, and with smaller grids."""
+    return emulator.build(emulator.directory(tmp_path_factory.getbasetemp()), {**SEEDED, **SMALL_GRIDS})
 
 
 def check(module: Path, runs: list[Run], seeds: range) -> None:
@@ -152,15 +145,16 @@ def check(module: Path, runs: list[Run], seeds: range) -> None:
 
 
 COVERING = covering()
+SEEDS = range(2)  # orders of threads
 
 
 @pytest.mark.parametrize("part", range(3))
 def test_reduced_cases(part, modules):
-    check(modules["sound"], COVERING[part::3], range(1))
+    check(modules["sound"], COVERING[part::3], SEEDS)
 
 
 def test_segments_and_tiles(modules):
-    check(modules["sound"], segments(), range(1))
+    check(modules["sound"], segments(), SEEDS)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +210,24 @@ def test_seeded_runs_are_sound(modules):
     check(modules["sound"], SEEDED_RUNS, range(3))
 
 
+# One grid of either kernel takes two images; a real one's limits are out of an emulator's reach.
+SMALL_GRIDS = {
+    "depthwise-tensor-small-grid": emulator.Bug(
+        "depthwise/forward.cuh", "kGridSide = 65535", "kGridSide = 2", "", "depthwise_bf16", "-DONE_WINDOW"
+    ),
+    "depthwise-direct-small-grid": emulator.Bug(
+        "depthwise/forward.cuh", "(int64_t(1) << 31) / threads_an_image;", "2;", "", "depthwise_fp32", "-DONE_WINDOW"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_GRIDS)
+def test_more_images_than_a_grid_takes(name, modules):
+    dtype = torch.bfloat16 if "tensor" in name else torch.float32
+    runs = [Run(Case(images, 24, 6, 18, 5, 1, cases.symmetric(5)), dtype, multiprocessors=m) for images in (4, 5) for m in (1, 8)]
+    check(modules[name], runs, range(1))
+
+
 @pytest.mark.parametrize("name", SEEDED)
 def test_seeded_bug_is_caught(name, modules):
     with pytest.raises((AssertionError, RuntimeError), match=SEEDED[name].says):
@@ -225,4 +237,4 @@ def test_seeded_bug_is_caught(name, modules):
 def test_misaligned_floats_take_single_channels(modules):
     """Pairs of channels need 8-byte addresses and even strides; without them the kernel goes channel by channel."""
     run = Run(Case(1, 12, 6, 9, 3, 1, cases.symmetric(3)), torch.float32)
-    check(modules["sound"], [run, replace(run, misalign=1), replace(run, extra=1), replace(run, extra=2)], range(1))
+    check(modules["sound"], [run, replace(run, misalign=1), replace(run, extra=1), replace(run, extra=2)], SEEDS)

@@ -146,11 +146,19 @@ def test_other_dense_convolutions_are_refused():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "processors"),
-    [((2, 1, 32, 8), 1), ((1, 3, 13, 1), 132), ((0, 1, 16, 4), 1), ((4, 2, 596, 4), 6), ((1, 1, 556, 119), 132)],
+    [
+        ((2, 1, 32, 8), 1),
+        ((1, 3, 13, 1), 132),
+        ((0, 1, 16, 4), 1),
+        ((4, 2, 596, 4), 6),
+        ((1, 1, 556, 119), 132),
+        ((19, 2, 556, 119), 1),
+    ],
     ids=str,
 )
 def test_gate(shape, processors, dtype, monkeypatch):
-    """The last has so large weights that few images take two launches; the one before it shares an image between programs."""
+    """The last two have so large weights that they take two launches, for one image or 16 a program; the one before them shares an
+    image between programs."""
     monkeypatch.setattr(squeeze_excite, "processors", lambda device: processors)
     images, pieces, channels, squeezed = shape
     partial = rand(images, pieces, channels) * 49

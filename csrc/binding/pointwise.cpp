@@ -9,7 +9,7 @@ namespace {
 constexpr const char* kPointwise = "pointwise_conv_bn_act";
 
 void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                   const Tensor& norm_mean, const Tensor& norm_variance, double norm_epsilon, const OptionalTensor& gate,
+                   const Tensor& norm_mean, const Tensor& norm_var, double norm_eps, const OptionalTensor& gate,
                    const OptionalTensor& residual, const std::string& activation, const Tensor& y) {
   check(x.dim() == 4, kPointwise, ": x has shape ", shape_text(x), ", expected [N, C, H, W]");
   check(weight.dim() == 4, kPointwise, ": weight has shape ", shape_text(weight), ", expected [K, C, 1, 1]");
@@ -28,7 +28,7 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   p.dtype = dtype("x", x);
   const Tensor inputs = as_channels_last(x);
   const ConvTensors t = conv_tensors(kPointwise, x, checked("weight", weight, {out, in, 1, 1}),
-                                     {norm_weight, norm_bias, norm_mean, norm_variance, norm_epsilon});
+                                     {norm_weight, norm_bias, norm_mean, norm_var, norm_eps});
   OptionalTensor gates, residuals;
   if (gate) {
     check(dtype("gate", *gate) == DType::fp32, kPointwise, ": gate must be float32");
@@ -46,7 +46,7 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   p.norm_weight = data_or_null(t.norm.weight);
   p.norm_bias = data_or_null(t.norm.bias);
   p.norm_mean = t.norm.mean.const_data_ptr();
-  p.norm_variance = t.norm.var.const_data_ptr();
+  p.norm_var = t.norm.var.const_data_ptr();
   p.weight_dtype = t.weight_dtype;
   p.norm_dtype = t.norm_dtype;
   p.gate = static_cast<const float*>(data_or_null(gates));
@@ -56,20 +56,20 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   p.pixels = height * width;
   p.in_channels = int(in);
   p.out_channels = int(out);
-  p.norm_epsilon = float(norm_epsilon);
+  p.norm_eps = float(norm_eps);
   p.activation = activation_of(kPointwise, activation);
   if (p.rows > 0) pointwise::conv_bn_act_cpu(p);
 }
 
 Tensor pointwise_made(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                      const Tensor& norm_mean, const Tensor& norm_variance, double norm_epsilon, const OptionalTensor& gate,
+                      const Tensor& norm_mean, const Tensor& norm_var, double norm_eps, const OptionalTensor& gate,
                       const OptionalTensor& residual, const std::string& activation) {
   check(x.dim() == 4, kPointwise, ": x has shape ", shape_text(x), ", expected [N, C, H, W]");
   check(weight.dim() == 4, kPointwise, ": weight has shape ", shape_text(weight), ", expected [K, C, 1, 1]");
   Tensor y = torch::stable::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(),
                                   std::nullopt, MemoryFormat::ChannelsLast);
   if (y.is_cpu()) advise_huge_pages(y);
-  pointwise_out(x, weight, norm_weight, norm_bias, norm_mean, norm_variance, norm_epsilon, gate, residual, activation, y);
+  pointwise_out(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation, y);
   return y;
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr const char* kGate = "squeeze_excite_gate";
 
-// Checks the arguments and calls run(params, sums) to write `gate`, [N, C] fp32.
+// Checks the arguments and calls run(params, device) to write `gate`, [N, C] fp32.
 template <typename Run> void write_gate(const Tensor& partial, int64_t count, const Tensor& reduce_weight,
                                         const OptionalTensor& reduce_bias, const Tensor& expand_weight,
                                         const OptionalTensor& expand_bias, const std::string& activation, const Tensor& gate,
@@ -60,17 +60,14 @@ template <typename Run> void write_gate(const Tensor& partial, int64_t count, co
   p.count = float(count);
   p.activation = activation_of(kGate, activation);
   p.dtype = dtype;
-  if (batch > 0) run(p, sums);
+  if (batch > 0) run(p, partial.get_device_index());
 }
 
-void run_cpu(const squeeze_excite::GateParams& p, const Tensor&) { squeeze_excite::gate_cpu(p); }
+void run_cpu(const squeeze_excite::GateParams& p, int32_t) { squeeze_excite::gate_cpu(p); }
 
 #ifdef EFFNET_FAST_CUDA
-void run_cuda(squeeze_excite::GateParams& p, const Tensor& sums) {
-  const int32_t device = sums.get_device_index();
+void run_cuda(const squeeze_excite::GateParams& p, int32_t device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor hidden = torch::stable::new_empty(sums, {p.batch, p.reduced});
-  p.hidden = static_cast<float*>(hidden.mutable_data_ptr());
   squeeze_excite::gate_cuda(p, current_cuda_stream(device));
 }
 #endif

@@ -10,19 +10,19 @@ namespace effnet_fast::pointwise {
 // y = activation(norm((x * gate) weight^T)) + residual. Everything is contiguous (x, y and residual as channels_last), of any
 // alignment.
 struct Params {
-  const void* x;              // [rows, in_channels], of type dtype as are residual and y
-  const void* weight;         // [out_channels, in_channels]
-  const void* norm_weight;    // [out_channels] or null: ones
-  const void* norm_bias;      // [out_channels] or null: zeros
-  const void* norm_mean;      // [out_channels]
-  const void* norm_variance;  // [out_channels]
-  const float* gate;          // [rows / pixels, in_channels] or null: ones
-  const void* residual;       // [rows, out_channels] or null
-  void* y;                    // [rows, out_channels]
-  int64_t rows;               // images * pixels
-  int64_t pixels;             // of an image
+  const void* x;            // [rows, in_channels], of type dtype as are residual and y
+  const void* weight;       // [out_channels, in_channels]
+  const void* norm_weight;  // [out_channels] or null: ones
+  const void* norm_bias;    // [out_channels] or null: zeros
+  const void* norm_mean;    // [out_channels]
+  const void* norm_var;     // [out_channels]
+  const float* gate;        // [rows / pixels, in_channels] or null: ones
+  const void* residual;     // [rows, out_channels] or null
+  void* y;                  // [rows, out_channels]
+  int64_t rows;             // images * pixels
+  int64_t pixels;           // of an image
   int in_channels, out_channels;
-  float norm_epsilon;
+  float norm_eps;
   Activation activation;
   DType dtype, weight_dtype, norm_dtype;
 };

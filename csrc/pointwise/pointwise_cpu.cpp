@@ -334,7 +334,7 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
   float *shift = scale + most * W, *partial = shift + most * W;
   Element *packed = reinterpret_cast<Element*>(partial + partial_size), *block = packed + int64_t(most) * W * slice_elements;
 
-  const Norm norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_variance, p.norm_epsilon, p.norm_dtype};
+  const Norm norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_var, p.norm_eps, p.norm_dtype};
   for (int64_t top = part.first_row, bottom; top < part.last_row; top = bottom) {
     const int64_t image = top / p.pixels;
     bottom = std::min({part.last_row, top + most_rows, into_weights ? (image + 1) * p.pixels : INT64_MAX});

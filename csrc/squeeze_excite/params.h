@@ -15,7 +15,6 @@ struct GateParams {
   const void* reduce_bias;    // [reduced] or null
   const void* expand_weight;  // [channels, reduced]
   const void* expand_bias;    // [channels] or null
-  float* hidden;              // [batch, reduced], workspace of the CUDA kernels
   float* gate;                // [batch, channels]
   int64_t batch;
   int pieces, channels, reduced;

@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     from effnet_fast.ops import native
 
     cuda = torch.version.cuda or (f"ROCm {torch.version.hip}" if torch.version.hip else "none: a CPU build of torch")
-    compiled = native.REASON or f"loaded, {'with' if native.CUDA_KERNELS else 'without'} CUDA kernels"
+    kernels = f"with CUDA kernels for {native.CUDA_ARCHITECTURES}" if native.CUDA_KERNELS else "without CUDA kernels"
+    compiled = native.REASON or f"loaded, {kernels}"
     facts = [
         ("effnet_fast", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),

@@ -1,8 +1,9 @@
 """Where ops are defined: one schema string an op, two overloads of it a backend.
 
 An op's folder calls :func:`define` once. ``.reference`` (plain PyTorch, any device) always has a kernel; the other backends are
-overloads of the same schema whose kernels C++ or Triton contribute. ``.BACKEND_out`` writes into tensors that the caller gives and
-allocates nothing. The choice between backends is made in :mod:`effnet_fast.ops.backends`, above the dispatcher.
+overloads of the same schema whose kernels C++ or Triton contribute. ``.BACKEND_out`` writes into tensors that the caller gives;
+the native ones allocate nothing on CUDA where arguments lie as the kernel reads them, Triton's gate of large weights has a
+workspace. The choice between backends is made in :mod:`effnet_fast.ops.backends`, above the dispatcher.
 
 No overload has a gradient. The ops' public functions refuse tensors that ask for one; an overload that is called directly does not
 look, and it is torch that warns where a backward pass comes to it.

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from effnet_fast.ops import gpu
+
 CPU = torch.device("cpu")
 MINIMUM_TORCH = (2, 11)  # the stable-ABI version that setup.py compiles for
 
@@ -29,6 +31,8 @@ REASON: str | None
 REASON, _MODULE = _load()
 #: Whether the compiled module was built with CUDA kernels.
 CUDA_KERNELS = bool(getattr(_MODULE, "CUDA_KERNELS", False))
+#: What they were compiled for: ``sm_90`` (machine code), ``compute_100`` (PTX), with commas between.
+CUDA_ARCHITECTURES: str = getattr(_MODULE, "CUDA_ARCHITECTURES", "")
 
 
 def require(schema: str) -> None:
@@ -45,6 +49,13 @@ def require(schema: str) -> None:
         )
 
 
+def why_no_cuda(device: torch.device) -> str | None:
+    """Why the compiled module's CUDA kernels do not run on that GPU, or None."""
+    if not CUDA_KERNELS:
+        return "the compiled module was built without CUDA kernels"
+    return gpu.why_no_image(CUDA_ARCHITECTURES, device.index)
+
+
 def why_not(x: torch.Tensor, cuda: bool = False) -> str | None:
     """``can_run`` of the k x k convolutions' native kernels, which are for the CPU and, with ``cuda``, for CUDA."""
     if REASON is not None:
@@ -52,8 +63,8 @@ def why_not(x: torch.Tensor, cuda: bool = False) -> str | None:
     if x.device != CPU:
         if not (cuda and x.is_cuda):
             return f"no native kernel for device {x.device.type!r}"
-        if not CUDA_KERNELS:
-            return "the compiled module was built without CUDA kernels"
+        if (reason := why_no_cuda(x.device)) is not None:
+            return reason
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"x is {x.dtype}; the native kernel takes float32, bfloat16 and float16"
     return None

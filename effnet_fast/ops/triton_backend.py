@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effnet_fast.ops import gpu
 from effnet_fast.ops.common import either
 from effnet_fast.ops.library import NAMESPACE, implement
 
@@ -28,6 +29,8 @@ def can_run(x: Tensor) -> str | None:
         return REASON
     if x.device.type != _DEVICE:
         return f"x is on {x.device.type!r}; Triton {'interprets' if INTERPRETED else 'runs'} kernels on {_DEVICE!r}"
+    if not INTERPRETED and (reason := gpu.why_no_triton(x.device.index)) is not None:
+        return reason
     return None if x.dtype in DTYPES else f"x is {x.dtype}; Triton's kernels have no such one"
 
 

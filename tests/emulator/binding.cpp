@@ -38,7 +38,7 @@ class Buffer {
 py::array_t<float> squeeze_excite_gate(const py::array& partial, int count, const py::array& reduce_weight,
                                        const std::optional<py::array>& reduce_bias, const py::array& expand_weight,
                                        const std::optional<py::array>& expand_bias, int activation, int dtype, int multiprocessors,
-                                       unsigned seed, int misalign) {
+                                       int largest_cluster, unsigned seed, int misalign) {
   const Buffer sums(partial, misalign), reduce(reduce_weight, misalign), expand(expand_weight, misalign);
   const auto optional = [&](const std::optional<py::array>& a) {
     return a ? std::optional<Buffer>(std::in_place, *a, misalign) : std::nullopt;
@@ -53,18 +53,16 @@ py::array_t<float> squeeze_excite_gate(const py::array& partial, int count, cons
   p.count = float(count);
   p.activation = Activation(activation);
   p.dtype = DType(dtype);
-  const Buffer hidden(sizeof(float) * p.batch * p.reduced, 0), gate(sizeof(float) * p.batch * p.channels, 0);
+  const Buffer gate(sizeof(float) * p.batch * p.channels, 0);
   p.partial = reinterpret_cast<const float*>(sums.data());
   p.reduce_weight = reduce.data();
   p.reduce_bias = reduce_shift ? reduce_shift->data() : nullptr;
   p.expand_weight = expand.data();
   p.expand_bias = expand_shift ? expand_shift->data() : nullptr;
-  p.hidden = reinterpret_cast<float*>(hidden.data());
   p.gate = reinterpret_cast<float*>(gate.data());
-  std::fill_n(p.hidden, p.batch * p.reduced, NAN);
   std::fill_n(p.gate, p.batch * p.channels, NAN);
   if (multiprocessors > 0) {
-    emulated::squeeze_excite_gate(p, multiprocessors, seed);
+    emulated::squeeze_excite_gate(p, multiprocessors, largest_cluster, seed);
   } else {
     emulated::squeeze_excite_gate_cpu(p);
   }
@@ -88,7 +86,7 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
   p.pixels = pixels;
   p.in_channels = int(x.shape(1));
   p.out_channels = int(weight.shape(0));
-  p.norm_epsilon = 1e-3f;
+  p.norm_eps = 1e-3f;
   p.activation = Activation(activation);
   p.dtype = DType(dtype);
   p.weight_dtype = DType(weight_dtype);
@@ -101,7 +99,7 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
   p.norm_weight = rows;
   p.norm_bias = rows + p.out_channels;
   p.norm_mean = rows + 2 * p.out_channels;
-  p.norm_variance = rows + 3 * p.out_channels;
+  p.norm_var = rows + 3 * p.out_channels;
   p.gate = gates ? reinterpret_cast<const float*>(gates->data()) : nullptr;
   p.residual = residuals ? residuals->data() : nullptr;
   p.y = y.data();

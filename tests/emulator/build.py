@@ -42,8 +42,8 @@ KERNELS = {
 
 
 class Bug(NamedTuple):
-    """A bug seeded into a copy of csrc/: the file, its text, what replaces the first occurrence of that, what must be said of it;
-    the one object that is compiled from the copy, and further defines for it."""
+    """A bug seeded into a copy of csrc/, or another change of it: the file, its text, what replaces the first occurrence of that,
+    what must be said of it; the one object that is compiled from the copy, and further defines for it."""
 
     path: str
     text: str

@@ -1,5 +1,5 @@
-// One object for each EMULATED_TYPE. With ONE_WINDOW it has the tensor cores' kernel for 5x5, stride 1 and SiLU alone, which is
-// soon compiled: for the seeded bugs.
+// One object for each EMULATED_TYPE. With ONE_WINDOW it has its kernel for 5x5, stride 1, SiLU and an even C alone, which is soon
+// compiled: for changed sources.
 #include "depthwise/forward.cuh"
 
 #include "kernels.h"
@@ -8,7 +8,11 @@ template <typename T> void emulated::depthwise(const effnet_fast::depthwise::For
   using namespace effnet_fast::depthwise;
   emu::state().order.seed(seed);
 #ifdef ONE_WINDOW
-  choose_tensor<T, 5, 1, true>(KernelParams{p}, multiprocessors, nullptr);
+  if constexpr (sizeof(T) == 2) {
+    choose_tensor<T, 5, 1, true>(KernelParams{p}, multiprocessors, nullptr);
+  } else {
+    launch_direct<DirectTraits<T, 5, 1, 2>>(KernelParams{p}, multiprocessors, nullptr);
+  }
 #else
   launch_forward<T>(p, multiprocessors, nullptr);
 #endif

@@ -1,16 +1,19 @@
-// CUDA kernel source on the CPU: each thread of a block is a fiber, blocks run one after another.
+// CUDA kernel source on the CPU: each thread of a block is a fiber. The blocks of a cluster run together, clusters one after
+// another.
 //
 // Beyond the arithmetic it checks: threads run in a random order between barriers, dynamic shared memory starts as NaN, barriers
 // and warp primitives must be reached by every lane at the same place, and AddressSanitizer and UBSan see every access and its
 // alignment. A copy_async turns its destination into NaN when it is issued and writes it when its thread waits for it: a missing
-// wait and a copy issued while others still read the old bytes both change the result.
+// wait and a copy issued while others still read the old bytes both change the result. Of the blocks of a cluster that have come to
+// a barrier of their own some go on before the others; the shared memory of one that has ended is gone.
 //
-// Not seen: races between blocks, overflow from one part of shared memory into another, the rounding of the GPU's own expf and
-// approximate functions, and that tensor cores truncate fp32 sums.
+// Not seen: races between blocks of different clusters, overflow from one part of shared memory into another, the rounding of the
+// GPU's own expf and approximate functions, and that tensor cores truncate fp32 sums.
 #pragma once
 #include <ucontext.h>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -42,7 +45,7 @@ struct dim3 {
 
 namespace emu {
 
-enum class Wait { none, block, warp, done };
+enum class Wait { none, block, warp, cluster, done };
 
 struct Copy {
   char* to;
@@ -53,15 +56,24 @@ struct Copy {
 struct Fiber {
   ucontext_t context;
   dim3 thread_index;
-  unsigned rank = 0;
+  unsigned rank = 0;   // in the cluster
+  unsigned block = 0;  // likewise
   Wait wait = Wait::none;
   const void* site = nullptr;  // where it parked: lanes parked at different places are a bug
   unsigned mask = 0;
+  int arrivals = 0, waits = 0;               // at the cluster's barrier
   uint64_t slot = 0;                         // the value it offers to a shuffle
   float a[8] = {}, b[4] = {};                // its part of an mma's A and B
   std::vector<std::vector<Copy>> groups{1};  // of asynchronous copies; the last is being filled
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;
   void* fake_stack = nullptr;
+};
+
+constexpr size_t kStack = 128 << 10;
+
+struct Block {
+  dim3 index;
+  std::unique_ptr<char, void (*)(void*)> shared{nullptr, std::free};
 };
 
 struct State {
@@ -70,10 +82,10 @@ struct State {
   const void* main_bottom = nullptr;
   size_t main_size = 0;
   Fiber* current = nullptr;
-  std::vector<Fiber> fibers;
+  std::vector<Fiber> fibers;  // of a cluster, block by block
+  std::vector<Block> blocks;
   std::function<void()> body;
-  dim3 grid, block, block_index;
-  char* shared = nullptr;
+  dim3 grid, block;
   size_t shared_bytes = 0;
   std::mt19937 order{0};
 };
@@ -82,8 +94,10 @@ inline State& state() {
   return s;
 }
 
+inline Block& block_now() { return state().blocks[state().current->block]; }
+
 [[noreturn]] inline void fail(const char* what) {
-  const dim3 b = state().block_index;
+  const dim3 b = block_now().index;
   throw std::runtime_error("emulator: " + std::string(what) + " (block " + std::to_string(b.x) + ", " + std::to_string(b.y) + ")");
 }
 
@@ -110,7 +124,7 @@ inline void resume(Fiber& f) {
   state().current = &f;
   f.wait = Wait::none;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&state().main_fake_stack, f.stack.data(), f.stack.size());
+  __sanitizer_start_switch_fiber(&state().main_fake_stack, f.stack.get(), kStack);
 #endif
   swapcontext(&state().main, &f.context);
 #if defined(__SANITIZE_ADDRESS__)
@@ -142,67 +156,94 @@ inline void release_warps(std::vector<unsigned>& ready) {
   }
 }
 
-inline void run_block() {
+// Appends to `ready` the threads of some of the blocks that can pass a barrier: all of a block's threads wait at the same one, and
+// at a cluster's all threads of the cluster have arrived or exited. Blocks keep no step with each other.
+inline void release_barriers(std::vector<unsigned>& ready) {
+  State& s = state();
+  const size_t threads = s.fibers.size() / s.blocks.size();
+  int arrived = INT_MAX;  // how often every thread that has not exited has
+  for (const Fiber& f : s.fibers)
+    if (f.wait != Wait::done) arrived = std::min(arrived, f.arrivals);
+  std::vector<size_t> passing;
+  for (size_t block = 0; block < s.blocks.size(); ++block) {
+    Fiber* const first = s.current = &s.fibers[block * threads];
+    const auto count = [&](Wait wait) {
+      return size_t(std::count_if(first, first + threads, [&](const Fiber& f) { return f.wait == wait; }));
+    };
+    const size_t done = count(Wait::done);
+    if (done == threads) continue;
+    if (count(Wait::warp)) fail("a shuffle or warp primitive waits for lanes that are elsewhere");
+    if (done) fail("a barrier is not reached by every thread");
+    for (const Fiber* f = first; f < first + threads; ++f)
+      if (f->site != first->site) fail("threads wait at different barriers");
+    if (first->wait == Wait::block || first->arrivals <= arrived) passing.push_back(block);
+  }
+  if (passing.empty()) fail("the blocks of a cluster wait for each other");
+  std::shuffle(passing.begin(), passing.end(), s.order);
+  passing.resize(1 + s.order() % passing.size());
+  for (const size_t block : passing)
+    for (size_t i = 0; i < threads; ++i) ready.push_back(unsigned(block * threads + i));
+}
+
+inline void run_cluster() {
   State& s = state();
   auto& fibers = s.fibers;
+  const size_t threads = fibers.size() / s.blocks.size();
   std::vector<unsigned> ready;
+  std::vector<size_t> running(s.blocks.size(), threads);
+  size_t left = fibers.size();
   for (Fiber& f : fibers) {
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStack;
     f.context.uc_link = nullptr;
     makecontext(&f.context, enter, 0);
     f.groups.assign(1, {});
+    f.arrivals = f.waits = 0;
     ready.push_back(f.rank);
   }
-  while (true) {
+  while (left) {
     std::shuffle(ready.begin(), ready.end(), s.order);  // any order must give the same answer
-    for (const unsigned i : ready) resume(fibers[i]);
+    for (const unsigned i : ready) {
+      resume(fibers[i]);
+      if (fibers[i].wait != Wait::done) continue;
+      --left;
+      if (--running[fibers[i].block] == 0) s.blocks[fibers[i].block].shared.reset();
+    }
     ready.clear();
     release_warps(ready);
-    if (!ready.empty()) continue;
-    size_t done = 0, in_warp = 0;
-    const void* site = nullptr;
-    bool same = true;
-    for (const Fiber& f : fibers) {
-      if (f.wait == Wait::done) {
-        ++done;
-      } else if (f.wait == Wait::block) {
-        if (!site) site = f.site;
-        same = same && f.site == site;
-      } else {
-        ++in_warp;
-      }
-    }
-    if (done == fibers.size()) return;
-    if (in_warp) fail("a shuffle or warp primitive waits for lanes that are elsewhere");
-    if (done) fail("__syncthreads is not reached by every thread");
-    if (!same) fail("threads wait at different __syncthreads");
-    for (unsigned i = 0; i < fibers.size(); ++i) ready.push_back(i);
+    if (ready.empty() && left) release_barriers(ready);
   }
 }
 
-template <typename F> void launch(F&& body, dim3 grid, dim3 block, size_t shared_bytes) {
+// A grid whose blocks are clusters of `cluster` in x.
+template <typename F> void launch(F&& body, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster = 1) {
   State& s = state();
+  const unsigned threads = block.x * block.y * block.z;
+  if (threads % 32 || grid.x % cluster) throw std::runtime_error("emulator: a block is whole warps, a grid whole clusters");
   s.grid = grid;
   s.block = block;
   s.body = body;
-  s.fibers = std::vector<Fiber>(block.x * block.y * block.z);
+  s.shared_bytes = shared_bytes;
+  s.fibers = std::vector<Fiber>(cluster * threads);
+  s.blocks = std::vector<Block>(cluster);
   for (unsigned i = 0; i < s.fibers.size(); ++i) {
+    const unsigned thread = i % threads;
     s.fibers[i].rank = i;
-    s.fibers[i].thread_index = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
-    s.fibers[i].stack.resize(128 << 10);
+    s.fibers[i].block = i / threads;
+    s.fibers[i].thread_index = dim3(thread % block.x, thread / block.x % block.y, thread / (block.x * block.y));
+    s.fibers[i].stack.reset(new char[kStack]);
   }
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        s.block_index = dim3(x, y, z);
-        // Exactly as long as asked for, so that AddressSanitizer stands at the end; 0xff.. is NaN in fp32, bf16 and fp16.
-        const std::unique_ptr<char, void (*)(void*)> shared(static_cast<char*>(std::malloc(shared_bytes)), std::free);
-        std::memset(shared.get(), 0xff, shared_bytes);
-        s.shared = shared.get();
-        s.shared_bytes = shared_bytes;
-        run_block();
+      for (unsigned x = 0; x < grid.x; x += cluster) {
+        for (unsigned i = 0; i < cluster; ++i) {
+          s.blocks[i].index = dim3(x + i, y, z);
+          // Exactly as long as asked for, so that AddressSanitizer stands at the end; 0xff.. is NaN in fp32, bf16 and fp16.
+          s.blocks[i].shared.reset(static_cast<char*>(std::malloc(shared_bytes)));
+          std::memset(s.blocks[i].shared.get(), 0xff, shared_bytes);
+        }
+        run_cluster();
       }
 }
 
@@ -229,7 +270,7 @@ inline const char* site_of(const std::source_location& at) { return reinterpret_
 
 inline void check_shared_16(const char* p, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % 16) fail((std::string(what) + ": misaligned").c_str());
-  if (p < state().shared || p + 16 > state().shared + state().shared_bytes)
+  if (p < block_now().shared.get() || p + 16 > block_now().shared.get() + state().shared_bytes)
     fail((std::string(what) + ": outside shared memory").c_str());
 }
 
@@ -288,6 +329,26 @@ template <typename T> uint32_t round_pair(float low, float high) {
   return round_half(T{}, low) | uint32_t(round_half(T{}, high)) << 16;
 }
 
+inline void cluster_arrive() {
+  emu::Fiber* const f = emu::state().current;
+  if (f->arrivals++ != f->waits) emu::fail("a thread arrives again at its cluster's barrier and has not waited");
+}
+inline void cluster_wait(std::source_location at = std::source_location::current()) {
+  emu::Fiber* const f = emu::state().current;
+  if (++f->waits != f->arrivals) emu::fail("a thread waits at its cluster's barrier and has not arrived");
+  emu::barrier(emu::Wait::cluster, 0, emu::site_of(at));
+}
+inline const float* cluster_peer(const float* shared, int rank) {
+  const char* const mine = reinterpret_cast<const char*>(shared);
+  const char* const theirs = emu::state().blocks.at(rank).shared.get();
+  return reinterpret_cast<const float*>(theirs + (mine - emu::block_now().shared.get()));
+}
+template <typename... Parameters, typename... Arguments> void launch_cluster(void (*kernel)(Parameters...), unsigned blocks,
+                                                                             unsigned threads, int size, size_t shared_bytes, void*,
+                                                                             const Arguments&... arguments) {
+  emu::launch([=] { kernel(arguments...); }, dim3(blocks), dim3(threads), shared_bytes, size);
+}
+
 using Shared = char*;
 inline Shared shared_address(void* p) { return static_cast<char*>(p); }
 inline void copy_async(Shared to, const void* from, int bytes) {
@@ -333,7 +394,7 @@ void mma_k8(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0, std::source
     return here;                    \
   }())
 #define threadIdx (emu::state().current->thread_index)
-#define blockIdx (emu::state().block_index)
+#define blockIdx (emu::block_now().index)
 #define blockDim (emu::state().block)
 #define gridDim (emu::state().grid)
 #define __syncthreads() emu::barrier(emu::Wait::block, 0, EMU_SITE)
@@ -344,5 +405,5 @@ using std::min;
 
 #define EFFNET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream), emu::launch([=] { kernel(__VA_ARGS__); }, grid, block, shared_bytes))
-#define EFFNET_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emu::state().shared)
+#define EFFNET_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emu::block_now().shared.get())
 #define EFFNET_ALLOW_SHARED(kernel, bytes)

@@ -7,8 +7,8 @@
 
 namespace emulated {
 
-// Runs csrc/squeeze_excite/gate.cuh as on a GPU of that many multiprocessors, threads ordered by the seed.
-void squeeze_excite_gate(const effnet_fast::squeeze_excite::GateParams& p, int multiprocessors, unsigned seed);
+// Runs csrc/squeeze_excite/gate.cuh as on a GPU of that many multiprocessors and blocks a cluster, threads ordered by the seed.
+void squeeze_excite_gate(const effnet_fast::squeeze_excite::GateParams& p, int multiprocessors, int largest_cluster, unsigned seed);
 
 // Runs csrc/depthwise/forward.cuh for x of type T.
 template <typename T> void depthwise(const effnet_fast::depthwise::ForwardParams& p, int multiprocessors, unsigned seed);

@@ -100,6 +100,9 @@ def depthwise_conv_bn_act(
     returns  y [N, C, H', W'] channels_last in x's dtype; partial [N, P, C] fp32: sums of the stored y over P disjoint pieces of
              the image that cover it (P = 0 without ``squeeze``); the kernel that runs chooses P
 
+    An x that is not finite makes NaN of the outputs that see it in its channel and, in half precision on CUDA, in the 8 channels of
+    its group, whose taps there are a matrix product (0 * inf).
+
     No gradient: see effnet_fast.nn for when modules use it. Raises ValueError or TypeError, naming the argument, on bad input.
     """
     height, width = _check(x, weight, *norm, stride, padding, activation)

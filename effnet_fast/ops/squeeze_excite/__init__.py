@@ -59,11 +59,19 @@ triton_backend.register(NAME, _check, _allocate)
 def _native_can_run(partial: Tensor) -> str | None:
     if native.REASON is not None:
         return native.REASON
-    if partial.is_cuda and not native.CUDA_KERNELS:
-        return "the compiled module was built without CUDA kernels"
+    if partial.is_cuda and (reason := native.why_no_cuda(partial.device)) is not None:
+        return reason
     if partial.device != native.CPU and not partial.is_cuda:
         return f"no native kernel for device {partial.device.type!r}"
     return None if partial.dtype == torch.float32 else f"partial sums are {partial.dtype}; the native kernel takes float32"
+
+
+def _unsupported(partial: Tensor, reduce_weight: Tensor) -> str | None:
+    """Triton's tile is R wide, and a block's shared memory holds C + 2 R floats (csrc/squeeze_excite/gate.cuh)."""
+    reduced, channels = reduce_weight.shape[:2]
+    if partial.is_cuda and (reduced > 1024 or channels + 2 * reduced > 23000):
+        return f"R is {reduced} and C {channels}: the GPU kernels take R up to 1024 and C + 2 R up to 23000"
+    return None
 
 
 def _triton_can_run(partial: Tensor) -> str | None:
@@ -90,7 +98,7 @@ def squeeze_excite_gate(
 ) -> Tensor:
     """``sigmoid(expand(activation(reduce(sum(partial) / count))))``.
 
-    partial        [N, P, C] fp32 (fp64 where x was): sums over P pieces of the image, added in order
+    partial        [N, P, C] fp32 (fp64 where x was): sums over P pieces of the image, added in a fixed order
     count          H * W, the pixels that were summed
     reduce_weight  [R, C, 1, 1], reduce_bias [R]; expand_weight [C, R, 1, 1], expand_bias [C]; all fp32, bf16, fp16 or fp64
     returns        gate [N, C] in partial's dtype
@@ -100,5 +108,5 @@ def squeeze_excite_gate(
     _check(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)
     if torch.is_grad_enabled():
         check_no_gradient(NAME, partial, reduce_weight, reduce_bias, expand_weight, expand_bias)
-    kernel = backends.choose(NAME, partial)
+    kernel = backends.choose(NAME, partial, _unsupported(partial, reduce_weight))
     return kernel.run(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)

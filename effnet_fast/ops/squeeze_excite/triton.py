@@ -1,8 +1,9 @@
 """squeeze_excite_gate in Triton: the partial sums added up, two matrix-vector products and the sigmoid.
 
-The weights, 2*C*R of them, are all that is read in bulk, and from L2. With many images one launch: a program makes the hidden
-vector of its image, and its share of the gates from it; those that share an image make the same hidden vector again. With few
-images and large weights that would have each multiprocessor read them all: two launches then, each split over rows of its weight.
+The weights, 2*C*R of them, are what is read in bulk, from L2; per image and weight there is one multiply-add. Up to 65536 weights
+an FC, which is all of B0, one launch: a program makes the hidden vector of its image, and its share of the gates from it; those
+that share an image make the same hidden vector again. Larger ones have two launches, each split over rows of its weight: with few
+images because one multiprocessor would be long over them all, with many so that a program reads a weight once for 16 images.
 """
 
 from __future__ import annotations
@@ -106,6 +107,43 @@ def _expand(hidden, weight, bias, gate, channels, reduced, BLOCK_R: tl.constexpr
     tl.store(gate + image * channels + c, _gate(values, weight, bias, c, r, channels, reduced), mask=c < channels)
 
 
+@triton.jit(do_not_specialize=["images", "pieces", "count", "inner", "rows"])
+def _of_images(
+    x,
+    weight,
+    bias,
+    y,
+    images,
+    pieces,
+    count,
+    inner,
+    rows,
+    ACTIVATION: tl.constexpr,
+    IMAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+):
+    """activation(weight . sum_p x / count + bias), [images, rows], for x [images, pieces, inner]: one FC of many images."""
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
+    group, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    row, image = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), group * IMAGES + tl.arange(0, IMAGES)
+    per_pixel = tl.div_rn(1.0, count.to(tl.float32))
+    total = tl.zeros([IMAGES, BLOCK_ROWS], tl.float32)
+    for start in range(0, inner, BLOCK_INNER):
+        i = start + tl.arange(0, BLOCK_INNER)
+        mask = (image < images)[:, None] & (i < inner)[None, :]
+        sums = tl.zeros([IMAGES, BLOCK_INNER], tl.float32)
+        for piece in range(pieces):
+            sums += tl.load(x + (image[:, None] * pieces + piece) * inner + i[None, :], mask=mask, other=0.0)
+        mask = (i < inner)[:, None] & (row < rows)[None, :]
+        w = tl.load(weight + row[None, :] * inner + i[:, None], mask=mask, other=0.0).to(tl.float32)
+        total = tl.dot(sums * per_pixel, w, total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
+    total = sigmoid(total) if ACTIVATION == "sigmoid" else activate(total, ACTIVATION)
+    tl.store(y + image[:, None] * rows + row[None, :], total, mask=(image < images)[:, None] & (row < rows)[None, :])
+
+
 def launch(
     partial: Tensor,
     count: int,
@@ -117,7 +155,7 @@ def launch(
     *,
     gate: Tensor,
 ) -> None:
-    """Write ``squeeze_excite_gate(...)`` into ``gate``."""
+    """Write ``squeeze_excite_gate(...)`` into ``gate``. Two launches allocate the hidden units that pass from one to the other."""
     images, pieces, channels = partial.shape
     reduced = reduce_weight.shape[0]
     check_tensor("squeeze_excite_gate", "gate", gate, (images, channels), (torch.float32,), partial.device)
@@ -130,7 +168,7 @@ def launch(
     block_r, sms = triton.next_power_of_2(reduced), processors(partial.device)
     # A tile of weights is 2048 elements, 16 a thread.
     block_c = min(max(2048 // block_r, 8), 256)
-    if images >= sms or reduced * channels <= 2**16:
+    if reduced * channels <= 2**16:
         # Few images: as many programs an image as there are blocks of channels, up to two for every multiprocessor.
         splits = min(triton.cdiv(channels, block_c), max(2 * sms // images, 1))
         arguments = partial, reduce_weight, reduce_bias, expand_weight, expand_bias, gate, pieces, count, channels, reduced, splits
@@ -139,22 +177,15 @@ def launch(
         run(_one_launch, images * splits, *arguments, ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, **options)
         return
     hidden = torch.empty((images, reduced), dtype=torch.float32, device=partial.device)
-    run(
-        _reduce,
-        images * triton.cdiv(reduced, 4),
-        partial,
-        reduce_weight,
-        reduce_bias,
-        hidden,
-        pieces,
-        count,
-        channels,
-        reduced,
-        ACTIVATION=activation,
-        BLOCK_R=4,
-        BLOCK_C=1024,
-        num_warps=4,
-    )
-    programs = images * triton.cdiv(channels, block_c)
-    to_gate = hidden, expand_weight, expand_bias, gate, channels, reduced
-    run(_expand, programs, *to_gate, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+    if images > 8:
+        groups = triton.cdiv(images, 16)
+        tile = {"IMAGES": 16, "BLOCK_INNER": 64, "num_warps": 4, "maxnreg": 128}
+        to_hidden = partial, reduce_weight, reduce_bias, hidden, images, pieces, count, channels, reduced
+        run(_of_images, groups * triton.cdiv(reduced, 16), *to_hidden, ACTIVATION=activation, BLOCK_ROWS=16, **tile)
+        to_gate = hidden, expand_weight, expand_bias, gate, images, 1, 1, reduced, channels
+        run(_of_images, groups * triton.cdiv(channels, 32), *to_gate, ACTIVATION="sigmoid", BLOCK_ROWS=32, **tile)
+        return
+    by_row = partial, reduce_weight, reduce_bias, hidden, pieces, count, channels, reduced
+    run(_reduce, images * triton.cdiv(reduced, 4), *by_row, ACTIVATION=activation, BLOCK_R=4, BLOCK_C=1024, num_warps=4)
+    by_channel = hidden, expand_weight, expand_bias, gate, channels, reduced
+    run(_expand, images * triton.cdiv(channels, block_c), *by_channel, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)

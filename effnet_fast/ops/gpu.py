@@ -1,0 +1,69 @@
+"""Whether an NVIDIA GPU runs what there is for it, by its compute capability."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+
+import torch
+
+TRITON_MINIMUM = (8, 0)  # bfloat16
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architecture`` (``sm_90``, ``compute_100``, ``sm_90a``, ``sm_100f``) runs on that compute capability.
+
+    Machine code runs on its own major version from its minor version on, or with ``a`` on exactly its own; PTX (``compute``) is
+    compiled for any later GPU, with ``f`` or ``a`` as machine code.
+    """
+    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if found is None:
+        return False
+    kind, major, minor, suffix = found[1], int(found[2]), int(found[3]), found[4]
+    if suffix == "a":
+        return capability == (major, minor)
+    if kind == "compute" and not suffix:
+        return capability >= (major, minor)
+    return capability[0] == major and capability[1] >= minor
+
+
+def why_no_image(architectures: str, index: int | None) -> str | None:
+    """Why CUDA kernels compiled for ``architectures`` (with commas between) do not run on a GPU, by default the current one."""
+    capability = _capability(index)
+    if capability is None or any(runs_on(architecture, capability) for architecture in architectures.split(",")):
+        return None
+    return f"the compiled module has CUDA kernels for {architectures}; this GPU is {_name(capability)}"
+
+
+def why_no_triton(index: int | None) -> str | None:
+    """Why Triton's kernels do not run on a GPU, by default the current one."""
+    capability = _capability(index)
+    if capability is None or capability >= TRITON_MINIMUM:
+        return None
+    return f"this GPU is {_name(capability)}; the Triton kernels need {_name(TRITON_MINIMUM)}"
+
+
+def _name(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+def _capability(index: int | None) -> tuple[int, int] | None:
+    """None where that is no NVIDIA GPU, or there is none at all."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return None
+    return _capability_of(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _capability_of(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _constant(function: Callable[..., str | None]) -> None:
+    """What torch.compiler.assume_constant_result does, which would import the compiler, and triton with it, at import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+_constant(why_no_image)
+_constant(why_no_triton)
