@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = ROOT / "benchmarks" / "instructions.json"
 COUNTED_ARCH = 90
-USEFUL = {"HMMA", "FFMA", "FMUL", "FADD", "MUFU", "LDG", "STG", "LDGSTS", "LDS", "LDSM", "STS", "STSM"}
+USEFUL = {"HMMA", "FFMA", "FMUL", "FADD", "MUFU", "LDG", "STG", "LD", "LDGSTS", "LDS", "LDSM", "STS", "STSM", "SHFL"}
 FP32 = {"FFMA", "FMUL", "FADD"}
 SPECIAL = {"MUFU", "I2F", "F2I", "F2F", "I2I"}
 # At half rate: integers, moves, comparisons, conversions.
@@ -141,7 +141,7 @@ def tally(path: Iterable[Instruction]) -> dict[str, int]:
             counts["half"] += 1
         elif i.base == "LDGSTS":
             counts["copies"] += 1
-        elif i.base in ("LDS", "LDSM", "STS", "STSM"):
+        elif i.base in ("LDS", "LDSM", "STS", "STSM", "LD", "SHFL"):  # LD reads the shared memory of a cluster
             counts["shared"] += -(-i.bytes // 128)
         elif i.base == "STG" and i.bytes == 512:
             counts["stores"] += 1
@@ -187,13 +187,50 @@ def depthwise_parts(code: list[Instruction], tensor: bool, live: int, taps: int,
 
 
 def gate_parts(code: list[Instruction]) -> dict[str, dict[str, int]]:
-    """A fully connected layer's counts: "vectors", four vectors of 16 bytes of weights a lane; "row", the rest of a row group."""
-    loops = [body for body in _loops(code) if sum(i.base == "LDG" and i.bytes == 512 for i in body) == 4]
-    loops = [body for body in loops if any(i.base == "LDS" for i in body)]
-    vectors = max(loops, key=lambda body: sum(i.base == "FFMA" for i in body))
-    outer = min((body for body in _loops(code) if body[0].at < vectors[0].at and body[-1].at > vectors[-1].at), key=len)
-    inside = {i.at for body in _loops(outer[:-1]) for i in body}
-    return {"vectors": tally(_busiest(vectors)), "row": tally(_busiest([i for i in outer if i.at not in inside]))}
+    """The gate kernel's counts. Of a fully connected layer, in the reduce layer's code: "vectors", 4 elements of 4 rows a lane,
+    "scalars", one element of 4 rows, and "row", the rest of a group of rows. Of the squeeze: "piece", 4 channels of a partial sum,
+    "squeeze", the rest of those 4 channels, and "mean", a channel. Of the hidden units: "peer", 4 of another block's sums, and
+    "hidden", the rest of those 4. "gate", a channel of the result."""
+    loops = _loops(code)
+    innermost = [body for body in loops if not any(other is not body and _holds(body, other) for other in loops)]
+
+    def first(*wanted: str, lacks: str = "") -> list[Instruction]:
+        """Loop that has all these operations; of the others, none in ``lacks``."""
+        for body in sorted(innermost, key=lambda body: body[0].at):
+            of = {i.operation for i in body} | {i.base for i in body}
+            if of.issuperset(wanted) and not of.intersection(lacks.split()):
+                return body
+        raise AssertionError(f"there is no loop of {wanted}")
+
+    def per(body: list[Instruction], base: str, each: int = 1) -> dict[str, int]:
+        times = sum(i.base == base for i in body) // each
+        return {name: -(-number // times) for name, number in tally(_busiest(body)).items()}
+
+    def rest(*inner: list[Instruction], base: str, each: int = 1) -> dict[str, int]:
+        """Of the loop around, without passes of the first of ``inner`` that its unrolling left over."""
+        outer = min((body for body in loops if all(body is not one and _holds(body, one) for one in inner)), key=len)
+        inside = {i.at for body in inner for i in body}
+        path = _busiest([i for i in outer if i.at not in inside])
+        times, counts = sum(i.base == base for i in path) // each, per(inner[0], base, each)
+        return {name: left for name, number in tally(path).items() if (left := number - times * counts.get(name, 0)) > 0}
+
+    vectors, scalars = first("LDG", "LDS.128", "FFMA"), first("LDG", "LDS", "FFMA", lacks="LDS.128 MUFU")
+    piece, peer = first("LDG.E.128", "FADD", lacks="FFMA"), first("LD")
+    return {
+        "vectors": per(vectors, "LDG", 4),
+        "scalars": per(scalars, "LDG", 4),
+        "row": rest(vectors, scalars, base="LDG", each=4),
+        "piece": per(piece, "LDG"),
+        "squeeze": rest(piece, base="LDG"),
+        "mean": per(first("LDS", "STS", "CALL", lacks="LDG"), "STS"),
+        "peer": per(peer, "LD"),
+        "hidden": rest(peer, base="LD"),
+        "gate": per(first("LDG", "MUFU", "STG"), "STG"),
+    }
+
+
+def _holds(outer: list[Instruction], inner: list[Instruction]) -> bool:
+    return outer[0].at <= inner[0].at and inner[-1].at <= outer[-1].at
 
 
 def model_counts(cubins: dict[str, Path], resources: dict[str, Resources], tool: str) -> dict[str, Any]:
@@ -210,10 +247,10 @@ def model_counts(cubins: dict[str, Path], resources: dict[str, Resources], tool:
         parts = depthwise_parts(code, tensor, live, k * k, live * columns * width)
         counted[f"{kind} k{k} s{s} {columns}x{width}"] = {"registers": resources[name].registers, **parts}
     for name, code in read_sass(cubins["squeeze_excite.cu"], tool).items():
-        found = re.search(r"(reduce|expand)_kernelI(f|\w*?bf16)E", name)
+        found = re.search(r"gate_kernelI(f|\w*?bf16E)Li(\d+)E", name)
         if found:
-            dtype = "fp32" if found[2] == "f" else "bf16"
-            counted[f"gate {found[1]} {dtype}"] = {"registers": resources[name].registers, **gate_parts(code)}
+            dtype = "fp32" if found[1] == "f" else "bf16"
+            counted[f"gate {found[2]} {dtype}"] = {"registers": resources[name].registers, **gate_parts(code)}
     return {"arch": COUNTED_ARCH, "nvcc": nvcc_version(), "kernels": dict(sorted(counted.items()))}
 
 

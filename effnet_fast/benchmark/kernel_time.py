@@ -4,7 +4,7 @@ A roofline says what no kernel beats; this says what THIS kernel should take, so
 mistake in the model or something in the kernel that nobody thought of. A launch takes the longest of
 
     memory    bytes that must move, at the machine's copy bandwidth
-    l2        bytes that blocks ask for, halos and repeated weights included, at L2_BYTES
+    l2        bytes that blocks ask for, halos and repeated weights included, at L2_BYTES;  sm: one multiprocessor's, at SM_BYTES
     latency   bytes read, when a multiprocessor has no more in flight than its resident blocks ask for ahead, LATENCY each time
     issue     warp instructions, 4 a clock and multiprocessor
     fp32      multiply-adds, multiplications and additions, 4 warp instructions a clock;  half: integers, moves, comparisons and
@@ -14,13 +14,13 @@ mistake in the model or something in the kernel that nobody thought of. A launch
 
 on the fullest multiprocessor, blocks being whole, and RAMP for a launch, its first load and its drain. Perfect overlap is assumed.
 ``counts`` is benchmarks/instructions.json: warp instructions by kernel and part, as tests/sass.py counts them ("shared" is in
-128-byte wavefronts, "lines" in 128-byte lines, "copies" are cp.async and "stores" 16 bytes a lane, 32 whole bytes of each pixel).
+128-byte wavefronts, a shuffle being one, "lines" in 128-byte lines, "copies" are cp.async and "stores" 16 bytes a lane, 32 whole
+bytes of each pixel).
 What is not the machine's own measured copy bandwidth, clock and number of multiprocessors is an assumption: the constants below.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ LATENCY, IDLE_LATENCY, L2_LATENCY = 0.6e-6, 0.3e-6, 0.15e-6  # seconds of a trip
 MMA_PEAK, MMA_RATE = 512, 0.62  # multiply-adds a clock and quarter of a multiprocessor, half types; the share that mma.sync reaches
 SHARED, REGISTERS, THREADS = 227 * 1024, 65536, 2048  # of a multiprocessor
 ARCH = 90  # that the counts are for
+_GATE_THREADS, _GATE_WARPS = 256, 8
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Counts = Mapping[str, Any]  # of one kernel: its registers, and its parts
 Clocks = defaultdict[str, float]  # of the fullest multiprocessor, by what is busy
@@ -131,52 +132,81 @@ def depthwise(launch: Launch, dtype: str, batch: int, machine: Machine, kernels:
     return _predicted(spent, RAMP)
 
 
+class GatePlan(NamedTuple):
+    """How csrc/squeeze_excite/gate.cuh cuts a launch on a GPU with clusters: its Plan, images of a block, bytes it shares."""
+
+    images: int
+    slices: int
+    channels: int
+    hidden_stride: int
+    reduce_lanes: int
+    expand_lanes: int
+    shared: int
+
+
+def gate_plan(batch: int, channels: int, reduced: int, item: int, multiprocessors: int) -> GatePlan:
+    """What gate.cuh's launch_gate and make_plan choose."""
+    slices = 1
+    while slices < 8 and 2 * channels * reduced * item // slices > 32 << 10:
+        slices *= 2
+    width, stride = -(-channels // slices // 8) * 8, -(-reduced // 4) * 4
+
+    def shared(images: int) -> int:
+        return 4 * (max(images * width, 4 * _GATE_THREADS) + 2 * images * stride)
+
+    def lanes(rows: int, inner: int) -> int:
+        return min((32, 16, 8), key=lambda lanes: -(-inner // (4 * lanes)) * -(-rows // (4 * _GATE_THREADS // lanes)))
+
+    images = 1
+    while images < 8 and -(-batch // images) * slices > multiprocessors // 2:
+        larger = 8 if images == 4 else 4
+        if shared(larger) > 96 << 10:
+            break
+        images = larger
+    return GatePlan(images, slices, width, stride, lanes(reduced, width), lanes(width, reduced), shared(images))
+
+
 def gate(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapping[str, Counts]) -> Predicted:
     """Of csrc/squeeze_excite/gate.cuh, for the partial sums that the depthwise kernel hands over; its fp16 has bf16's counts.
 
-    "latency" is the chain of trips that each block makes, one after another: its sums, then each group of rows, which the first
-    blocks all want at once from memory and later ones find in L2.
+    "latency" is the chain of trips that each warp makes, one after another: its sums, then its rows, as many trips ahead as are
+    unrolled, which the first blocks all want at once from memory and later ones find in L2, and the other blocks' sums. "sm" is what
+    the blocks of a multiprocessor read, from L2 and from each other. That a cluster fits one part of the GPU is left out.
     """
-    d, item = dict(launch.shape), ITEM_BYTES[dtype]
-    channels, reduced, processors = d["c"], d["reduced"], machine.multiprocessors
+    d, item, processors = dict(launch.shape), ITEM_BYTES[dtype], machine.multiprocessors
+    channels, reduced = d["c"], d["reduced"]
     pieces = rows_and_pieces(_DTYPES[dtype], batch, channels, d["h"], d["w"], processors)[1]
-    weights, threads, form = 2 * channels * reduced * item, 256, "fp32" if dtype == "fp32" else "bf16"
-    whole = batch >= processors or weights <= 128 << 10
-    slices = 1 if whole else -(-2 * processors // batch)
-    units, rows = max(8, -(-reduced // slices)), max(32, -(-channels // slices))
-    layers = (("reduce", channels, reduced, units), ("expand", reduced, channels, rows))
-    sums = 4 * pieces * channels
-    total: Clocks = defaultdict(float)
-    asked, launches = 0.0, 1 if whole else 2
-    for name, inner, outer, most in layers:
-        counts = kernels[f"gate {name} {form}"]
-        made = outer if whole else min(outer, most)  # rows of a block
-        wide = inner * item % 16 == 0
-        vectors = inner * item // 16 if wide else inner  # of a row; those that are left over of fours are counted with the row
-        lanes = 32
-        while lanes > 1 and lanes / 2 >= vectors:
-            lanes //= 2
-        groups = -(-made // (8 * (32 // lanes)))  # that each warp makes, one after another
-        clocks: Clocks = defaultdict(float)
-        for part, times in (("row", groups), ("vectors", groups * (vectors // lanes // 4) * wide)):
-            _add(clocks, counts[part], 8 * times, 0)
-        blocks = batch * (1 if whole else -(-outer // most))
-        full = -(-blocks // processors)
-        resident = min(full, _resident(counts["registers"], threads, 4 * (channels + reduced)))
-        first = sums if name == "reduce" else 0 if whole else 4 * reduced
-        read = first + made * inner * item
-        trips = groups * math.ceil(vectors / lanes / 4)
-        if name == "reduce":
-            trips += math.ceil(pieces / 16) * math.ceil(channels / 1024)
-        elif not whole:
-            trips += 1
-        for pipe, number in clocks.items():
-            total[pipe] += number * full / machine.clock
-        total["sm"] += read * full / SM_BYTES / machine.clock
-        total["latency"] += trips * (IDLE_LATENCY + L2_LATENCY * (math.ceil(full / resident) - 1))
-        asked += read * blocks
-    moved = batch * (sums + 4 * channels) + weights
-    return _predicted({**total, "memory": moved / machine.copy, "l2": asked / L2_BYTES}, launches * RAMP)
+    plan = gate_plan(batch, channels, reduced, item, processors)
+    counts = kernels[f"gate {plan.images} {'fp32' if dtype == 'fp32' else 'bf16'}"]
+    groups, unroll = -(-batch // plan.images), {1: 4, 4: 2, 8: 1}[plan.images]
+    vectors, units = plan.images * plan.channels // 4, plan.images * plan.hidden_stride // 4
+    parts = min(max(_GATE_THREADS // vectors, 1), pieces)
+    summed = -(-parts * vectors // 32)  # passes of a warp, as all that follow
+    passes = Counter(squeeze=summed, piece=summed * -(-pieces // parts), mean=-(-vectors * 4 // 32))
+    passes += Counter(peer=-(-units // 32) * plan.slices, hidden=-(-units // 32), gate=plan.images * -(-plan.channels // 32))
+    trips = -(-summed // _GATE_WARPS) * -(-pieces // parts // 4)
+    for rows, inner, lanes in ((reduced, plan.channels, plan.reduce_lanes), (plan.channels, reduced, plan.expand_lanes)):
+        part, width = ("scalars", 1) if inner % 4 else ("vectors", 4)
+        row_groups, along = -(-rows // (32 // lanes * 4)), -(-inner // (lanes * width))
+        passes += Counter({"row": row_groups, part: row_groups * along})
+        trips += -(-row_groups // _GATE_WARPS) * -(-along // unroll)
+    clocks: Clocks = defaultdict(float)
+    for name, number in passes.items():
+        _add(clocks, counts[name], number, 0)
+    full = -(-groups * plan.slices // processors)
+    turns = -(-full // min(full, _resident(counts["registers"], _GATE_THREADS, plan.shared)))
+    sums, weights, made = 4 * batch * pieces * channels, 2 * channels * reduced * item, 4 * batch * channels
+    peers = 16 * units * plan.slices
+    read = 16 * vectors * pieces + 2 * plan.channels * reduced * item + peers
+    spent = {pipe: number * full / machine.clock for pipe, number in clocks.items()}
+    spent |= {
+        "memory": (sums + weights + made) / machine.copy,
+        "l2": (sums + groups * weights + made) / L2_BYTES,
+        "sm": read * full / SM_BYTES / machine.clock,
+        "latency": trips * (IDLE_LATENCY + L2_LATENCY * (turns - 1))
+        + turns * L2_LATENCY * -(-units // _GATE_THREADS) * -(-plan.slices // 4),
+    }
+    return _predicted(spent, RAMP)
 
 
 def _add(clocks: Clocks, part: Mapping[str, int], times: float, width: int) -> None:
