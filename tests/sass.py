@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -109,14 +110,15 @@ def _loop(code: list[Instruction]) -> list[Instruction]:
 
 
 def _busiest(code: list[Instruction]) -> list[Instruction]:
-    """Of the paths through code with forward branches, the one with most useful and then fewest other instructions."""
-    index = {i.at: n for n, i in enumerate(code)}
+    """Of the paths through code with forward branches, the one with most useful and then fewest other instructions. What has been
+    taken out of the code, such as its loops, is passed over."""
+    addresses = [i.at for i in code]
     best, choice = [0] * (len(code) + 1), [0] * (len(code) + 1)
     for n in reversed(range(len(code))):
         i = code[n]
         options = [] if i.base in ("BRA", "EXIT") and not i.guarded else [n + 1]
         if i.target is not None and i.target > i.at:
-            options.append(index.get(i.target, len(code)))
+            options.append(bisect_left(addresses, i.target))
         choice[n] = max(options or [len(code)], key=best.__getitem__)
         best[n] = best[choice[n]] + (1000 if i.base in USEFUL else -1)
     path, n = [], 0
