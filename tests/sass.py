@@ -116,7 +116,8 @@ def _busiest(code: list[Instruction]) -> list[Instruction]:
     best, choice = [0] * (len(code) + 1), [0] * (len(code) + 1)
     for n in reversed(range(len(code))):
         i = code[n]
-        options = [] if i.base in ("BRA", "EXIT") and not i.guarded else [n + 1]
+        leaves = i.base in ("BRA", "EXIT") and not i.guarded and "DIV" not in i.operation  # which goes where lanes have parted
+        options = [] if leaves else [n + 1]
         if i.target is not None and i.target > i.at:
             options.append(bisect_left(addresses, i.target))
         choice[n] = max(options or [len(code)], key=best.__getitem__)
