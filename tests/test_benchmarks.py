@@ -250,6 +250,44 @@ def test_the_model_gives_the_figures_of_the_depthwise_kernels_note():
         assert run.geomean(shares) == pytest.approx(int(percent) / 100, abs=0.005)
 
 
+# Says how gate.cuh cuts the launches of standard input, instead of starting them.
+GATE_PLANS = r"""
+#include <cstdio>
+#include "common/cluster.h"
+namespace effnet_fast {
+template <int G, typename P, typename Plan>
+void tell(unsigned blocks, int, int slices, long bytes, void*, const P& p, const Plan& plan) {
+  std::printf("%d %d %d %d %d %d %ld\n", G, slices, plan.channels, plan.hidden_stride, plan.reduce_lanes, plan.expand_lanes, bytes);
+  if (blocks != (p.batch + G - 1) / G * slices) std::printf("a grid of %u blocks\n", blocks);
+}
+}
+#define launch_cluster(kernel_of_type, and_images, ...) tell<G>(__VA_ARGS__)
+#include "squeeze_excite/gate.cuh"
+int main() {
+  effnet_fast::squeeze_excite::GateParams p{};
+  for (int item, multiprocessors; std::scanf("%ld %d %d %d %d", &p.batch, &p.channels, &p.reduced, &item, &multiprocessors) == 5;) {
+    using namespace effnet_fast;
+    if (item == 4) squeeze_excite::launch_gate<float>(p, multiprocessors, 8, nullptr);
+    else squeeze_excite::launch_gate<bf16>(p, multiprocessors, 8, nullptr);
+  }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ on PATH")
+def test_the_models_gate_plan_is_the_kernels(tmp_path):
+    rows = [dict(row.shape) for net in FAMILY for row in op_launches(FAMILY[net]) if row.op == "squeeze_excite_gate"]
+    sizes = {(row["c"], row["reduced"]) for row in rows}
+    sizes |= {(37, 5), (3200, 20), (20, 1000), (9000, 2000), (641, 39)}
+    asked = [(n, c, r, item, m) for n in (1, 3, 16, 128) for c, r in sorted(sizes) for item in (2, 4) for m in (1, 20, 132)]
+    (tmp_path / "plans.cpp").write_text(GATE_PLANS)
+    command = ["g++", "-std=c++20", "-w", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emulator'}", "plans.cpp", "-o", "plans"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    text = "\n".join(" ".join(map(str, row)) for row in asked)
+    told = subprocess.run([tmp_path / "plans"], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told == [" ".join(map(str, kernel_time.gate_plan(*row))) for row in asked]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("op", ["depthwise_conv_bn_act", "squeeze_excite_gate"])
 def test_the_model_of_kernel_times(op, dtype):

@@ -98,7 +98,14 @@ def test_the_models_counts_are_the_compilers(compiled):
     resources = {name: used for _, kernels in made.values() for name, used in kernels.items()}
     counted = sass.model_counts({name: cubin for name, (cubin, _) in made.items()}, resources, tool)
     assert counted == recorded, "run: python tests/sass.py"
-    for name, counts in recorded["kernels"].items():  # the parts of the loop hold all taps and both uses of MUFU an output
+    kernels = recorded["kernels"]
+    for images in (1, 4, 8):  # all multiply-adds, shuffles and activations are in the parts
+        for dtype in ("fp32", "bf16"):
+            gate = kernels[f"gate {images} {dtype}"]
+            assert (gate["vectors"]["fp32"], gate["scalars"]["fp32"], gate["piece"]["fp32"]) == (16 * images, 4 * images, 4)
+            assert gate["row"]["shared"] > {1: 6, 4: 16, 8: 31}[images] and gate["gate"]["special"] == 2
+            assert gate["hidden"]["special"] >= 8 and gate["peer"]["fp32"] == 4
+    for name, counts in kernels.items():  # the parts of the loop hold all taps and both uses of MUFU an output
         if name.startswith(("tensor", "direct")):
             k, s, columns, width = map(int, re.findall(r"\d+", name))
             live = -(-k // s)

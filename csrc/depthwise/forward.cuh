@@ -15,7 +15,7 @@
 //                    k3 s1    k3 s2    k5 s1    k5 s2
 //   tensor_kernel     14.0     19.6     16.0     20.7     registers <= 112 (k3), 168 (k5): 18 or 12 warps an SM
 //   direct_kernel     24.4     32.1     41.4     50.0     fp32, 2 channels a thread; registers <= 128 (k3), 232 (k5)
-// By those counts (effnet_fast/benchmark/kernel_time.py) a batch of 128 bf16 images runs at 87 % (B0) and 97 % (B5) of the rate
+// By those counts (effnet_fast/benchmark/kernel_time.py) a batch of 128 bf16 images runs at 86 % (B0) and 97 % (B5) of the rate
 // that HBM alone allows for x and y; 5x5 below 32 columns is bound by load and store slots.
 //
 // What bought what, in lane-instructions an output of 5x5, stride 1: FFMA 45 (best of seven tilings) -> products with diag(w) by

@@ -170,8 +170,8 @@ def gate(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapp
     """Of csrc/squeeze_excite/gate.cuh, for the partial sums that the depthwise kernel hands over; its fp16 has bf16's counts.
 
     "latency" is the chain of trips that each warp makes, one after another: its sums, then its rows, as many trips ahead as are
-    unrolled, which the first blocks all want at once from memory and later ones find in L2, and the other blocks' sums. "sm" is what
-    the blocks of a multiprocessor read, from L2 and from each other. That a cluster fits one part of the GPU is left out.
+    unrolled, which the first blocks all want at once from memory and later ones find in L2, and the other blocks' sums. "sm" is
+    what the blocks of a multiprocessor read, from L2 and from each other. That a cluster must fit one part of the GPU is left out.
     """
     d, item, processors = dict(launch.shape), ITEM_BYTES[dtype], machine.multiprocessors
     channels, reduced = d["c"], d["reduced"]
