@@ -9,9 +9,10 @@
 // in shared memory, and the totals are added up and dealt out by shuffles. The order of every sum is fixed: no atomics.
 //
 // An image of C channels, R hidden units and P pieces: 4 P C bytes in, 4 C out, 2 C R multiply-adds; the 2 C R weights come from L2
-// once for G images. Modelled for an H200 (an SM reads 127 GB/s, all of them 5.5 TB/s, and do 128 FFMA a clock): B7's 12 M bf16
-// weights for 128 images are 3.1 GB one image at a time, 554 us, and 0.38 GB in eights: 69 us, beside 46 us of FFMA. One image
-// reads B7's largest gate, 2.5 MB, in 19 us through one SM, in 2.4 us through 8. No GPU has timed it yet.
+// once for G images. On an H200 (an SM reads 127 GB/s, all of them 5.5 TB/s) B7's 12 M bf16 weights for 128 images would take
+// 554 us one image at a time and take 69 us in eights; one image reads B7's largest gate, 2.5 MB, in 19 us through one SM, in 2.4
+// us through 8. What binds then is the chain of trips to memory, and for many images of a large net the instruction slots:
+// effnet_fast/benchmark/kernel_time.py has the model. No GPU has timed it yet.
 #pragma once
 #include "../common/cluster.h"
 #include "params.h"
