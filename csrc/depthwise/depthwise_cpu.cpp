@@ -22,7 +22,7 @@ namespace effnet_fast::depthwise {
 namespace {
 
 constexpr int kColumns = 4, kMostColumns = 7;
-constexpr int kTile = 40 << 10;
+constexpr int kTile = 16 << 10;
 constexpr int kRowsPerBand = 7;      // where no sums are asked for
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 constexpr int kActivationCost = 16;  // of an output's norm, activation and store, in multiply-adds
@@ -113,6 +113,9 @@ template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const Forward
       const int column = out * S - p.pad_left;
       for (int byte = 0; byte < C * S * S * W * int(sizeof(T)); byte += 64, ahead += 64) {
         __builtin_prefetch(reinterpret_cast<const void*>(ahead), 0, S == 1 ? 3 : 2);
+      }
+      if (row + 1 < last) {  // where the next row is stored
+        for (int i = 0; i < C; ++i) __builtin_prefetch(y + int64_t(p.out_width + i) * p.channels, 1, 3);
       }
       Float<W> v[C] = {};
       if (column >= 0 && column + (C - 1) * S + K <= p.width) {
