@@ -13,12 +13,9 @@ import torch
 from tolerance import assert_2x, largest
 
 import effnet_fast
-from effnet_fast import ops
 from effnet_fast.benchmark import calibrate, images
 from effnet_fast.models import FAMILY, create_model, efficientnet, list_models
 from effnet_fast.nn import MBConv
-from effnet_fast.nn.fused import FusedBlock
-from effnet_fast.ops import backends, triton_backend
 from effnet_fast.scaling.law import CompoundScaling
 
 IN_TIMM = [name for name in FAMILY if not name.startswith("efficientnetv2_b")]
@@ -142,157 +139,6 @@ def test_half_precision_and_autocast(dtype):
         assert_2x(ours(x), theirs(x), copy.deepcopy(theirs).double()(x.double()), "half")
 
 
-def test_every_block_is_fused_in_eval_and_plain_in_training():
-    model = efficientnet(depth=0.5, width=0.5).eval()
-    x = torch.zeros(1, 3, 32, 32)
-    rows = effnet_fast.explain(model, x)
-    assert all(row.plain is None for row in rows)
-    assert [row.name for row in rows] == [
-        "stem",
-        *(name for name, module in model.named_modules() if isinstance(module, FusedBlock)),
-        "head",
-    ]
-    assert {choice.op for row in rows for choice in row.ops} == {
-        "conv_bn_act",
-        "depthwise_conv_bn_act",
-        "pointwise_conv_bn_act",
-        "squeeze_excite_gate",
-    }
-    assert "native" in str(rows) and f"triton: {triton_backend.can_run(x)}" in str(rows)
-    assert all("gradient" in (row.plain or "") for row in effnet_fast.explain(model, x, grad=True))
-    assert all("training" in (row.plain or "") for row in effnet_fast.explain(model.train(), torch.zeros(2, 3, 32, 32)))
-    with pytest.raises(ValueError, match="accelerate"):
-        effnet_fast.explain(torch.nn.Conv2d(3, 3, 1), x)
-
-
-def test_launches_of_b0():
-    model = create_model("efficientnet_b0").eval()
-    with torch.no_grad():
-        rows = effnet_fast.explain(model, torch.zeros(1, 3, 64, 64))
-    assert sum(len(row.ops) for row in rows) == 65  # 1 stem, 3 + 15 * 4 for the blocks, 1 head
-
-
-def _hook(module=None, args=None, output=None):
-    _hook.calls += 1
-
-
-def _circular(x, weight, bias):
-    return torch.nn.functional.conv2d(x.roll(1, 2), weight, bias)
-
-
-class Circular(torch.nn.Conv2d):
-    def _conv_forward(self, x, weight, bias):
-        return super()._conv_forward(x.roll(1, 2), weight, bias)
-
-
-SURGERY = {
-    "hook on a convolution": lambda b: b.conv_dw.register_forward_hook(_hook),
-    "hook on a norm": lambda b: b.bn2.register_forward_pre_hook(_hook),
-    "hook inside the squeeze-excite": lambda b: b.se.conv_reduce.register_forward_hook(_hook),
-    "hook on the drop path": lambda b: b.drop_path.register_forward_hook(_hook),
-    "group norm": lambda b: setattr(b, "bn2", torch.nn.GroupNorm(4, b.bn2.num_features)),
-    "another activation": lambda b: setattr(b, "act2", torch.nn.GELU()),
-    "another drop path": lambda b: setattr(b, "drop_path", torch.nn.Dropout(0.5)),
-    "a convolution computing otherwise": lambda b: setattr(b.conv_pw, "_conv_forward", _circular),
-    "another class's _conv_forward": lambda b: setattr(b.conv_dw, "__class__", Circular),
-    "a stride that is a number": lambda b: setattr(b.conv_dw, "stride", 1),
-    "a parametrized bias": lambda b: torch.nn.utils.parametrize.register_parametrization(b.se.conv_reduce, "bias", torch.nn.Tanh()),
-    "a wrapped convolution": lambda b: setattr(b, "conv_dw", torch.nn.Sequential(b.conv_dw)),
-    "relu in one place": lambda b: setattr(b, "act1", torch.nn.ReLU()),
-    "another squeeze-excite": lambda b: setattr(b, "se", torch.nn.Dropout(0.5)),
-    "another gate": lambda b: setattr(b.se, "gate", torch.nn.Hardsigmoid()),
-    "a biased convolution": lambda b: setattr(b, "conv_pw", torch.nn.Conv2d(b.conv_pw.in_channels, b.conv_pw.out_channels, 1)),
-    "a dilated convolution": lambda b: setattr(
-        b, "conv_dw", torch.nn.Conv2d(b.bn1.num_features, b.bn1.num_features, 3, padding=2, dilation=2, groups=b.bn1.num_features)
-    ),
-    "weight normalisation": lambda b: torch.nn.utils.parametrizations.weight_norm(b.conv_pwl),
-    "batch statistics": lambda b: b.bn1.train(),
-    "no running statistics": lambda b: setattr(b, "bn3", torch.nn.BatchNorm2d(b.bn3.num_features, track_running_stats=False)),
-}
-
-
-@pytest.mark.parametrize("what", SURGERY)
-def test_a_changed_block_runs_its_children(what):
-    torch.manual_seed(0)
-    model = efficientnet(depth=1.0, width=0.5).eval()
-    block = model.blocks[1][1]
-    assert isinstance(block, MBConv)
-    _hook.calls = 0
-    SURGERY[what](block)
-    block.eval() if what != "batch statistics" else None
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        rows = {row.name: row for row in effnet_fast.explain(model, x)}
-        assert rows["blocks.1.1"].plain and rows["blocks.1.0"].plain is None
-        if what.startswith("hook"):
-            assert _hook.calls == 1 and "hook" in rows["blocks.1.1"].plain
-        y = torch.randn(2, block.conv_pw.in_channels, 9, 9)
-        if what != "batch statistics":
-            torch.testing.assert_close(block(y), block.forward_children(y))
-
-
-def test_global_hooks_fire_for_every_child():
-    from torch.nn.modules.module import register_module_forward_hook
-
-    model = efficientnet(depth=0.5, width=0.5).eval()
-    called = []
-    handle = register_module_forward_hook(lambda module, args, output: called.append(module))
-    try:
-        with torch.no_grad():
-            model(torch.zeros(1, 3, 32, 32))
-    finally:
-        handle.remove()
-    unused = {block.drop_path for block in model.modules() if isinstance(block, MBConv) and not block.residual}
-    assert set(called) == set(model.modules()) - unused
-
-
-@pytest.mark.parametrize("pad_type", ["", "same"])
-def test_another_stem_may_stand_in_its_place(pad_type):
-    """The idiom of everyone with grey images, and of those who wrap: its channels and its zeros are its own."""
-    torch.manual_seed(0)
-    model = efficientnet(depth=0.5, width=0.5, num_classes=3, pad_type=pad_type).eval()
-    channels = model.conv_stem.out_channels
-    model.conv_stem = torch.nn.Conv2d(1, channels, 3, 2, 1, bias=False)
-    assert model.forward_stem(torch.randn(2, 1, 33, 33)).shape[2:] == (17, 17)
-    model.conv_stem = torch.nn.Sequential(torch.nn.Conv2d(5, 3, 1), torch.nn.Conv2d(3, channels, 3, 2, bias=False))
-    model.set_weights_convention(padding="same")
-    with torch.no_grad():
-        assert model(torch.randn(2, 5, 32, 32)).shape == (2, 3)
-
-
-def test_forward_mode_derivative_is_not_lost():
-    import torch.autograd.forward_ad as forward_ad
-
-    model, x = calibrate(efficientnet(depth=0.3, width=0.5)).requires_grad_(False), images(1, (48, 48))
-    tangent = torch.randn_like(x)
-    with forward_ad.dual_level():
-        got = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
-    torch.testing.assert_close(got, torch.func.jvp(model, (x,), (tangent,))[1])
-    assert largest(got) > 1e-3
-
-
-def test_data_parallel_replicas_are_fused_and_right():
-    """A replica's parameters are plain attributes."""
-    model, x = calibrate(efficientnet(depth=0.3, width=0.5)), images(2, (48, 48))
-    block = model.blocks[1][0]
-    replica = block._replicate_for_data_parallel()
-    for name, child in block.named_children():
-        setattr(replica, name, _replicated(child))
-    with torch.no_grad():
-        y = model.blocks[0](model.forward_stem(x))
-        assert not isinstance(replica.parts(), str), replica.parts()
-        torch.testing.assert_close(replica(y), block(y))
-
-
-def _replicated(module: torch.nn.Module) -> torch.nn.Module:
-    replica = module._replicate_for_data_parallel()
-    for name, parameter in module._parameters.items():
-        setattr(replica, name, None if parameter is None else parameter.detach())
-    for name, child in module.named_children():
-        setattr(replica, name, _replicated(child))
-    return replica
-
-
 def test_runs_on_the_meta_device():
     with torch.device("meta"), torch.no_grad():
         assert create_model("efficientnet_b7").eval()(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
@@ -311,16 +157,6 @@ def test_convention_changes_what_is_given_only():
 def test_scripting_is_refused_clearly():
     with pytest.raises(TypeError, match="torch.jit.trace would do"):
         torch.jit.script(efficientnet(depth=0.3, width=0.5))
-
-
-def test_hooks_on_blocks_and_stages_fire_in_the_fused_path():
-    model = efficientnet(depth=0.5, width=0.5).eval()
-    _hook.calls = -2
-    for module in (model.blocks[2][0], model.blocks[2], model.blocks):
-        module.register_forward_hook(_hook)
-    with torch.no_grad():
-        assert effnet_fast.explain(model, torch.zeros(1, 3, 32, 32))[3].plain is None
-    assert _hook.calls == 1
 
 
 def test_frozen_batch_norm_inside_training():
@@ -373,36 +209,6 @@ def test_any_input(name):
         assert y.shape == (shape[0], 7)
         assert_2x(y, model(x).detach(), reference, f"{shape}")
         assert not shape[0] or largest(reference) > 1e-2, "the comparison would be vacuous"
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_the_stem_takes_either_layout_as_it_is(backend, monkeypatch):
-    """No copy of the image comes before the fused stem; its output is channels_last, as are all that follow."""
-    reason = backends.reasons()[backend]["conv_bn_act"]
-    if reason is not None:
-        pytest.skip(reason)
-    torch.manual_seed(0)
-    model, given = create_model("efficientnet_b0").eval(), []
-    fused = ops.conv_bn_act
-    monkeypatch.setattr(ops, "conv_bn_act", lambda x, *args, **kwargs: given.append(x) or fused(x, *args, **kwargs))
-    x = images(2, (33, 32))
-    with torch.no_grad(), effnet_fast.backend(backend, strict=True):
-        stems = [model.forward_stem(view) for view in (x, x.contiguous(memory_format=torch.channels_last), x[:, :, 1:])]
-    assert given[0] is x and len(given) == 3
-    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in stems)
-    torch.testing.assert_close(stems[0], stems[1])
-
-
-@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0"])
-@pytest.mark.parametrize("act", [torch.nn.SiLU, torch.nn.PReLU])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_stem_and_head_are_channels_last_in_every_case(training, act, name):
-    model = create_model(name, act_layer=act).train(training)
-    for x in (torch.randn(2, 3, 33, 32), torch.randn(2, 33, 32, 3).permute(0, 3, 1, 2)):
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad):
-                assert model.forward_stem(x).is_contiguous(memory_format=torch.channels_last)
-                assert model.forward_features(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_one_builder_serves_table_and_law():
