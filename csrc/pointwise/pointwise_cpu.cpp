@@ -32,6 +32,7 @@ constexpr int kChunk = 64;             // products added up before they join a t
 constexpr int kSlice = 768;            // Elements of a row taken on at once, so that kPacked holds more than a panel
 constexpr int kPartialRows = 256;      // rows whose sums wait for the next slice
 constexpr int kPacked = 96 << 10;      // packed weights, in Elements, that stay in L2 beside a block of rows
+constexpr int kFetched = 64;           // input channels from which rows are fetched ahead
 constexpr int64_t kGrain = 1 << 20;    // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 constexpr double kPackCost = 0.4;      // packing a weight, and
 constexpr double kPrologueCost = 0.3;  // multiplying a gate into an input, in multiply-adds of a vector
@@ -319,6 +320,17 @@ bool gates_weights(const Params& p, int element_depth) {
   return p.gate && group * kPackCost <= double(p.pixels) * kPrologueCost;
 }
 
+// Asks for the inputs of the rows that come next: a dozen rows are read at once, an element of each at a time, which no hardware
+// foresees where they are long.
+template <typename T> EFFNET_INLINE void fetch_rows(const Params& p, const Slice& slice, int64_t first, int64_t last) {
+  const bool joined = slice.depth == p.in_channels;  // then rows follow one another without gaps
+  for (int64_t row = first; row < last; row = joined ? last : row + 1) {
+    const auto* x = reinterpret_cast<const char*>(static_cast<const T*>(p.x) + row * p.in_channels + slice.start);
+    const int64_t bytes = (joined ? last - row : 1) * slice.depth * sizeof(T);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(x + byte, 0, 2);
+  }
+}
+
 template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const Part& part) {
   const Params& p = *part.params;
   const int vectors = (part.last_channel - part.first_channel + W - 1) / W;
@@ -350,6 +362,7 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
         pack_group<W>(p, slice, gate, first, last, count, packed);
         for (int64_t row = top; row < bottom; row += kBlock) {
           const int rows = int(std::min<int64_t>(kBlock, bottom - row));
+          if (begin == 0 && p.in_channels >= kFetched) fetch_rows<T>(p, slice, row + kBlock, std::min(bottom, row + 2 * kBlock));
           Rows<Element> x{block, pitch};
           if (copies) {
             for (int r = 0; r < rows; ++r) {
