@@ -82,8 +82,8 @@ def _speed(told: dict[str, Any]) -> Any:
                 number, others = present[group].index(name), len(present[group]) - 1
                 places.append(group + (number - others / 2) * width)
                 heights.append(geomean(speeds[name]))
-                errors[0].append(heights[-1] - min(speeds[name]))
-                errors[1].append(max(speeds[name]) - heights[-1])
+                errors[0].append(max(0.0, heights[-1] - min(speeds[name])))  # of one speed a last digit may be lost
+                errors[1].append(max(0.0, max(speeds[name]) - heights[-1]))
         spread = {"yerr": errors, "error_kw": {"lw": 0.8, "capsize": 2}} if any(map(any, errors)) else {}
         axes.bar(places, [height - 1 for height in heights], width * 0.92, bottom=1, color=colour, label=name, **spread)
     axes.axhline(1.0, color="black", lw=0.8)
