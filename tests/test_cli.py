@@ -25,8 +25,6 @@ from states import same
 
 from effnet_fast.cli import COMMANDS, demo, digits, main
 from effnet_fast.cli.model import add_model_arguments, load_model
-from effnet_fast.cli.options import amount, count, memory, resolution
-from effnet_fast.cli.table import si, table
 from effnet_fast.models import EfficientNet, create_model, list_models
 from effnet_fast.scaling import CompoundScaling, Cost
 from effnet_fast.weights import read, save_checkpoint, write
@@ -478,25 +476,6 @@ def test_a_demo_that_learns_too_little_fails(
         r"^effnet-fast: the demo failed: [\d.]+ % of the held-out digits are right, 97% must be\n\Z", capsys.readouterr().err, re.M
     )
     assert main(["demo", "--out", str(tmp_path), "--epochs", "1"]) == 0  # asked for, so no promise
-
-
-def test_quantities() -> None:
-    assert [amount(text) for text in ("390M", "1.5G", "2e9", ".5k", "7")] == [390e6, 1.5e9, 2e9, 500, 7]
-    assert [memory(text) for text in ("500MB", "2GiB", "1.5 kB", "10B")] == [500e6, 2 * 1024**3, 1500, 10]
-    assert [resolution(text) for text in ("260px", "1.15")] == [(260, "px"), (1.15, "x")]
-    assert count("16") == 16
-    cases = {999: "999", 1000: "1.000 k", 385814752: "385.8 M", 10266000000: "10.27 G", 999999: "1.000 M", 0: "0", 2e12: "2.000 T"}
-    assert {value: si(value) for value in cases} == cases
-    assert si(1234, "B") == "1.234 kB"
-
-
-def test_tables_are_aligned() -> None:
-    assert table(("a", "bb"), [("x", 1000), ("long", None)], "lr").splitlines() == [
-        "a        bb",
-        "----  -----",
-        "x     1,000",
-        "long      -",
-    ]
 
 
 def test_summary_of_every_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,20 @@ inline int width_for(int elements) {
       default: return name##_baseline arguments;                                                                               \
     }                                                                                                                          \
   }
+#define EFFNET_NARROWER(name, task)             \
+  if (width == 8) return name##_isa_avx2(task); \
+  if (width == 4) return name##_isa_baseline(task);
 #else
 #define EFFNET_PER_ISA(name, parameters, body, arguments) \
   void name parameters { body<4> arguments; }
+#define EFFNET_NARROWER(name, task)
 #endif
+
+// Defines `void name(const Task& task, int width)`, which calls body<width>(task) for a width that simd::width_for gives.
+#define EFFNET_PER_WIDTH(name, body)                           \
+  EFFNET_PER_ISA(name##_isa, (const Task& task), body, (task)) \
+  void name(const Task& task, int width) {                     \
+    if (width == simd::width()) return name##_isa(task);       \
+    EFFNET_NARROWER(name, task)                                \
+    body<1>(task);                                             \
+  }

@@ -4,7 +4,7 @@
 // A thread owns whole output rows. It first copies the k input rows under one to a buffer of floats with the padding around them,
 // as planes or, where x is channels_last, pixel by pixel: x is read in its own order, whatever its strides and type. Then kPixels
 // neighbouring outputs of two vectors of channels are summed up in registers: k*k*in_channels multiply-adds for each, one load of
-// an input a kPixels * 2 of them. For the stem these, 27 a vector, bind, with some 20 instructions of SiLU.
+// an input a kPixels * 2 of them. For the stem these, 27 a vector, bind, with 18 instructions of SiLU.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -184,16 +184,7 @@ template <int W> EFFNET_INLINE void run_any(const Task& t) {
   }
 }
 
-EFFNET_PER_ISA(run_vectors, (const Task& t), run_any, (t))
-
-void run(const Task& t, int width) {
-  if (width == simd::width()) return run_vectors(t);
-#if defined(__x86_64__)
-  if (width == 8) return run_vectors_avx2(t);
-  if (width == 4) return run_vectors_baseline(t);
-#endif
-  run_any<1>(t);
-}
+EFFNET_PER_WIDTH(run, run_any)
 
 }  // namespace
 

@@ -198,16 +198,7 @@ template <int W> EFFNET_INLINE void run_any(const Task& t) {
   }
 }
 
-EFFNET_PER_ISA(run_vectors, (const Task& t), run_any, (t))
-
-void run(const Task& t, int width) {
-  if (width == simd::width()) return run_vectors(t);
-#if defined(__x86_64__)
-  if (width == 8) return run_vectors_avx2(t);
-  if (width == 4) return run_vectors_baseline(t);
-#endif
-  run_any<1>(t);
-}
+EFFNET_PER_WIDTH(run, run_any)
 
 }  // namespace
 
