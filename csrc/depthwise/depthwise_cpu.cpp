@@ -8,6 +8,8 @@
 // An image is cut into bands of rows, one for each piece of the squeeze. In a band the rows that hold kTile bytes of x, for one
 // vector of channels, are used up before the next vector's: the k rows under the kernel stay in L1. A thread owns whole bands;
 // where those do not divide evenly among the threads, groups of vectors of channels are shared too. Neither changes a result.
+// What is computed next is fetched meanwhile, in the order of its addresses: the tile below or, where a tile is the whole band, the
+// next few vectors of the same rows.
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
@@ -23,6 +25,7 @@ namespace {
 
 constexpr int kColumns = 4, kMostColumns = 7;
 constexpr int kTile = 16 << 10;
+constexpr int kVectorsAhead = 4;     // that are fetched together: 256 neighbouring bytes of a pixel of floats
 constexpr int kRowsPerBand = 7;      // where no sums are asked for
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 constexpr int kActivationCost = 16;  // of an output's norm, activation and store, in multiply-adds
@@ -93,14 +96,39 @@ EFFNET_INLINE void add_taps(const ForwardParams& p, const Block<W, K>& block, co
   }
 }
 
-// Whether what is left of a row is cut into steps of kMostColumns outputs from here on. A row of 18 or more is cut without rest.
-EFFNET_INLINE bool takes_most(int left) { return left % 7 == 0 || left == 5 || left == 6; }
+// Fetches some channels of one pixel of x after the other into a cache.
+struct Ahead {
+  uintptr_t at;
+  int64_t left, lines, gap;  // lines to the end of those channels, all of them (0: fetches nothing), bytes to the next pixel's
+  template <int N, int kLevel> EFFNET_INLINE void fetch() {
+    if (left > N) {
+#pragma GCC unroll 32
+      for (int i = 0; i < N; ++i) __builtin_prefetch(reinterpret_cast<const void*>(at + i * 64), 0, kLevel);
+      at += N * 64, left -= N;
+    } else if (lines) {
+#pragma GCC unroll 1
+      for (int i = 0; i < N; ++i, at += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(at), 0, kLevel);
+        if (--left == 0) left = lines, at += gap;
+      }
+    }
+  }
+};
 
-// Output rows [first, last) of W channels from `channel` on. Fetches x from the address `ahead` on, as many bytes as new ones are
-// read: all vectors of channels together fetch in order what the next rows need. With stride 2 that is four times what is made, and
-// would drive out of L1 what is in use: it goes to L2.
-template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const ForwardParams& p, int64_t image, Block<W, K>& block,
-                                                                   int channel, int first, int last, uintptr_t ahead) {
+template <typename T> inline Ahead ahead_from(const ForwardParams& p, int64_t image, int row, int begin, int end) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p.x) + (image * p.x_image + row * p.x_row + begin) * sizeof(T);
+  const int64_t bytes = int64_t(end - begin) * sizeof(T), pixel = p.x_pixel * sizeof(T);
+  const int64_t lines = bytes == pixel ? INT32_MAX : (bytes + 63) / 64;  // no gap: one run
+  return {at, lines, lines, pixel - lines * 64};
+}
+
+// Whether what is left of a row is cut into steps of kMostColumns outputs from here on. A row of 18 or more is cut without rest.
+EFFNET_INLINE bool takes_most(int left) { return left <= 0 || left % 7 == 0 || left == 5 || left == 6; }
+
+// Output rows [first, last) of W channels from `channel` on. Fetches as many bytes `ahead` as new ones are read. With stride 2 that
+// is four times what is made, and would drive out of L1 what is in use: it goes to L2.
+template <int W, int K, int S, typename T>
+EFFNET_INLINE void rows(const ForwardParams& p, int64_t image, Block<W, K>& block, int channel, int first, int last, Ahead& ahead) {
   using namespace simd;
   for (int row = first; row < last; ++row) {
     const int start = row * S - p.pad_top, from = std::max(start, 0), to = std::min(start + K, p.height);
@@ -111,9 +139,7 @@ template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const Forward
     const auto step = [&](int out, auto columns) __attribute__((always_inline)) {
       constexpr int C = decltype(columns)::value;
       const int column = out * S - p.pad_left;
-      for (int byte = 0; byte < C * S * S * W * int(sizeof(T)); byte += 64, ahead += 64) {
-        __builtin_prefetch(reinterpret_cast<const void*>(ahead), 0, S == 1 ? 3 : 2);
-      }
+      ahead.fetch<(C * S * S * W * int(sizeof(T)) + 63) / 64, S == 1 ? 3 : 2>();
       if (row + 1 < last) {  // where the next row is stored
         for (int i = 0; i < C; ++i) __builtin_prefetch(y + int64_t(p.out_width + i) * p.channels, 1, 3);
       }
@@ -141,17 +167,27 @@ template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const Forward
   }
 }
 
-template <int W, int K, int S, typename T> EFFNET_INLINE void band(const ForwardParams& p, const Band& b, Block<W, K>* blocks) {
+// `more`: the same thread goes on with the band below, or the next image's first.
+template <int W, int K, int S, typename T>
+EFFNET_INLINE void band(const ForwardParams& p, const Band& b, bool more, Block<W, K>* blocks) {
   const int tile = std::max(1, (kTile / int(W * sizeof(T)) / p.width - K) / S);
-  const int count = (b.end - b.begin + W - 1) / W;
+  const int count = (b.end - b.begin + W - 1) / W, together = tile < b.last - b.first ? count : kVectorsAhead;
+  const auto channel = [&](int i) { return std::min(b.begin + i * W, b.end); };
   for (int i = 0; i < count; ++i) std::fill_n(blocks[i].sums, W, 0.f);
-  const uintptr_t x = reinterpret_cast<uintptr_t>(p.x) + b.image * p.x_image * sizeof(T);
-  const uintptr_t bytes = uintptr_t(p.width) * S * W * sizeof(T);
   for (int row = b.first; row < b.last; row += tile) {
-    const int last = std::min(row + tile, b.last);
-    uintptr_t ahead = x + ((last - 1) * S - p.pad_top + K) * p.x_row * sizeof(T);
-    for (int i = 0; i < count; ++i, ahead += (last - row) * bytes)
-      rows<W, K, S, T>(p, b.image, blocks[i], block_start<W>(b.begin + i * W, p.channels), row, last, ahead);
+    const int last = std::min(row + tile, b.last), below = (last - 1) * S - p.pad_top + K;
+    for (int i = 0; i < count; i += together) {
+      const int next = i + together;
+      Ahead ahead{};
+      if (next < count)
+        ahead = ahead_from<T>(p, b.image, std::max(row * S - p.pad_top, 0), channel(next), channel(next + together));
+      else if (last < b.last || (more && last < p.out_height))
+        ahead = ahead_from<T>(p, b.image, below, b.begin, channel(together));
+      else if (more)
+        ahead = ahead_from<T>(p, b.image + 1, 0, b.begin, channel(together));
+      for (int j = i; j < std::min(next, count); ++j)
+        rows<W, K, S, T>(p, b.image, blocks[j], block_start<W>(b.begin + j * W, p.channels), row, last, ahead);
+    }
   }
   if (!b.partial) return;
   for (int i = 0; i < count; ++i)
@@ -180,7 +216,8 @@ template <int W, int K, int S, typename T> EFFNET_INLINE void run_task(const Tas
   for (int64_t i = t.first; i < t.last; ++i) {
     const int64_t image = i / t.bands, at = i % t.bands;
     const int first = int(at * p.out_height / t.bands), last = int((at + 1) * p.out_height / t.bands);
-    band<W, K, S, T>(p, Band{image, first, last, t.begin, t.end, p.pieces ? p.partial + i * p.channels : nullptr}, blocks);
+    const Band b{image, first, last, t.begin, t.end, p.pieces ? p.partial + i * p.channels : nullptr};
+    band<W, K, S, T>(p, b, i + 1 < t.last, blocks);
   }
 }
 
