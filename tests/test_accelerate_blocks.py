@@ -153,6 +153,11 @@ REFUSALS = [
     (IR, lambda block: setattr(block.bn1, "forward", lambda x: x), "a hook sits on a child"),
     (IR, lambda block: setattr(block, "forward", lambda x: x), "its forward was replaced on the instance"),
     (ER, set_child("se", lambda old: timm_blocks.SqueezeExcite(192)), "a squeeze-excite follows its dense convolution"),
+    (
+        IR,
+        set_child("conv_dw", lambda old: timm.layers.Conv2dSame(144, 144, (3, 5), groups=144, bias=False)),
+        "pads to the same size",
+    ),
     (ER, set_child("conv_exp", lambda old: timm.layers.Conv2dSame(48, 192, 2, 3, bias=False)), "pads to the same size over"),
     (CBA, set_child("conv", conv((3, 3), (1, 1), (1, 1), groups=3)), "has 3 groups"),
     (CBA, set_child("bn1.act", lambda old: nn.Mish()), "an activation is Mish"),

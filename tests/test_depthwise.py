@@ -290,8 +290,9 @@ def test_choice():
         )
 
     assert depthwise(5, 2).backend == "native"
-    assert depthwise(7, 1).refused["native"] == "kernel 7x7: only the reference takes others than 3x3 and 5x5"
-    assert depthwise(3, 3).refused["native"] == "stride 3: only the reference takes others than 1 and 2"
+    others = "only the reference takes others than 3x3 and 5x5, stride 1 and 2"
+    assert depthwise(7, 1).refused["native"] == f"kernel 7x7, stride 1: {others}"
+    assert depthwise(3, 3).refused["native"] == f"kernel 3x3, stride 3: {others}"
     assert "float64" in depthwise(3, 1, torch.float64).refused["native"]
 
     def conv(channels):

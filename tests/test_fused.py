@@ -133,6 +133,18 @@ def test_another_stem_may_stand_in_its_place(pad_type):
         assert model(torch.randn(2, 5, 32, 32)).shape == (2, 3)
 
 
+def test_autocast_leaves_the_shortcut_as_it_is():
+    """A block with float32 images adds them as they are, and gives float32."""
+    block = create_model("efficientnet_b0").eval().blocks[1][1]
+    x = torch.randn(2, 24, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with backends.tracing() as trace:
+            y = block(x)
+        expected = block.forward_children(x)
+    assert y.dtype == expected.dtype == torch.float32 and torch.equal(y, expected)
+    assert "the shortcut is torch.float32" in str(trace[0])
+
+
 def test_forward_mode_derivative_is_not_lost():
     import torch.autograd.forward_ad as forward_ad
 

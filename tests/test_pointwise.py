@@ -152,10 +152,8 @@ def test_views(view, dtype):
         assert torch.equal(POINTWISE.native(*views), POINTWISE.native(*args))
 
 
-def test_no_images_and_no_pixels():
-    for shape in [(0, 24, 40, 5, 7), (2, 24, 40, 0, 3)]:
-        args = arguments(*shape)
-        assert POINTWISE.native(*args).shape == (shape[0], 40, *shape[3:])
+def test_no_images():
+    assert POINTWISE.native(*arguments(0, 24, 40, 5, 7)).shape == (0, 40, 5, 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -259,8 +257,8 @@ def test_out_form_refuses_another_layout():
     [
         (0, torch.zeros(2, 24, 4), r"x has shape \[2, 24, 4\], expected \[N, C, H, W\]"),
         (0, torch.zeros(2, 24, 4, 4, dtype=torch.int32), "x must be float32, bfloat16 or float16"),
-        (0, torch.zeros(2, 0, 4, 4), "C and K must be at least 1"),
-        (1, torch.zeros(40, 20, 1, 1), r"weight has shape \[40, 20, 1, 1\], expected \[40, 24, 1, 1\]"),
+        (0, torch.zeros(2, 0, 4, 4), "x has shape .*, expected C, H and W from 1"),
+        (1, torch.zeros(40, 20, 1, 1), r"weight has shape \[40, 20, 1, 1\], expected \[K, 24, 1, 1\]"),
         (1, torch.zeros(40, 24), r"weight has shape \[40, 24\]"),
         (2, torch.zeros(39), r"norm_weight has shape \[39\], expected \[40\]"),
         (3, torch.zeros(40, dtype=torch.bfloat16), "norm_bias must have the dtype of norm_mean"),

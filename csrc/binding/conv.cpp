@@ -21,6 +21,10 @@ void conv_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_
     check(residual->scalar_type() == x.scalar_type(), kConv, ": residual must have x's dtype");
     added = as_channels_last(*residual);
   }
+  check_apart(kConv, "y", y, residual);
+  const int64_t columns = shape.out_width == 1 ? 0 : (shape.out_width + 8) * stride;
+  const int64_t row = (std::max(x.size(3) + padding[2], columns) + shape.kernel + 8) * x.size(1);
+  check(shape.kernel * row <= std::numeric_limits<int>::max(), kConv, ": the rows under an output row are larger than 2^31 floats");
   const ConvTensors t = conv_tensors(kConv, x, weight, {norm_weight, norm_bias, norm_mean, norm_var, norm_eps});
   auto p = conv_params<conv::Params>(kConv, x, t, stride, padding, activation, shape, y);
   p.x_channel = x.stride(1);

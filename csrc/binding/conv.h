@@ -29,13 +29,14 @@ inline ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weigh
   check(x.dim() == 4, op, ": x has shape ", shape_text(x), ", expected [N, C, H, W]");
   check(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) > 0 && weight.size(2) == weight.size(3), op,
         ": weight has shape ", shape_text(weight), ", expected [K, C/groups, k, k]");
-  check(stride >= 1, op, ": stride must be at least 1, got ", stride);
-  check(padding.size() == 4, op, ": padding must have 4 sides, got ", padding.size());
   constexpr int64_t limit = std::numeric_limits<int>::max() / 64;
+  check(stride >= 1 && stride < limit, op, ": stride must be from 1 to 2^25, got ", stride);
+  check(padding.size() == 4, op, ": padding must have 4 sides, got ", padding.size());
   for (const int64_t side : padding) check(side >= 0 && side < limit, op, ": padding must be from 0 to 2^25, got ", side);
   for (int64_t i = 1; i < 4; ++i)
     check(x.size(i) >= 1 && x.size(i) < limit, op, ": x has shape ", shape_text(x), ", expected C, H and W from 1 to 2^25");
   const int64_t kernel = weight.size(2);
+  check(weight.size(0) < limit && kernel < limit, op, ": weight has shape ", shape_text(weight), ", expected K and k up to 2^25");
   const auto out_size = [&](int64_t size, int64_t before, int64_t after) {
     check(size + before + after >= kernel, op, ": the kernel is larger than the padded input");
     return int((size + before + after - kernel) / stride + 1);
@@ -76,6 +77,7 @@ inline Tensor as_channels_last(const Tensor& t) {
 inline void check_output(const char* op, const char* name, const Tensor& y, const Tensor& x, const ConvShape& s) {
   check_shape(op, name, y, {x.size(0), s.out_channels, s.out_height, s.out_width});
   check_same_device(op, name, y, x);
+  check_apart(op, name, y, x);
   check(y.scalar_type() == x.scalar_type() && is_channels_last(y), op, ": ", name, " must be channels_last in x's dtype");
 }
 
@@ -110,17 +112,25 @@ inline ConvTensors conv_tensors(const char* op, const Tensor& x, const Tensor& w
 
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
+// Points the params' weight and norm into the tensors, which must live as long.
+template <typename Params> void set_parameters(Params& p, const ConvTensors& t) {
+  p.weight = t.weight.const_data_ptr();
+  p.norm_weight = data_or_null(t.norm.weight);
+  p.norm_bias = data_or_null(t.norm.bias);
+  p.norm_mean = t.norm.mean.const_data_ptr();
+  p.norm_var = t.norm.var.const_data_ptr();
+  p.eps = float(t.norm.eps);
+  p.weight_dtype = t.weight_dtype;
+  p.norm_dtype = t.norm_dtype;
+}
+
 // What the params of all k x k convolutions hold. They point into the tensors, which must live as long.
 template <typename Params> Params conv_params(const char* op, const Tensor& x, const ConvTensors& t, int64_t stride,
                                               const std::vector<int64_t>& padding, const std::string& activation,
                                               const ConvShape& shape, const Tensor& y) {
   Params p{};
   p.x = x.const_data_ptr();
-  p.weight = t.weight.const_data_ptr();
-  p.norm_weight = data_or_null(t.norm.weight);
-  p.norm_bias = data_or_null(t.norm.bias);
-  p.norm_mean = t.norm.mean.const_data_ptr();
-  p.norm_var = t.norm.var.const_data_ptr();
+  set_parameters(p, t);
   p.y = y.mutable_data_ptr();
   p.batch = x.size(0);
   p.x_image = x.stride(0);
@@ -135,11 +145,8 @@ template <typename Params> Params conv_params(const char* op, const Tensor& x, c
   p.stride = int(stride);
   p.pad_top = int(padding[0]);
   p.pad_left = int(padding[2]);
-  p.eps = float(t.norm.eps);
   p.activation = activation_of(op, activation);
   p.dtype = dtype_of(op, "x", x);
-  p.weight_dtype = t.weight_dtype;
-  p.norm_dtype = t.norm_dtype;
   return p;
 }
 

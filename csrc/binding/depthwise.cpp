@@ -22,6 +22,7 @@ template <typename Run> void write_depthwise(const Tensor& x, const Tensor& weig
   check(pieces >= 0, kDepthwise, ": pieces must not be negative, got ", pieces);
   check_shape(kDepthwise, "partial", partial, {x.size(0), pieces, x.size(1)});
   check_same_device(kDepthwise, "partial", partial, x);
+  check_apart(kDepthwise, "partial", partial, x);
   check(partial.scalar_type() == ScalarType::Float && partial.is_contiguous(), kDepthwise, ": partial must be contiguous float32");
 
   const Tensor input = x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
@@ -48,7 +49,11 @@ void run_cuda(depthwise::ForwardParams& p, const Tensor& x, const Tensor& weight
   if (on_tensor_cores) {
     check(aligned(p.y, 16) && aligned(p.partial, 8), kDepthwise, ": y must start at a multiple of 16 bytes, partial of 8");
     if (stride(0) % 8 || stride(2) % 8 || stride(3) % 8) input = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-    if (!aligned(input.const_data_ptr(), 16)) input = torch::stable::clone(input);
+    if (!aligned(input.const_data_ptr(), 16)) {  // perhaps channels_last already, so that contiguous would return it as it is
+      const Tensor copy = torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), std::nullopt,
+                                               x.device(), std::nullopt, MemoryFormat::ChannelsLast);
+      input = torch::stable::copy_(const_cast<Tensor&>(copy), input);
+    }
   }
   if (!aligned(taps.const_data_ptr(), 16)) taps = torch::stable::clone(taps);
   p.x = input.const_data_ptr();

@@ -25,6 +25,7 @@ template <typename Run> void write_gate(const Tensor& partial, int64_t count, co
   check(count >= 1, kGate, ": count must be positive, got ", count);
   check_shape(kGate, "gate", gate, {batch, channels});
   check_same_device(kGate, "gate", gate, partial);
+  check_apart(kGate, "gate", gate, partial);
   check(gate.scalar_type() == ScalarType::Float && gate.is_contiguous(), kGate, ": gate must be contiguous float32");
 
   const auto read = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {

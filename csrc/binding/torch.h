@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../common/activation.h"
 #include "../common/dtype.h"
@@ -46,6 +47,19 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
   check(t.is_cuda() == like.is_cuda() && t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), op, ": ",
         name, " is on another device than the first argument");
+}
+
+// Throws where y, which a kernel writes, shares memory with `t`, which it reads.
+inline void check_apart(const char* op, const char* name, const Tensor& y, const OptionalTensor& t) {
+  if (!t || y.numel() == 0 || t->numel() == 0) return;
+  const auto range = [](const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+    const auto first = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    return std::pair(first, first + (last + 1) * tensor.element_size());
+  };
+  const auto written = range(y), read = range(*t);
+  check(written.second <= read.first || read.second <= written.first, op, ": ", name, " shares memory with an argument");
 }
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {

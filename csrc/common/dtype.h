@@ -1,5 +1,4 @@
-// Storage types and their values as float, the same bits on host and device. Kernels compute in fp32 and touch half types
-// only through to_float.
+// Storage types and their values as float, the same bits on host and device. Kernels compute in fp32.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -3,14 +3,14 @@
 //
 // A thread owns whole output rows. It first copies the k input rows under one to a buffer of floats with the padding around them,
 // as planes or, where x is channels_last, pixel by pixel: x is read in its own order, whatever its strides and type. Then kPixels
-// neighbouring outputs of two vectors of channels are summed up in registers: k*k*in_channels multiply-adds for each, one load of
-// an input a kPixels * 2 of them. For the stem these, 27 a vector, bind, with 18 instructions of SiLU.
+// neighbouring outputs of two vectors of channels are summed up in registers: k*k*in_channels multiply-adds for each, an input
+// loaded for two of them and a vector of weights for kPixels. For the stem these, 27 a vector, bind, with 18 instructions of SiLU.
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "../common/norm.h"
 #include "../common/parallel.h"
+#include "../common/scratch.h"
 #include "../common/simd.h"
 #include "params.h"
 
@@ -19,16 +19,6 @@ namespace {
 
 constexpr int kPixels = 6;
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds worth a thread: waking a sleeping one costs about 30 us
-
-struct alignas(64) Line {
-  float at[16];
-};
-
-// Memory that is kept from call to call.
-float* reserve(std::vector<Line>& memory, size_t floats) {
-  if (memory.size() * 16 < floats) memory.resize(floats / 16 + 1);
-  return memory.data()->at;
-}
 
 // The weight as [vectors][taps][W] for vectors of W channels, taps in the order (row, channel, column) of the kernel; then the
 // folded norm as [vectors][2][W].
@@ -49,14 +39,17 @@ struct Task {
   int64_t first, last;  // output rows, numbered through the images
 };
 
+// Sideways. Where a row has one output there is nothing to step over, and a stride beyond the image would only widen the window.
+int stride_of(const Params& p) { return p.out_width == 1 ? 1 : p.stride; }
+
 int taps(const Params& p) { return p.kernel * p.kernel * p.in_channels; }
 
 // Vectors overlap where W does not divide the channels: the last one computes some of its neighbour's again.
 int vector_start(int vector, int width, int channels) { return std::min(vector * width, channels - width); }
 
-Packed pack(const Params& p, int width, std::vector<Line>& memory) {
+Packed pack(const Params& p, int width) {
   const int vectors = (p.channels + width - 1) / width, area = p.kernel * p.kernel;
-  float* const weight = reserve(memory, size_t(vectors) * (taps(p) + 2) * width);
+  float* const weight = scratch<Packed>(size_t(vectors) * (taps(p) + 2) * width);
   float* const norm = weight + size_t(vectors) * taps(p) * width;
   for (int v = 0; v < vectors; ++v) {
     const int start = vector_start(v, width, p.channels);
@@ -101,7 +94,7 @@ template <typename T> EFFNET_INLINE void copy_rows(const Params& p, int64_t imag
 template <int W, int N, typename T> EFFNET_INLINE void tile(const Params& p, const Window& window, const float* x,
                                                             const float* weight, const float* norm, int64_t y, int count) {
   using namespace simd;
-  const int all = taps(p), step = p.stride * window.pixel;
+  const int all = taps(p), step = stride_of(p) * window.pixel;
   Float<W> v[kPixels][N] = {};
   for (int row = 0; row < p.kernel; ++row)
     for (int c = 0; c < p.in_channels; ++c) {
@@ -149,10 +142,9 @@ template <int W, typename T> EFFNET_INLINE void run_task(const Task& t) {
   const Params& p = *t.params;
   const bool by_pixel = p.x_channel == 1 && p.x_pixel == p.in_channels;
   const int rounded = (p.out_width + kPixels - 1) / kPixels * kPixels;
-  const int columns = std::max((rounded - 1) * p.stride + p.kernel, p.pad_left + p.width);
+  const int columns = std::max((rounded - 1) * stride_of(p) + p.kernel, p.pad_left + p.width);
   Window window{nullptr, columns * p.in_channels, by_pixel ? 1 : columns, by_pixel ? p.in_channels : 1};
-  thread_local std::vector<Line> memory;
-  window.at = reserve(memory, size_t(p.kernel) * window.row);
+  window.at = scratch<Window>(size_t(p.kernel) * window.row);
   std::fill_n(window.at, p.kernel * window.row, 0.f);
   const int vectors = (p.channels + W - 1) / W;
   for (int64_t row = t.first; row < t.last; ++row) {
@@ -163,7 +155,7 @@ template <int W, typename T> EFFNET_INLINE void run_task(const Task& t) {
       const int start = vector_start(v, W, p.channels);
       both = (v + 2) * W <= p.channels;
       for (int out = 0; out < p.out_width; out += kPixels) {
-        const float* x = window.at + out * p.stride * window.pixel;
+        const float* x = window.at + out * stride_of(p) * window.pixel;
         const int64_t y = (row * p.out_width + out) * p.channels + start;
         const int count = std::min(kPixels, p.out_width - out);
         if (both) {
@@ -190,8 +182,7 @@ EFFNET_PER_WIDTH(run, run_any)
 
 void conv_cpu(const Params& p) {
   const int width = simd::width_for(p.channels);
-  thread_local std::vector<Line> memory;
-  const Packed packed = pack(p, width, memory);
+  const Packed packed = pack(p, width);
   const int64_t work = int64_t(p.out_width) * p.channels * taps(p);
   parallel_for(p.batch * p.out_height, kGrain / (work + 1) + 1,
                [&](int64_t begin, int64_t end) { run(Task{&p, packed, begin, end}, width); });

@@ -13,10 +13,10 @@
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
-#include <vector>
 
 #include "../common/norm.h"
 #include "../common/parallel.h"
+#include "../common/scratch.h"
 #include "../common/simd.h"
 #include "params.h"
 
@@ -204,14 +204,8 @@ struct Task {
 
 template <int W, int K, int S, typename T> EFFNET_INLINE void run_task(const Task& t) {
   const ForwardParams& p = *t.params;
-  struct alignas(64) Line {
-    float at[16];
-  };
-  // Kept from call to call: fresh memory costs more to fault in than a small image costs to compute.
-  thread_local std::vector<Line> scratch;
-  const size_t lines = (t.end - t.begin + W - 1) / W * sizeof(Block<W, K>) / sizeof(Line) + 1;
-  if (scratch.size() < lines) scratch.resize(lines);
-  auto* blocks = reinterpret_cast<Block<W, K>*>(scratch.data());
+  const size_t count = (t.end - t.begin + W - 1) / W;
+  auto* blocks = reinterpret_cast<Block<W, K>*>(scratch<Task>(count * sizeof(Block<W, K>) / sizeof(float)));
   pack<W, K>(p, t.begin, t.end, blocks);
   for (int64_t i = t.first; i < t.last; ++i) {
     const int64_t image = i / t.bands, at = i % t.bands;

@@ -1,12 +1,13 @@
 // Depthwise convolution on CUDA, channels_last:  y = act(norm(conv(x, w))), and per-piece sums of y for the squeeze, in one launch
-// and without atomics. Every input row is read once a segment. No GPU has timed it yet: every time and share below is a model.
+// and without atomics. Rows of x are read once a segment, but for columns that neighbours share. No GPU has timed it yet: every
+// time and share below is a model.
 //
 //   tensor_kernel   half types, C a multiple of 8. For one tap, out[pixel][c] += x[pixel][c] * w[c] is a matrix product with a
 //                   DIAGONAL B, whose A is 16 pixels x 8 channels exactly as NHWC stores them. Seven eighths of the products are
 //                   by zero, and it is still cheaper than FFMA: one m16n8k16 is two taps of 128 outputs (0.125 lane-instructions
 //                   an output and tap for FFMA's 1), halves need no unpacking, the weights of 8 channels take a thread one
-//                   register. A block owns 32 columns x 48 channels of a segment of rows, a warp 16 x 16 of them; rows come by
-//                   cp.async, a stage of 3 to 6 at a time, 2 or 3 stages.
+//                   register. A block owns 32 columns x 48 channels (or 32 or 64) of a segment of rows, a warp 16 x 16 of them;
+//                   rows come by cp.async, a stage of 3 to 6 at a time, 2 or 3 stages.
 //   direct_kernel   fp32 and any C. A thread owns 2 channels (or 1) x 4 columns of a segment; FFMA; rows from global memory.
 //
 // Bytes an output: 2 or 4 times (stride^2 + 1); operations: k^2 multiply-adds, norm and activation. HBM binds: at 4.3 TB/s over 132
@@ -25,8 +26,8 @@
 // SiLU and the clamps (relu, relu6, identity) are instances of their own.
 //
 // The norm is folded and the weight turned from [C][k k], of any type, in the prologue. Products with a diagonal have two traps: 0
-// * inf is NaN, so an input that is not finite spoils the 8 channels of its group; and tensor cores truncate fp32 sums, far below
-// the precision of half storage. Both are why fp32 storage keeps to FFMA.
+// * inf is NaN, so an input that is not finite spoils the 8 channels of its group, and an output that overflows their sums; and
+// tensor cores truncate fp32 sums, far below the precision of half storage. Both are why fp32 storage keeps to FFMA.
 #pragma once
 #include "forward_direct.cuh"
 #include "forward_tensor.cuh"

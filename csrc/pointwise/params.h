@@ -22,7 +22,7 @@ struct Params {
   int64_t rows;             // images * pixels
   int64_t pixels;           // of an image
   int in_channels, out_channels;
-  float norm_eps;
+  float eps;
   Activation activation;
   DType dtype, weight_dtype, norm_dtype;
 };

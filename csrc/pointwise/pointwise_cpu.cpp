@@ -10,16 +10,17 @@
 // pixels, into that block.
 //
 // An output costs in_channels multiply-adds; x is read once for each group of channels, y is written and the residual read once,
-// the weights are read once by every thread that shares their channels, and once an image if they take its gate. The
+// the weights are read once by every thread that shares their channels, and once an image if they take its gate. Rows of kFetched
+// and more channels are asked for a block ahead. The
 // multiply-adds bind, one vector of them (two of bf16 pairs) for each half of a vector loaded: deep layers reach 95 % of their
 // rate. Below about 40 input channels SiLU does, and in bf16 below 200.
 #include <algorithm>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include "../common/norm.h"
 #include "../common/parallel.h"
+#include "../common/scratch.h"
 #include "../common/simd.h"
 #include "bf16_pairs.h"
 #include "params.h"
@@ -271,21 +272,11 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_panel(cons
     }
     x.at += int64_t(taken) * x.pitch;
     row += taken;
-    partial += taken * panel.vectors * W;
+    if (partial) partial += taken * panel.vectors * W;
   }
 }
 
 // --- a thread's part ---------------------------------------------------------------------------------------------------------
-
-// Kept from call to call: fresh memory costs more to fault in than a small layer costs to compute.
-float* scratch(size_t floats) {
-  struct alignas(64) Line {
-    float at[16];
-  };
-  thread_local std::vector<Line> lines;
-  if (lines.size() * 16 < floats) lines.resize((floats + 15) / 16);
-  return lines.data()->at;
-}
 
 constexpr int panel_vectors(int left) { return left == 1 || left == 3 ? left : 2; }
 
@@ -342,11 +333,11 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
   const int pitch = ((slice_elements + 15) / 16 | 1) * 16;  // an odd number of lines: rows fall into different sets of L1
   const int64_t most_rows = std::min<int64_t>(slices == 1 ? INT64_MAX : kPartialRows, part.last_row - part.first_row);
   const size_t block_size = copies ? size_t(kBlock) * pitch : 0, partial_size = slices == 1 ? 0 : size_t(most_rows) * most * W;
-  float* scale = scratch(size_t(most) * W * (slice_elements + 2) + block_size + partial_size);
+  float* scale = scratch<Part>(size_t(most) * W * (slice_elements + 2) + block_size + partial_size);
   float *shift = scale + most * W, *partial = shift + most * W;
   Element *packed = reinterpret_cast<Element*>(partial + partial_size), *block = packed + int64_t(most) * W * slice_elements;
 
-  const Norm norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_var, p.norm_eps, p.norm_dtype};
+  const Norm norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_var, p.eps, p.norm_dtype};
   for (int64_t top = part.first_row, bottom; top < part.last_row; top = bottom) {
     const int64_t image = top / p.pixels;
     bottom = std::min({part.last_row, top + most_rows, into_weights ? (image + 1) * p.pixels : INT64_MAX});

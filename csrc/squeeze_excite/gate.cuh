@@ -211,7 +211,8 @@ template <typename T, int G> void launch_group(const GateParams& p, int slices, 
   const Plan plan = make_plan(p, slices, G);
   const int64_t blocks = ceil_div(p.batch, int64_t(G)) * slices, bytes = shared_floats(plan, G) * int64_t(sizeof(float));
   if (blocks >= int64_t(1) << 31) throw std::runtime_error("squeeze_excite_gate: there are too many images for one launch");
-  EFFNET_ALLOW_SHARED((gate_kernel<T, G>), bytes);
+  // The same limit whatever this call needs: another thread may be between asking for its own and its launch.
+  if (bytes > 48 << 10) EFFNET_ALLOW_SHARED((gate_kernel<T, G>), kSharedBytes);
   launch_cluster(gate_kernel<T, G>, unsigned(blocks), kThreads, slices, bytes, stream, p, plan);
 }
 

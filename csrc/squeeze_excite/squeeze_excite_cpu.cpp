@@ -10,9 +10,9 @@
 // Threads share the rows of each FC, or whole groups of images when there are enough of those to go round.
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "../common/parallel.h"
+#include "../common/scratch.h"
 #include "../common/simd.h"
 #include "params.h"
 
@@ -204,14 +204,7 @@ EFFNET_PER_ISA(run, (const Task& t), run_step, (t))
 
 void run_group(const GateParams& p, bool by_lanes, int64_t image, int images) {
   const int width = by_lanes ? simd::width() : 1;
-  struct alignas(64) Line {
-    float at[16];
-  };
-  // Kept from call to call: fresh memory costs more to fault in than a small gate costs to compute.
-  thread_local std::vector<Line> scratch;
-  const size_t lines = (size_t(p.channels + p.reduced) * width + 15) / 16;
-  if (scratch.size() < lines) scratch.resize(lines);
-  float* squeezed = scratch.data()->at;
+  float* squeezed = scratch<Task>(size_t(p.channels + p.reduced) * width);
   Task task{&p, Step::squeeze, by_lanes, image, images, 0, 0, squeezed, squeezed + int64_t(p.channels) * width};
   for (const Step step : {Step::squeeze, Step::reduce, Step::expand}) {
     const int rows = step == Step::reduce ? p.reduced : p.channels;

@@ -141,7 +141,7 @@ def _why_not_shape(part: ConvNormAct, role: str) -> str | None:
     pointwise = kernel == (1, 1) and stride == (1, 1)
     if stride[0] != stride[1] or (role == "pointwise" and not pointwise):
         return f"a {role} convolution has kernel size {kernel} and stride {stride}"
-    if part.padding == "same" and (stride[0] > 2 or min(kernel) < stride[0]):
+    if part.padding == "same" and (stride[0] > 2 or kernel[0] != kernel[1] or kernel[0] < stride[0]):
         return f"a convolution pads to the same size over kernel size {kernel} and stride {stride}"
     own_zeros = conv.padding != (0, 0)
     fixed_zeros = not isinstance(part.padding, str) and part.padding != (0, 0, 0, 0)
@@ -290,11 +290,15 @@ class FusedBlock:
         if reason is None:
             parts = self.parts()
             reason = parts if isinstance(parts, str) else why_plain_now(parts)
+        if reason is None:
+            cast = autocast(x)
+            if parts.residual and cast.dtype != x.dtype:  # type: ignore[union-attr]
+                reason = f"the shortcut is {x.dtype}, which autocast does not change"
         if reason is not None:
             note(f"children one by one: {reason}")
             return self.forward_children(x, *args, **kwargs)
         assert not isinstance(parts, str)
-        return run_block(parts, autocast(x))
+        return run_block(parts, cast)
 
 
 def conv_norm_act(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, kernel: int, stride: int, padding: str, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -67,24 +67,30 @@ def always(x: torch.Tensor) -> str | None:
     return None
 
 
-def choose(op: str, x: torch.Tensor, unsupported: str | None = None) -> Kernel:
+def choose(op: str, x: torch.Tensor, unsupported: Mapping[str, str] | None = None, slower: str | None = None) -> Kernel:
     """The kernel of ``op`` that runs for ``x``: the asked-for backend if it can, else the best that can.
 
-    ``unsupported`` is why the op's other arguments leave it to the reference, if they do.
+    unsupported  the backends that do not take the op's other arguments, each with the reason
+    slower       why the reference is faster than other backends, if it is: they run only where they are asked for
 
     Raises RuntimeError where the asked-for backend cannot run and the request was strict.
     """
     kernels = _KERNELS[op]
     if _STATE.requested is None and _STATE.trace is None:  # nobody asks for the reasons, and every call comes here
         for kernel in kernels:
-            if kernel.backend == "reference" or (unsupported is None and kernel.can_run(x) is None):
+            name = kernel.backend
+            if name == "reference" or (
+                slower is None and (unsupported is None or name not in unsupported) and kernel.can_run(x) is None
+            ):
                 return kernel
     if _STATE.requested is not None:
         kernels = sorted(kernels, key=lambda kernel: kernel.backend != _STATE.requested)
     chosen = None
     refused = dict.fromkeys(BACKENDS, "no kernel of this op")
     for kernel in kernels:
-        reason = kernel.can_run(x) or (unsupported if kernel.backend != "reference" else None)
+        reason = kernel.can_run(x) or (unsupported or {}).get(kernel.backend)
+        if kernel.backend not in ("reference", _STATE.requested):
+            reason = reason or slower
         if reason is None and chosen is None:
             chosen = kernel
         refused[kernel.backend] = reason or "another backend comes first"

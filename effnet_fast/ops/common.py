@@ -8,10 +8,12 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ACTIVATIONS = ("silu", "relu", "relu6", "identity")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (int, torch.SymInt)
+_NORM = ("norm.weight", "norm.bias", "norm.mean", "norm.var")
 NORM_SCHEMA = "Tensor? norm_weight, Tensor? norm_bias, Tensor norm_mean, Tensor norm_var, float norm_eps"
 
 
@@ -86,10 +88,19 @@ def conv_flops(x_shape: Sequence[int], weight_shape: Sequence[int], y_shape: Seq
     return 2 * images * height * width * elements
 
 
+def differentiates() -> bool:
+    """Whether a gradient may be asked for: backward, or forward (which torch.no_grad does not end)."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def check_no_gradient(op: str, *tensors: Tensor | None) -> None:
-    """Where gradients are recorded, refuse silently losing one: the inference ops have none."""
-    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(f"{op}: it has no gradient; torch.no_grad() or the modules of effnet_fast.nn, which train, would do")
+    """Where :func:`differentiates`, refuse silently losing a derivative: the inference ops have none."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+        if forward or (tensor.requires_grad and torch.is_grad_enabled()):
+            raise RuntimeError(f"{op}: it has no gradient; torch.no_grad() or the modules of effnet_fast.nn, which train, would do")
 
 
 def either(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -98,10 +109,19 @@ def either(dtypes: tuple[torch.dtype, ...]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def check_strided(op: str, name: str, tensor: Tensor) -> None:
+    """Refuse what is no tensor, and one without strides (sparse)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} is {type(tensor).__name__}; a torch.Tensor would do")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} is {tensor.layout}; torch.strided would do")
+
+
 def check_tensor(
     op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
-    """Refuse a tensor of another shape, dtype or device."""
+    """Refuse a tensor of another shape, dtype, layout or device, and what is no tensor."""
+    check_strided(op, name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}; {shape} would do")
     if tensor.dtype not in dtypes:
@@ -126,7 +146,7 @@ def check_conv(
     kind: Literal["dense", "depthwise", "pointwise"],
     x: Tensor,
     weight: Tensor,
-    norm: tuple[Tensor | None, Tensor | None, Tensor, Tensor],
+    norm: tuple[Tensor | None, Tensor | None, Tensor, Tensor, float],
     activation: str,
     stride: int = 1,
     padding: Sequence[int] = (0, 0, 0, 0),
@@ -143,6 +163,13 @@ def check_conv(
 
     It comes before every kernel, and small kernels take 10 us: an attribute of a tensor costs 50 to 100 ns, and so does a call.
     """
+    mean, var = norm[2], norm[3]
+    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor) and isinstance(mean, Tensor) and isinstance(var, Tensor)
+    optional = (norm[0] is None or isinstance(norm[0], Tensor)) and (norm[1] is None or isinstance(norm[1], Tensor))
+    if not (tensors and optional) or x.layout != torch.strided:
+        for name, tensor in zip(("x", "weight", *_NORM), (x, weight, *norm), strict=False):
+            if tensor is not None or name not in _NORM[:2]:
+                check_strided(op, name, tensor)  # type: ignore[arg-type]
     shape, dtype, device = x.shape, x.dtype, x.device
     if len(shape) != 4:
         raise ValueError(f"{op}: x has {len(shape)} dimensions; an image batch [N, C, H, W] would do")
@@ -164,12 +191,13 @@ def check_conv(
         inputs = channels
     check_tensor(op, "weight", weight, (outputs, inputs, rows, columns), DTYPES, device)
 
-    vector, dtypes = (outputs,), (norm[2].dtype,) if norm[2].dtype in DTYPES else DTYPES
-    for i in range(4):
-        tensor = norm[i]
-        if tensor is not None and (tensor.shape != vector or tensor.dtype not in dtypes or tensor.device != device):
-            check_tensor(op, ("norm.weight", "norm.bias", "norm.mean", "norm.var")[i], tensor, vector, dtypes, device)
+    vector, dtypes = (outputs,), (mean.dtype,) if mean.dtype in DTYPES else DTYPES
+    for i, given in enumerate(norm[:4]):
+        if given is not None and (given.shape != vector or given.dtype not in dtypes or given.device != device):
+            check_tensor(op, _NORM[i], given, vector, dtypes, device)
 
+    if not isinstance(norm[4], (int, float)):
+        raise TypeError(f"{op}: norm.eps is {norm[4]!r}; a number would do")
     check_activation(op, activation)
     if kind != "pointwise":
         check_integer(op, "stride", stride, 1)

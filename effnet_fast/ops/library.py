@@ -1,9 +1,10 @@
 """Where ops are defined: one schema string an op, two overloads of it a backend.
 
 An op's folder calls :func:`define` once. ``.reference`` (plain PyTorch, any device) always has a kernel; the other backends are
-overloads of the same schema whose kernels C++ or Triton contribute. ``.BACKEND_out`` writes into tensors that the caller gives;
-the native ones allocate nothing on CUDA where arguments lie as the kernel reads them, Triton's gate of large weights has a
-workspace. The choice between backends is made in :mod:`effnet_fast.ops.backends`, above the dispatcher.
+overloads of the same schema whose kernels C++ or Triton contribute. ``.BACKEND_out`` writes into tensors that the caller gives,
+laid out as those that the op returns and apart from its arguments; the native ones allocate nothing on CUDA where arguments lie as
+the kernel reads them, Triton's gate of large weights has a workspace. The choice between backends is made in
+:mod:`effnet_fast.ops.backends`, above the dispatcher.
 
 No overload has a gradient. The ops' public functions refuse tensors that ask for one; an overload that is called directly does not
 look, and it is torch that warns where a backward pass comes to it.
@@ -35,6 +36,17 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
             with torch.autocast(device, enabled=False):
                 return function(first, *args)
         return function(first, *args)
+
+    return run
+
+
+def _counted(overload: Any) -> Callable[..., None]:
+    """An ``_out`` overload's kernel above all others, which tells autograd that the tensors it writes have changed."""
+
+    def run(keys: Any, *args: Any, **out: torch.Tensor) -> None:
+        torch.autograd.graph.increment_version(out.values())
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **out)
 
     return run
 
@@ -75,7 +87,10 @@ def define(
         """Each result that was made with the tensor that was given for it, which must be like it."""
         pairs = []
         for result, tensor in zip(results, made if isinstance(made, tuple) else (made,), strict=True):
-            check_tensor(name, result, out[result], tuple(tensor.shape), (tensor.dtype,), tensor.device)
+            given, form = out[result], torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+            check_tensor(name, result, given, tuple(tensor.shape), (tensor.dtype,), tensor.device)
+            if not given.is_contiguous(memory_format=form):
+                raise ValueError(f"{name}: {result} has strides {given.stride()}; those of {form} would do")
             pairs.append((tensor, out[result]))
         return pairs
 
@@ -88,6 +103,8 @@ def define(
         _LIBRARY.define(f"{name}.{backend}_out({arguments}, *, {written}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_LIBRARY)
         torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}_out", fake_out, lib=_LIBRARY)
+        overload = getattr(getattr(torch.ops.effnet_fast, name), f"{backend}_out")
+        _LIBRARY.impl(f"{name}.{backend}_out", _counted(overload), "ADInplaceOrView", with_keyset=True)
 
     reference = _without_autocast(reference)
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from effnet_fast.ops import gpu
+from effnet_fast.ops.common import either
 
 CPU = torch.device("cpu")
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read and write
 MINIMUM_TORCH = (2, 11)  # the stable-ABI version that setup.py compiles for
 
 
@@ -56,8 +58,8 @@ def why_no_cuda(device: torch.device) -> str | None:
     return gpu.why_no_image(CUDA_ARCHITECTURES, device.index)
 
 
-def why_not(x: torch.Tensor, cuda: bool = False) -> str | None:
-    """``can_run`` of the k x k convolutions' native kernels, which are for the CPU and, with ``cuda``, for CUDA."""
+def why_not(x: torch.Tensor, cuda: bool = False, dtypes: tuple[torch.dtype, ...] = STORED) -> str | None:
+    """``can_run`` of a native kernel for the CPU and, with ``cuda``, for CUDA, whose first argument is of one of ``dtypes``."""
     if REASON is not None:
         return REASON
     if x.device != CPU:
@@ -65,6 +67,4 @@ def why_not(x: torch.Tensor, cuda: bool = False) -> str | None:
             return f"no native kernel for device {x.device.type!r}"
         if (reason := why_no_cuda(x.device)) is not None:
             return reason
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x is {x.dtype}; the native kernel takes float32, bfloat16 and float16"
-    return None
+    return None if x.dtype in dtypes else f"no native kernel for {x.dtype}, but for {either(dtypes)}"

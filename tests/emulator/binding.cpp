@@ -86,7 +86,7 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
   p.pixels = pixels;
   p.in_channels = int(x.shape(1));
   p.out_channels = int(weight.shape(0));
-  p.norm_eps = 1e-3f;
+  p.eps = 1e-3f;
   p.activation = Activation(activation);
   p.dtype = DType(dtype);
   p.weight_dtype = DType(weight_dtype);

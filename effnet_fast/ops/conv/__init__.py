@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends, native, triton_backend
-from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_no_gradient, conv_flops, empty_output
+from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_no_gradient, conv_flops, differentiates, empty_output
 from effnet_fast.ops.conv import reference
 from effnet_fast.ops.library import define
 
@@ -16,7 +16,7 @@ NAME = "conv_bn_act"
 
 
 def _check(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, residual, stride, padding, activation):
-    norm = norm_weight, norm_bias, norm_mean, norm_var
+    norm = norm_weight, norm_bias, norm_mean, norm_var, norm_eps
     check_conv(NAME, "dense", x, weight, norm, activation, stride, padding, residual=residual)
 
 
@@ -45,7 +45,7 @@ backends.register(NAME, backends.Kernel("reference", _reference, backends.always
 
 
 def is_stem(weight: Tensor, stride: int) -> bool:
-    """Whether a convolution is one that kernels other than the reference are for.
+    """Whether a convolution is one that kernels other than the reference are for: Triton's takes no other.
 
     A dense k x k convolution of many channels (FusedMBConv) is bound by multiplications, and libraries do those near the peak; a
     stem is bound by memory, and a library would make three passes of it.
@@ -67,7 +67,7 @@ def conv_bn_act(
     """``activation(norm(conv(x))) + residual``, one group.
 
     x         [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
-    weight    [K, C, k, k], of any of these dtypes (used in x's)
+    weight    [K, C, k, k], of any of these dtypes (GPUs round it to x's)
     norm      [K] each, of any of these dtypes, all alike
     padding   (top, bottom, left, right), zeros
     residual  [N, K, H', W'] in x's dtype
@@ -76,10 +76,11 @@ def conv_bn_act(
     No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
     _check(x, weight, *norm, residual, stride, padding, activation)
-    if torch.is_grad_enabled():
+    if differentiates():
         check_no_gradient(NAME, x, weight, *norm[:4], residual)
-    unsupported = None
+    unsupported = slower = None
     if not is_stem(weight, stride):
-        window = f"{weight.shape[2]}x{weight.shape[3]} of {weight.shape[1]} input channels, stride {stride}"
-        unsupported = f"kernel {window}: only the reference takes others than a stem's (3x3 of at most 4, stride 2)"
-    return backends.choose(NAME, x, unsupported).run(x, weight, *norm, residual, stride, padding, activation)
+        window = f"kernel {weight.shape[2]}x{weight.shape[3]} of {weight.shape[1]} input channels, stride {stride}"
+        slower = f"{window}: libraries are faster on others than a stem's (3x3 of at most 4, stride 2)"
+        unsupported = {"triton": f"{window}: the Triton kernel takes a stem's (3x3 of at most 4, stride 2)"}
+    return backends.choose(NAME, x, unsupported, slower).run(x, weight, *norm, residual, stride, padding, activation)

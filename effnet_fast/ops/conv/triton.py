@@ -1,8 +1,8 @@
 """The stem in Triton: a 3x3 convolution with stride 2 from a few channels, as one matrix product of all taps.
 
 One program owns BLOCK_P output pixels of one image and up to 64 output channels. Its x is gathered by strides, so that images of
-either layout are read as they are; the product's depth, C*3*3 = 27 taps, is one step of BLOCK_T = 32. Bound by HBM: y is four times
-as large as x.
+either layout are read as they are; the product's depth, C*3*3 = 27 taps, is one step of BLOCK_T = 32. Bound by HBM: y is 2.7 times
+as large as x in B0, 5.3 times in B7.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from effnet_fast.ops.common import (
     check_integer,
     check_no_gradient,
     conv_flops,
+    differentiates,
     empty_output,
 )
 from effnet_fast.ops.depthwise import launch, reference
@@ -27,7 +28,7 @@ KERNELS, STRIDES = ((3, 3), (5, 5)), (1, 2)  # that kernels other than the refer
 
 def _check(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, pieces=0):
     check_integer(NAME, "pieces", pieces, 0)
-    norm = norm_weight, norm_bias, norm_mean, norm_var
+    norm = norm_weight, norm_bias, norm_mean, norm_var, norm_eps
     return check_conv(NAME, "depthwise", x, weight, norm, activation, stride, padding)
 
 
@@ -58,7 +59,8 @@ def _native_can_run(x: Tensor) -> str | None:
 
 
 def _native_pieces(x: Tensor, height: int, width: int) -> int:
-    """On the CPU bands of 7 rows or a little more: what a thread works on at a time, small enough to share an image out evenly."""
+    """On the CPU bands of 7 rows or a little more, at most 16: what a thread works on at a time, small enough to share an
+    image out evenly."""
     if x.is_cuda:
         return launch.pieces(x, height, width)
     return max(1, min(height // 7, 16))
@@ -81,11 +83,12 @@ backends.register(
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always, lambda x, height, width: 1))
 
 
-def _unsupported(weight: Tensor, stride: int) -> str | None:
+def _unsupported(weight: Tensor, stride: int) -> dict[str, str] | None:
     _, _, rows, columns = weight.shape
-    if (rows, columns) not in KERNELS:
-        return f"kernel {rows}x{columns}: only the reference takes others than 3x3 and 5x5"
-    return None if stride in STRIDES else f"stride {stride}: only the reference takes others than 1 and 2"
+    if (rows, columns) in KERNELS and stride in STRIDES:
+        return None
+    reason = f"kernel {rows}x{columns}, stride {stride}: only the reference takes others than 3x3 and 5x5, stride 1 and 2"
+    return {"native": reason, "triton": reason}
 
 
 def depthwise_conv_bn_act(
@@ -94,19 +97,19 @@ def depthwise_conv_bn_act(
     """``y = activation(norm(depthwise_conv(x)))`` and, with ``squeeze``, the sums that squeeze-excite needs.
 
     x        [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
-    weight   [C, 1, k, k], of any of these dtypes (used in x's)
+    weight   [C, 1, k, k], of any of these dtypes (GPUs round it to x's)
     norm     [C] each, of any of these dtypes, all alike
     padding  (top, bottom, left, right), zeros, need not be symmetric
-    returns  y [N, C, H', W'] channels_last in x's dtype; partial [N, P, C] fp32: sums of the stored y over P disjoint pieces of
-             the image that cover it (P = 0 without ``squeeze``); the kernel that runs chooses P
+    returns  y [N, C, H', W'] channels_last in x's dtype; partial [N, P, C] fp32 (fp64 beside fp64): sums of the stored y
+             over P disjoint pieces of the image that cover it (P = 0 without ``squeeze``); the kernel that runs chooses P
 
     An x that is not finite makes NaN of the outputs that see it in its channel and, in half precision on CUDA, in the 8 channels of
-    its group, whose taps there are a matrix product (0 * inf).
+    its group, whose taps there are a matrix product (0 * inf); so does a y that overflows of their partial sums.
 
     No gradient: see effnet_fast.nn for when modules use it. Raises ValueError or TypeError, naming the argument, on bad input.
     """
     height, width = _check(x, weight, *norm, stride, padding, activation)
-    if torch.is_grad_enabled():
+    if differentiates():
         check_no_gradient(NAME, x, weight, *norm[:4])
     kernel = backends.choose(NAME, x, _unsupported(weight, stride))
     pieces = kernel.pieces(x, height, width) if squeeze else 0  # type: ignore[misc]

@@ -29,7 +29,8 @@ class Tile:
 
 def tile(dtype: torch.dtype, channels: int, width: int) -> Tile:
     """Half types with C a multiple of 8 run on the tensor cores: 48 channels (or 64 or 32 where less of C is then unused) by 32
-    columns, or by 16 or 8 columns of as many more images. All else is computed 4 columns a thread."""
+    columns, or by 16 or 8 columns of as many more images. All else is computed 4 columns a thread. (5x5 and stride 2 keep to 48
+    channels; the segments that are counted here for 64 or 32 serve them too.)"""
     if dtype not in (torch.bfloat16, torch.float16) or channels % 8:
         return Tile(4, 2 if dtype == torch.float32 and channels % 2 == 0 else 1, 1, 4, True)
     columns = 8 if width <= 8 else 16 if width <= 16 else 32

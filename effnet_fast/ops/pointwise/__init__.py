@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends, native, triton_backend
-from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_no_gradient, conv_flops, empty_output
+from effnet_fast.ops.common import NORM_SCHEMA, Norm, check_conv, check_no_gradient, conv_flops, differentiates, empty_output
 from effnet_fast.ops.library import define
 from effnet_fast.ops.pointwise import reference
 
@@ -15,7 +15,7 @@ MATRIX_TILES = torch.cpu._is_amx_tile_supported()  # eight times the bf16 multip
 
 
 def _check(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation):
-    norm = norm_weight, norm_bias, norm_mean, norm_var
+    norm = norm_weight, norm_bias, norm_mean, norm_var, norm_eps
     check_conv(NAME, "pointwise", x, weight, norm, activation, gate=gate, residual=residual)
 
 
@@ -41,22 +41,20 @@ triton_backend.register(NAME, _check, _allocate)
 
 
 def _native_can_run(x: Tensor) -> str | None:
-    if native.REASON is not None:
-        return native.REASON
-    if x.device != native.CPU:
-        return f"no native kernel for device {x.device.type!r}"
-    if x.dtype == torch.bfloat16 and MATRIX_TILES:
-        return "this processor has matrix tiles for bfloat16, which oneDNN uses"
-    return f"x is {x.dtype}; the native kernel takes float32, bfloat16 or float16" if x.dtype == torch.float64 else None
+    return native.why_not(x)
 
 
-def _unsupported(x: Tensor, weight: Tensor, gate: Tensor | None) -> str | None:
+def _slower(x: Tensor, weight: Tensor, gate: Tensor | None) -> str | None:
     """Shapes on which oneDNN or, on CUDA, cuBLAS is faster; on CUDA none has been measured yet, and Triton takes all.
 
     On a core oneDNN takes 0.85 to 0.99 of our time there. Asking symbolic sizes would fix them.
     """
+    if x.device != native.CPU:
+        return None
+    if x.dtype == torch.bfloat16 and MATRIX_TILES:
+        return "this processor has matrix tiles for bfloat16, which oneDNN uses"
     channels = weight.shape[1]
-    if gate is not None and channels >= 960 and weight.shape[0] >= 256 and x.device == native.CPU:
+    if gate is not None and channels >= 960 and weight.shape[0] >= 256:
         pixels = x.shape[2] * x.shape[3]
         many = isinstance(x.shape[0], int) and isinstance(pixels, int) and x.shape[0] * pixels >= 1024
         if many and (x.dtype == torch.float32 and pixels <= 128 or x.dtype == torch.bfloat16 and channels > 1536):
@@ -75,7 +73,7 @@ def pointwise_conv_bn_act(
     """``activation(norm(conv1x1(x * gate))) + residual``: the expand, project and head convolutions.
 
     x         [N, C, H, W], fp32, bf16, fp16 or fp64, any strides
-    weight    [K, C, 1, 1], of any of these dtypes (used in x's)
+    weight    [K, C, 1, 1], of any of these dtypes (GPUs round it to x's)
     norm      [K] each, of any of these dtypes, all alike
     gate      [N, C] fp32 (fp64 beside fp64), from squeeze_excite_gate
     residual  [N, K, H, W] in x's dtype
@@ -84,6 +82,6 @@ def pointwise_conv_bn_act(
     No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
     _check(x, weight, *norm, gate, residual, activation)
-    if torch.is_grad_enabled():
+    if differentiates():
         check_no_gradient(NAME, x, weight, *norm[:4], gate, residual)
-    return backends.choose(NAME, x, _unsupported(x, weight, gate)).run(x, weight, *norm, gate, residual, activation)
+    return backends.choose(NAME, x, slower=_slower(x, weight, gate)).run(x, weight, *norm, gate, residual, activation)

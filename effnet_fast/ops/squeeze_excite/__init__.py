@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends, native, triton_backend
-from effnet_fast.ops.common import DTYPES, check_activation, check_integer, check_no_gradient, check_tensor, either
+from effnet_fast.ops.common import (
+    DTYPES,
+    check_activation,
+    check_integer,
+    check_no_gradient,
+    check_strided,
+    check_tensor,
+    differentiates,
+    either,
+)
 from effnet_fast.ops.library import define
 from effnet_fast.ops.squeeze_excite import reference
 
@@ -16,6 +25,8 @@ SUMS = (torch.float32, torch.float64)  # what partial sums are kept in
 
 def _check(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation):
     """Refuse, by name, what :func:`squeeze_excite_gate` does not say it takes, whatever the backend."""
+    check_strided(NAME, "partial", partial)
+    check_strided(NAME, "reduce_weight", reduce_weight)
     if partial.dim() != 3 or 0 in partial.shape[1:]:
         raise ValueError(f"{NAME}: partial is {tuple(partial.shape)}; [N, P, C] with P and C >= 1 would do")
     channels, device = partial.shape[2], partial.device
@@ -57,21 +68,20 @@ triton_backend.register(NAME, _check, _allocate)
 
 
 def _native_can_run(partial: Tensor) -> str | None:
-    if native.REASON is not None:
-        return native.REASON
-    if partial.is_cuda and (reason := native.why_no_cuda(partial.device)) is not None:
-        return reason
-    if partial.device != native.CPU and not partial.is_cuda:
-        return f"no native kernel for device {partial.device.type!r}"
-    return None if partial.dtype == torch.float32 else f"partial sums are {partial.dtype}; the native kernel takes float32"
+    return native.why_not(partial, cuda=True, dtypes=(torch.float32,))
 
 
-def _unsupported(partial: Tensor, reduce_weight: Tensor) -> str | None:
-    """Triton's tile is R wide, and a block's shared memory holds C + 2 R floats (csrc/squeeze_excite/gate.cuh)."""
+def _unsupported(partial: Tensor, reduce_weight: Tensor) -> dict[str, str] | None:
+    """A CUDA block's shared memory holds C + 2 R floats (csrc/squeeze_excite/gate.cuh); Triton's tile is R wide."""
     reduced, channels = reduce_weight.shape[:2]
-    if partial.is_cuda and (reduced > 1024 or channels + 2 * reduced > 23000):
-        return f"R is {reduced} and C {channels}: the GPU kernels take R up to 1024 and C + 2 R up to 23000"
-    return None
+    if not partial.is_cuda or (reduced <= 1024 and channels + 2 * reduced <= 23000):
+        return None
+    refused = {}
+    if channels + 2 * reduced > 23000:
+        refused["native"] = f"R is {reduced} and C {channels}: the CUDA kernel takes C + 2 R up to 23000"
+    if reduced > 1024:
+        refused["triton"] = f"R is {reduced}: the Triton kernel takes R up to 1024"
+    return refused
 
 
 def _triton_can_run(partial: Tensor) -> str | None:
@@ -106,7 +116,7 @@ def squeeze_excite_gate(
     No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
     _check(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)
-    if torch.is_grad_enabled():
+    if differentiates():
         check_no_gradient(NAME, partial, reduce_weight, reduce_bias, expand_weight, expand_bias)
     kernel = backends.choose(NAME, partial, _unsupported(partial, reduce_weight))
     return kernel.run(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation)
