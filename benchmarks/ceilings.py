@@ -130,7 +130,7 @@ def depthwise() -> list[Row]:
     for channels, side in DEPTHWISE:
         shape = (BATCH, channels, side, side)
         weight = torch.randn(channels, 1, 5, 5, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-        moved = 2 * 2 * math.prod(shape)
+        moved = 2 * 2 * math.prod(shape)  # a set's too: a graph's results stay alive
         count = copies(moved, cache)
         x, g = ([_images(shape) for _ in range(count)] for _ in range(2))
 

@@ -95,11 +95,12 @@ def checked(
     del outs, plains, exacts, draw, few, wide
     arguments = convert(arguments)
     moved = case.launch.bytes(case.dtype, case.batch) + 4 * case.batch * case.shape["c"] * max(0, pieces - 1)
-    count = copies(moved, last_level_cache(case.device))
+    held = _bytes(arguments)
+    count = copies(held, last_level_cache(case.device))
     sets = [arguments, *({name: _clone(value) for name, value in arguments.items()} for _ in range(count - 1))]
     kind: type = GraphTimer if case.device == "cuda" else HostTimer
     timer: Timer = kind(lambda i: call(sets[i]), count)
-    timer.facts["bytes"] = moved
+    timer.facts |= {"bytes": moved, "set_bytes": held}
     return timer
 
 
@@ -212,6 +213,14 @@ def _joined(draws: list[list[Tensor]]) -> list[Tensor]:
 def _few(images: Tensor) -> Tensor:
     """The first and the last."""
     return images[:: max(1, images.shape[0] - 1)]
+
+
+def _bytes(value: Any) -> int:
+    """Of the tensors among inputs and weights."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return sum(map(_bytes, inner))
 
 
 def _wide(value: Any) -> Any:

@@ -232,7 +232,7 @@ def _case_facts(case: Case, rates: Machine, suite: str) -> dict[str, Any]:
 
 
 def _add_shares(row: dict[str, Any], cache: int) -> None:
-    """Rates, and over how many caches the inputs rotated: an entrant's own bytes where it has some, as with partial sums."""
+    """Rates, by an entrant's own bytes where it has some, as with partial sums; and over how many caches its inputs rotated."""
     for entrant in row["entrants"].values():
         if entrant["status"] == "timed":
             seconds = entrant["median_us"] * 1e-6
@@ -240,8 +240,8 @@ def _add_shares(row: dict[str, Any], cache: int) -> None:
             if row["bound_us"] is not None:
                 entrant["gb_s"] = entrant.get("bytes", row["bytes"]) / seconds / 1e9
                 entrant["share_of_bound"] = row["bound_us"] / entrant["median_us"]
-            if "bytes" in entrant:
-                entrant["caches_rotated"] = entrant["sets"] * entrant["bytes"] / cache
+            if "set_bytes" in entrant:
+                entrant["caches_rotated"] = entrant["sets"] * entrant["set_bytes"] / cache
 
 
 def _counts(suite: str, device: str, facts: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:

@@ -46,11 +46,11 @@ def summarize(passes: list[list[float]]) -> Summary:
     return Summary(statistics.median(passes[0]), statistics.median(passes[1]), (quarters[0], quarters[2]), len(every))
 
 
-def copies(moved: int, cache: int, most: int = 1024) -> int:
+def copies(held: int, cache: int, most: int = 1024) -> int:
     """How many sets of inputs to go round, so that none is still in the last-level cache of ``cache`` bytes when its turn comes
-    again: together more than three times as large, or ``most`` of them where a call moves too little. ``moved``: bytes that one
-    call moves."""
-    return max(2, min(most, math.ceil(3 * cache / max(1, moved)) + 1))
+    again: together more than three times as large, or ``most`` of them where a set holds too little. ``held``: bytes of one set.
+    A result is no part of it: where a call's result is dropped, the next one is written to the same memory."""
+    return max(2, min(most, math.ceil(3 * cache / max(1, held)) + 1))
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
