@@ -75,7 +75,7 @@ def last_level_cache(device: str) -> int:
 def measure(device: str, dtype: str) -> Machine:
     """This machine's copy bandwidth (bytes read and written, four caches large) and its rate of a large square matrix product.
 
-    A CPU's vector rate is that of the fp32 product too, whose multiply-adds the same units do; its exponentials are multiply-adds.
+    A CPU's rate of multiply-adds is that of the fp32 product too, which the same units do; its exponentials are not counted.
     On a GPU the vector and special-function rates are multiprocessors x lanes x the highest clock: for a GPU with Hopper's.
     """
     size = 2 << 30 if device == "cuda" else 4 * last_level_cache(device)
