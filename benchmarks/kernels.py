@@ -1,7 +1,8 @@
 """The kernel suite's entrants: every op by ours and by plain PyTorch, on the same random inputs, checked before it is timed.
 
-Eager is what a user writes: separate calls, the squeeze as a mean, the gate as a product. The first and the last image of a batch
-are held to float64. Our gate takes as many partial sums as the depthwise kernel of its backend hands over; eager's takes a mean.
+Eager is what a user writes: separate calls, the squeeze as a mean, the gate as a product. Every image of a batch up to 16, and 16
+of a larger one, are held to float64. Our gate takes as many partial sums as the depthwise kernel of its backend hands over; eager's
+takes a mean.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from effnet_fast.benchmark.tolerance import why_wrong
 from effnet_fast.ops import backends
 
 PEER_FACTOR = 8.0  # a peer less accurate than plain PyTorch is timed all the same: that flatters it, not us
-CHECKED = 4096  # numbers that a check wants: the largest error of a few is luck
+NUMBERS = 4096  # that a check wants: the largest error of a few is luck
 _BACKEND = contextlib.ExitStack()  # what this process has asked for
 _IMAGES = ("x", "partial", "gate", "residual")
 Arguments = dict[str, Any]
@@ -81,11 +82,11 @@ def checked(
     torch.backends.cudnn.benchmark = True
     made = case.batch * case.shape["c"] * (1 if "partial" in arguments else case.shape["h"] * case.shape["w"])
     outs, plains, exacts = [], [], []
-    for seed in range(min(32, math.ceil(CHECKED / made))):
+    for seed in range(min(32, math.ceil(NUMBERS / made))):
         draw = redrawn(arguments, seed) if seed else arguments
-        few = {name: _few(value) if name in _IMAGES else value for name, value in draw.items()}
+        few = {name: value[case.checked] if name in _IMAGES else value for name, value in draw.items()}
         wide = {name: _wide(value) for name, value in few.items()}
-        outs.append([_few(result) for result in _results(call(convert(draw)))])
+        outs.append([result[case.checked] for result in _results(call(convert(draw)))])
         plains.append(_results(_EAGER[case.group](plain_arguments(few))))
         exacts.append(_results(_EAGER[case.group](plain_arguments(wide))))
     for result in zip(*map(_joined, (outs, plains, exacts)), strict=True):
@@ -208,11 +209,6 @@ def _results(made: Any) -> list[Tensor]:
 
 def _joined(draws: list[list[Tensor]]) -> list[Tensor]:
     return [torch.cat(same) for same in zip(*draws, strict=True)]
-
-
-def _few(images: Tensor) -> Tensor:
-    """The first and the last."""
-    return images[:: max(1, images.shape[0] - 1)]
 
 
 def _bytes(value: Any) -> int:

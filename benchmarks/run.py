@@ -129,7 +129,7 @@ def run(
     turns = (1, 0.02) if quick else TURNS.get((suite, device), (4, 0.4))
     with tempfile.TemporaryDirectory() as folder, _lanes(names, out) as lanes:
         for number, (case, chosen) in enumerate(plan, start=1):
-            if suite != "kernels":  # a net has the same weights at every batch, a training step its own images
+            if suite != "kernels":  # a net has the same weights at every batch, its largest first; a training step its own images
                 file = case.nets[0] if suite == "model" else case.name.replace(" ", "-")
                 case = replace(case, weights=str(Path(folder, f"{file}.pt")))
             row = _case_facts(case, rates, suite)

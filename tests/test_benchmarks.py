@@ -403,11 +403,39 @@ def test_model_suite_and_its_report(tmp_path, monkeypatch):
 
 def test_a_net_that_is_wrong_is_refused(tmp_path):
     case = replace(one_of("model", "b0 n1"), weights=str(tmp_path / "b0.pt"))
-    image, plain, reference = torch.zeros(1, 3, 224, 224), torch.zeros(1, 1000), torch.zeros(1, 1000).double()
-    torch.save({"state": {}, "image": image, "plain": plain, "reference": reference}, case.weights)
+    x, plain = torch.zeros(1, 3, 224, 224), torch.zeros(1, 1000)
+    torch.save({"state": {}, "images": x, "plain": plain, "reference": plain.double()}, case.weights)
     for constant in (1e-3, math.nan):
         with pytest.raises(Refused, match="off by"):
             models.checked(case, lambda state, constant=constant: lambda x: torch.full((1, 1000), constant), False, 2.0)
+
+
+@pytest.mark.parametrize("batch", [16, 64])
+def test_swapped_images_are_refused(tmp_path, batch):
+    """Two of those in the middle of a batch, by a net and by an op."""
+    case = replace(one_of("model", "b0 n1"), batch=batch, weights=str(tmp_path / "b0.pt"))
+    assert len(case.checked) == 16 and case.checked[0] == 0 and case.checked[-1] == batch - 1
+
+    def mean(x):
+        return x.mean((2, 3))
+
+    def swapped(x):
+        a, b = case.checked[7:9]
+        order = torch.arange(len(x))
+        order[[a, b]] = order[[b, a]]
+        return x[order]
+
+    x = images(16, (224, 224))
+    torch.save({"state": {}, "images": x, "plain": mean(x), "reference": mean(x.double())}, case.weights)
+    with pytest.raises(Refused, match="off by"):
+        models.checked(case, lambda state: lambda x: mean(swapped(x)), False, 2.0)
+    assert models.checked(case, lambda state: mean, False, 2.0).sets >= 2
+
+    case = replace(one_of("kernels", "pointwise c80-480 14x14 n1"), batch=batch)
+    eager = kernels._EAGER[case.group]
+    with pytest.raises(Refused, match="off by"):
+        kernels.checked(case, lambda a: swapped(eager(a)), kernels.make(case))
+    assert kernels.checked(case, eager, kernels.make(case)).sets >= 2
 
 
 def test_a_lane_that_hangs_is_replaced(tmp_path):
