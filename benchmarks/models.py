@@ -13,7 +13,7 @@ from benchmarks.case import DTYPES, Case
 from benchmarks.kernels import PEER_FACTOR
 from effnet_fast.benchmark import calibrate, images
 from effnet_fast.benchmark.machine import last_level_cache
-from effnet_fast.benchmark.timing import EventTimer, GraphTimer, HostTimer, Refused, Timer, copies
+from effnet_fast.benchmark.timing import EventTimer, HostTimer, Refused, Replayed, Timer, copies
 from effnet_fast.benchmark.tolerance import why_wrong
 
 
@@ -64,7 +64,8 @@ def checked(
     factor: float,
     layout: str = "channels_last",
 ) -> Timer:
-    """A timer for the net that ``build`` makes of the case's weights; Refused where it is wrong on a checked image."""
+    """A timer for the net that ``build`` makes of the case's weights, with ``graph`` as a CUDA graph; Refused where it is wrong on a
+    checked image."""
     torch.backends.cudnn.benchmark = True
     told = torch.load(case.weights)
     run = build(told["state"])
@@ -72,20 +73,20 @@ def checked(
     first = images(case.batch, _size(case), seed=2).to(DTYPES[case.dtype])
     first[case.checked] = told["images"][:few]
     first = _on(case, first, layout)
+    run = Replayed(run, first) if graph else run
     out = run(first)[case.checked].cpu()
     wrong = why_wrong(out, told["plain"][:few], told["reference"][:few], factor)
     if wrong is not None:
         raise Refused(wrong)
     count = copies(first.numel() * first.element_size(), last_level_cache(case.device), most=16)
     sets = [first, *(first.clone(memory_format=torch.preserve_format) for _ in range(count - 1))]
-    timer: type = HostTimer if case.device == "cpu" else GraphTimer if graph else EventTimer
 
     def step(i: int) -> Tensor:
         if case.device == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         return run(sets[i])
 
-    return timer(step, count)
+    return (HostTimer if case.device == "cpu" else EventTimer)(step, count)
 
 
 def _size(case: Case) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from benchmarks.case import Entrant
 from effnet_fast import ops
 from effnet_fast.benchmark import calibrate, images, kernel_time, machine
 from effnet_fast.benchmark.roofline import H200, LEVELS, Launch, bound, launches, op_launches
-from effnet_fast.benchmark.timing import Lane, Refused, copies, summarize
+from effnet_fast.benchmark.timing import EventTimer, Lane, Refused, Replayed, copies, summarize
 from effnet_fast.models import FAMILY, create_model
 from effnet_fast.ops import backends
 from effnet_fast.scaling import Cost
@@ -436,6 +436,15 @@ def test_swapped_images_are_refused(tmp_path, batch):
     with pytest.raises(Refused, match="off by"):
         kernels.checked(case, lambda a: swapped(eager(a)), kernels.make(case))
     assert kernels.checked(case, eager, kernels.make(case)).sets >= 2
+
+
+@pytest.mark.gpu
+def test_a_graph_is_replayed_on_each_input():
+    """And each replay is timed alone, as a call of a net that torch.compile made a graph of."""
+    sets = [torch.full((4,), float(i), device="cuda") for i in range(3)]
+    replayed = Replayed(lambda x: 2 * x, sets[0])
+    assert [replayed(x).tolist() for x in sets] == [[2.0 * i] * 4 for i in range(3)]
+    assert len(EventTimer(lambda i: replayed(sets[i]), 3).burst(0.0)) == 3
 
 
 def test_a_lane_that_hangs_is_replaced(tmp_path):

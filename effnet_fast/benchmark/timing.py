@@ -116,6 +116,32 @@ class EventTimer:
         return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
 
 
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """``call`` as a CUDA graph, and its result, which every replay writes again."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+class Replayed:
+    """``run`` as one CUDA graph, replayed on a copy of what it is called with: what torch.compile's reduce-overhead does too."""
+
+    def __init__(self, run: Callable[[torch.Tensor], Any], x: torch.Tensor) -> None:
+        self.x = x.clone(memory_format=torch.preserve_format)
+        self.graph, self.result = captured(lambda: run(self.x))
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.result
+
+
 class GraphTimer:
     """Times calls on a GPU inside one CUDA graph over all input sets, so that a small launch is not lost in the launching of it.
 
@@ -130,16 +156,12 @@ class GraphTimer:
         each = statistics.median(once.burst(0.01))
         self.calls = sets * max(1, min(40, math.ceil(least / (each * sets))))
         self.kept: list[Any] = [None] * sets
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(min(3, sets)):
-                step(i)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+
+        def round_and_round() -> None:
             for i in range(self.calls):
                 self.kept[i % sets] = step(i % sets)
+
+        self.graph, _ = captured(round_and_round)
         for _ in range(2):
             self.graph.replay()
         start = time.perf_counter()
