@@ -64,8 +64,8 @@ def checked(
     factor: float,
     layout: str = "channels_last",
 ) -> Timer:
-    """A timer for the net that ``build`` makes of the case's weights, with ``graph`` as a CUDA graph; Refused where it is wrong on a
-    checked image."""
+    """A timer for the net that ``build`` makes of the case's weights, with ``graph`` as a CUDA graph; Refused where it is wrong on
+    a checked image."""
     torch.backends.cudnn.benchmark = True
     told = torch.load(case.weights)
     run = build(told["state"])

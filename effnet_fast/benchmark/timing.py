@@ -32,10 +32,10 @@ class Skipped(Exception):
 
 
 class Summary(NamedTuple):
-    """Seconds a call: the median of each of two passes, quartiles of both together."""
+    """Seconds a call: median and quartiles of two passes together, and the median of each."""
 
     median: float
-    again: float
+    passes: tuple[float, float]
     quartiles: tuple[float, float]
     calls: int
 
@@ -43,7 +43,8 @@ class Summary(NamedTuple):
 def summarize(passes: list[list[float]]) -> Summary:
     every = sorted(passes[0] + passes[1])
     quarters = statistics.quantiles(every, n=4) if len(every) > 1 else [every[0]] * 3
-    return Summary(statistics.median(passes[0]), statistics.median(passes[1]), (quarters[0], quarters[2]), len(every))
+    first, again = map(statistics.median, passes)
+    return Summary(statistics.median(every), (first, again), (quarters[0], quarters[2]), len(every))
 
 
 def copies(held: int, cache: int, most: int = 1024) -> int:
