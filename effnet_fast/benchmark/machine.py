@@ -43,16 +43,20 @@ def facts() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """What EFFNET_FAST_COMMIT says, else the commit of the source tree that this package is in ("-dirty" where files differ)."""
+    """What EFFNET_FAST_COMMIT says, else the commit of the source tree that this package is in, "-dirty" where files differ: not
+    those of results, which the measurements before this one have just written."""
     if os.environ.get(COMMIT):
         return os.environ[COMMIT]
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
-        )
-        return done.stdout.strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        return _git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout.strip()
 
 
 def cpu_model() -> str:
