@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,10 @@ from effnet_fast.cli.table import table
 Results = dict[str, Any]
 Case = dict[str, Any]
 HEADER = ("what", "batch", "entrant", "cases", "us", "quartiles", "speed-up", "least", "of bound", "worst")
+PEERS: dict[str, Callable[[str], bool]] = {  # by kind, from an entrant's name
+    "eager": lambda name: not name.startswith(("ours", "accelerated", "compile")),
+    "torch.compile": lambda name: name.startswith("compile"),
+}
 DRIFT = 0.1  # of a median: two passes of one entrant that differ by more are told
 NAMED = 12  # cases of a list, the worst first
 
@@ -120,33 +124,31 @@ def _compiled(results: Results) -> list[str]:
     return [f"torch.compile was timed as {', '.join(names)}, on {len(having)} of {_count(len(results['cases']), 'case')}."]
 
 
-def behind(results: Results, peer: Callable[[str], bool]) -> tuple[list[tuple[float, str, str]], int]:
-    """Where the fastest peer was faster than the fastest of ours: the share of its speed that ours has, the case, the peer; the
-    worst first. And of how many cases that both were timed on."""
-    found, both = [], 0
-    for case in results["cases"]:
-        times = {name: entrant["median_us"] for name, entrant in timed(case).items()}
-        ours = [us for name, us in times.items() if is_ours(name)]
-        theirs = {name: us for name, us in times.items() if not is_ours(name) and peer(name)}
-        if ours and theirs:
-            both += 1
-            best = min(theirs, key=theirs.__getitem__)
-            if theirs[best] < min(ours):
-                found.append((theirs[best] / min(ours), case["name"], best))
-    return sorted(found), both
+def leads(case: Case) -> dict[str, float]:
+    """How many times the speed of the fastest peer the fastest of ours has, by the kind of peer, where both were timed."""
+    times = {name: entrant["median_us"] for name, entrant in timed(case).items()}
+    ours = min((us for name, us in times.items() if name.startswith("ours")), default=None)
+    best = {kind: min((us for name, us in times.items() if is_peer(name)), default=None) for kind, is_peer in PEERS.items()}
+    return {kind: us / ours for kind, us in best.items() if us and ours}
+
+
+def behind(results: Results, kinds: Iterable[str] = PEERS) -> tuple[list[tuple[float, str]], int]:
+    """Where a peer of ``kinds`` is faster: the share of its speed that ours has, and the case; the worst first. And how many cases
+    have such a peer."""
+    rows = [(min(told), case["name"]) for case in results["cases"] if (told := [v for k, v in leads(case).items() if k in kinds])]
+    return sorted(row for row in rows if row[0] < 1), len(rows)
 
 
 def _behind(results: Results) -> list[str]:
     told = []
-    kinds = {"eager": lambda name: not name.startswith("compile"), "torch.compile": lambda name: name.startswith("compile")}
-    for kind, peer in kinds.items():
-        found, both = behind(results, peer)
+    for kind in PEERS:
+        found, both = behind(results, [kind])
         if found:
-            named = "; ".join(f"{case}: {share:.3f} of {best}'s speed" for share, case, best in found[:NAMED])
+            named = "; ".join(f"{case} ({share:.3f} of its speed)" for share, case in found[:NAMED])
             more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
-            told.append(f"Slower than the fastest of {kind} on {len(found)} of {_count(both, 'case')}. {named}{more}.")
+            told.append(f"Slower than the fastest of {kind} on {len(found)} of {_count(both, 'case')}: {named}{more}.")
         elif both:
-            told.append(f"Slower than {kind} on none of {_count(both, 'case')}.")
+            told.append(f"Slower than the fastest of {kind} on none of {_count(both, 'case')}.")
     return told
 
 

@@ -90,23 +90,22 @@ def plots_of(path: Path) -> list[Path]:
 
 
 def headline() -> str:
-    """How fast nets are, what was not measured, and how often a peer is faster."""
-    told, kept = [], timings()
-    for results in kept.values():
+    """How fast nets are against the fastest peer of each kind, what was not measured, and how often a peer is faster."""
+    told, kept = [], timings().values()
+    for results in kept:
         if results["suite"] == "model":
-            ours = "; ".join(
-                f"{what}, batch {batch}: {speed} times {results['baseline']}"
-                for what, batch, name, _, _, _, speed, *_ in findings.figures(results)
-                if name == "ours" and speed != "-"
-            )
-            told.append(f"Speed ({findings.setting(results)}): {ours}.")
+            leads = []
+            for case in results["cases"]:
+                against = " and ".join(f"{lead:.2f} times {kind}" for kind, lead in findings.leads(case).items())
+                leads += [f"{case['group']} at batch {case['batch']} {against}"] if against else []
+            told.append(f"**Speed** ({findings.setting(results)}), against the fastest of each kind of peer: {'; '.join(leads)}.")
     for device, named in (("cuda", "a GPU"), ("cpu", "a CPU")):
-        if not any(results["device"] == device for results in kept.values()):
+        if not any(results["device"] == device for results in kept):
             told.append(f"**Not measured:** speed on {named}; no figure here was taken on one.")
-    for results in kept.values():
-        found, both = findings.behind(results, lambda name: True)
+    for results in kept:
+        found, both = findings.behind(results)
         if found:
-            told.append(f"A peer is faster on {len(found)} of {both} cases ({findings.setting(results)}): see [Speed](#speed).")
+            told.append(f"A peer is faster on {len(found)} of {both} cases ({findings.setting(results)}): [below](#speed).")
     return "\n".join(told)
 
 

@@ -424,8 +424,8 @@ def test_what_a_file_of_timings_says():
     results = {"suite": "kernels", "device": "cpu", "baseline": "eager channels_last", "cases": cases}
     assert findings.sentences(results) == [
         "torch.compile was timed as compile default, on 2 of 3 cases.",
-        "Slower than the fastest of eager on 1 of 3 cases. one: 0.500 of eager nchw's speed.",
-        "Slower than the fastest of torch.compile on 1 of 2 cases. two: 0.500 of compile default's speed.",
+        "Slower than the fastest of eager on 1 of 3 cases: one (0.500 of its speed).",
+        "Slower than the fastest of torch.compile on 1 of 2 cases: two (0.500 of its speed).",
         f"Target missed: {depthwise}, one image, 3 times the speed of eager channels_last: 2.00.",
         f"Target met: {depthwise}, a large batch, 2 times the speed of eager channels_last: 4.00.",
         "Inputs and weights rotate past 3 last-level caches on 2 of 3 cases; "
