@@ -23,7 +23,9 @@ from effnet_fast.benchmark.timing import GraphTimer, HostTimer, Refused, Skipped
 from effnet_fast.benchmark.tolerance import why_wrong
 from effnet_fast.ops import backends
 
-PEER_FACTOR = 8.0  # a peer less accurate than plain PyTorch is timed all the same: that flatters it, not us
+# A peer less accurate than plain PyTorch is timed all the same, which flatters it, not us: torch.compile's mean adds up one number
+# after another and was seen 18 times as far off as eager's.
+PEER_FACTOR = 32.0
 NUMBERS = 4096  # that a check wants: the largest error of a few is luck
 _BACKEND = contextlib.ExitStack()  # what this process has asked for
 _IMAGES = ("x", "partial", "gate", "residual")
