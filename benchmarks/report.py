@@ -96,9 +96,9 @@ def headline() -> str:
         if results["suite"] == "model":
             leads = []
             for case in results["cases"]:
-                against = " and ".join(f"{lead:.2f} times {kind}" for kind, lead in findings.leads(case).items())
-                leads += [f"{case['group']} at batch {case['batch']} {against}"] if against else []
-            told.append(f"**Speed** ({findings.setting(results)}), against the fastest of each kind of peer: {'; '.join(leads)}.")
+                against = " and ".join(f"{lead:.2f} times {kind}'s" for kind, lead in findings.leads(case).items())
+                leads += [f"{case['group']} at batch {case['batch']} has {against}"] if against else []
+            told.append(f"**Speed** ({findings.setting(results)}), beside the fastest timm of each kind: {'; '.join(leads)}.")
     for device, named in (("cuda", "a GPU"), ("cpu", "a CPU")):
         if not any(results["device"] == device for results in kept):
             told.append(f"**Not measured:** speed on {named}; no figure here was taken on one.")
