@@ -10,6 +10,7 @@ import torch
 from effnet_fast.benchmark.roofline import Launch
 from effnet_fast.benchmark.timing import Timer
 
+CHECKED = 16  # images of a batch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,6 +37,12 @@ class Case:
     def shape(self) -> dict[str, int]:
         assert self.launch is not None
         return dict(self.launch.shape)
+
+    @property
+    def checked(self) -> list[int]:
+        """The images that are held to float64: all of a batch up to CHECKED, else so many, evenly spaced from first to last."""
+        count = min(self.batch, CHECKED)
+        return [i * (self.batch - 1) // max(1, count - 1) for i in range(count)]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,11 @@
 # B0, B5 and B7 at a batch that fills the chip; the nets against torch.compile's max-autotune; training; the ceilings; the nets
 # against its other modes, one image too; and last the kernels against torch.compile.
 #
+# Max-autotune with one image and in training does not fit: it compiles each net anew, and the limits of the other parts add up to
+# more than the nine minutes already. Where a machine is to be had for longer, they are (of each the other nets with --nets):
+#   python3 -m benchmarks.run --device cuda --suite model --nets b0 --only ' n1 .*: (ours|timm|compile)' --out model-one-cuda.json
+#   python3 -m benchmarks.run --device cuda --suite train --nets b0 --only ': (ours|timm|compile)' --out train-autotuned-cuda.json
+#
 # OUTDIR gets six JSON files, table.txt and logs.tar.gz. In a copy of the tree without its history set EFFNET_FAST_COMMIT, which the
 # JSON then states as the commit. Fails only where there is no GPU.
 set -uo pipefail

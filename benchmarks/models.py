@@ -13,22 +13,23 @@ from benchmarks.case import DTYPES, Case
 from benchmarks.kernels import PEER_FACTOR
 from effnet_fast.benchmark import calibrate, images
 from effnet_fast.benchmark.machine import last_level_cache
-from effnet_fast.benchmark.timing import EventTimer, GraphTimer, HostTimer, Refused, Timer, copies
+from effnet_fast.benchmark.timing import EventTimer, HostTimer, Refused, Replayed, Timer, copies
 from effnet_fast.benchmark.tolerance import why_wrong
 
 
 def write_weights(case: Case) -> None:
-    """Write ``case.weights``: the net's calibrated weights, an image, and timm's answer to it in the dtype and in float64."""
+    """Write ``case.weights``: the net's calibrated weights, the images to check, and timm's answer to them in the dtype and in
+    float64. A smaller batch of the same net has the first of them."""
     net, size = case.nets[0], _size(case)
     torch.manual_seed(0)
     state = calibrate(effnet_fast.create_model(f"efficientnet_{net}"), size).state_dict()
-    image = images(1, size).to(DTYPES[case.dtype])
+    x = images(len(case.checked), size).to(DTYPES[case.dtype])
     peer = _timm(case, state)
-    plain = peer(_on(case, image)).cpu()
+    plain = peer(_on(case, x)).cpu()
     exact = peer.to(torch.float64)
     exact.load_state_dict(state)  # which the dtype has not rounded
-    reference = exact(image.to(case.device, torch.float64)).cpu()
-    torch.save({"state": state, "image": image, "plain": plain, "reference": reference}, case.weights)
+    reference = exact(x.to(case.device, torch.float64)).cpu()
+    torch.save({"state": state, "images": x, "plain": plain, "reference": reference}, case.weights)
 
 
 def ours(case: Case, graph: bool = False) -> Timer:
@@ -63,27 +64,29 @@ def checked(
     factor: float,
     layout: str = "channels_last",
 ) -> Timer:
-    """A timer for the net that ``build`` makes of the case's weights; Refused where it is wrong on the first or the last image."""
+    """A timer for the net that ``build`` makes of the case's weights, with ``graph`` as a CUDA graph; Refused where it is wrong on
+    a checked image."""
     torch.backends.cudnn.benchmark = True
     told = torch.load(case.weights)
     run = build(told["state"])
+    few = len(case.checked)
     first = images(case.batch, _size(case), seed=2).to(DTYPES[case.dtype])
-    first[0] = first[-1] = told["image"][0]
+    first[case.checked] = told["images"][:few]
     first = _on(case, first, layout)
-    out = run(first)[:: max(1, case.batch - 1)].cpu()
-    wrong = why_wrong(out, told["plain"].expand_as(out), told["reference"].expand_as(out), factor)
+    run = Replayed(run, first) if graph else run
+    out = run(first)[case.checked].cpu()
+    wrong = why_wrong(out, told["plain"][:few], told["reference"][:few], factor)
     if wrong is not None:
         raise Refused(wrong)
     count = copies(first.numel() * first.element_size(), last_level_cache(case.device), most=16)
     sets = [first, *(first.clone(memory_format=torch.preserve_format) for _ in range(count - 1))]
-    timer: type = HostTimer if case.device == "cpu" else GraphTimer if graph else EventTimer
 
     def step(i: int) -> Tensor:
         if case.device == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         return run(sets[i])
 
-    return timer(step, count)
+    return (HostTimer if case.device == "cpu" else EventTimer)(step, count)
 
 
 def _size(case: Case) -> tuple[int, int]:

@@ -11,7 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from benchmarks.run import geomean
+from benchmarks import findings
+from benchmarks.findings import geomean, is_ours, timed
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; ours are warm.
 _OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442")
@@ -20,25 +21,22 @@ _MARKS = "os^Dv<>P"
 
 
 def draw(results: Path) -> list[Path]:
-    """Write ``NAME-speed.png`` and ``NAME-roofline.png`` beside ``NAME.json``."""
+    """Write ``NAME-speed.png`` and ``NAME-roofline.png`` beside ``NAME.json``. They hold its digest, by which they are told from
+    those of other timings."""
     told = json.loads(results.read_text())
     made = []
     for name, plot in (("speed", _speed), ("roofline", _roofline)):
         figure = plot(told)
         path = results.with_name(f"{results.stem}-{name}.png")
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110, metadata={"Source": findings.digest(results)})
         plt.close(figure)
         made.append(path)
     return made
 
 
-def _timed(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: entrant for name, entrant in case["entrants"].items() if entrant["status"] == "timed"}
-
-
 def _colours(told: dict[str, Any]) -> dict[str, str]:
-    names = list(dict.fromkeys(name for case in told["cases"] for name in _timed(case)))
-    ours = [name for name in names if name.startswith(("ours", "accelerated"))]
+    names = list(dict.fromkeys(name for case in told["cases"] for name in timed(case)))
+    ours = [name for name in names if is_ours(name)]
     peers = [name for name in names if name not in ours]
     return {
         **{name: _OURS[i % len(_OURS)] for i, name in enumerate(ours)},
@@ -52,8 +50,7 @@ def _short(group: str) -> str:
 
 def _title(told: dict[str, Any]) -> str:
     where = told["machine"]
-    device = where["gpu"]["name"] if told["device"] == "cuda" else f"{where['cpu']}, {where['threads']} threads"
-    return f"{told['suite']}, {told['dtype']}, {device}, torch {where['versions']['torch']}, {where['date']}"
+    return f"{findings.setting(told)}, torch {where['versions']['torch']}, {where['date']}"
 
 
 def _speed(told: dict[str, Any]) -> Any:
@@ -61,12 +58,12 @@ def _speed(told: dict[str, Any]) -> Any:
     colours, baseline = _colours(told), told["baseline"]
     groups: dict[str, dict[str, list[float]]] = {}
     for case in told["cases"]:
-        timed = _timed(case)
-        if baseline in timed:
+        entrants = timed(case)
+        if baseline in entrants:
             batch = f"batch {case['batch']}" if told["suite"] == "model" else "one image" if case["batch"] == 1 else "large batch"
             label = f"{_short(case['group'])}\n{batch}"
-            for name, entrant in timed.items():
-                speed = timed[baseline]["median_us"] / entrant["median_us"]
+            for name, entrant in entrants.items():
+                speed = entrants[baseline]["median_us"] / entrant["median_us"]
                 groups.setdefault(label, {}).setdefault(name, []).append(speed)
     figure, axes = plt.subplots(figsize=(max(7, 1.2 + 1.5 * len(groups)), 4.6), layout="constrained")
     colours.pop(baseline, None)  # the line at 1
@@ -108,7 +105,7 @@ def _roofline(told: dict[str, Any]) -> Any:
         if not (case["flops"] and case["bytes"]):
             continue
         intensities.append(case["flops"] / case["bytes"])
-        for name, entrant in _timed(case).items():
+        for name, entrant in timed(case).items():
             if name in shown:
                 mark, filled = _MARKS[groups.index(case["group"]) % len(_MARKS)], case["batch"] > 1
                 face = shown[name] if filled else "none"

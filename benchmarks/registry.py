@@ -78,7 +78,8 @@ _ENTRANTS = {
         Entrant("timm channels_last", training.timm_eager),
     ],
 }
-# Whole nets launched one kernel after another, and as CUDA graphs; single kernels are always timed inside one.
+# Whole nets launched one kernel after another, and as CUDA graphs, which reduce-overhead and max-autotune make too: each call
+# copies its input and replays. Single kernels are always timed inside a graph.
 _GRAPHS: dict[str, list[Entrant]] = {
     "kernels": [],
     "train": [],

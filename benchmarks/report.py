@@ -1,8 +1,9 @@
-"""Writes the README's tables between their markers: the family from the cost model, figures from benchmarks/results/*.json.
+"""Writes the README's tables and what is said of them between markers: the family from the cost model, figures from
+benchmarks/results/*.json.
 
 python -m benchmarks.report             rewrites README.md
 python -m benchmarks.report --plots     also draws benchmarks/results/*.png (matplotlib)
-python -m benchmarks.report --check     exits 1 if README.md is not what this would write
+python -m benchmarks.report --check     exits 1 if README.md or a plot is not what this would write
 python -m benchmarks.report FILE...     prints the tables of results as text
 """
 
@@ -10,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import ceilings, run
+from benchmarks import ceilings, findings
 from effnet_fast.models import FAMILY
 from effnet_fast.scaling.cost import Cost
 from effnet_fast.weights import SOURCES
@@ -22,6 +25,7 @@ from effnet_fast.weights import SOURCES
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+KERNELS = ("csrc", "effnet_fast/ops")  # whose changes make timings old
 TIMINGS = tuple(f"{suite}-{device}" for device in ("cuda", "cpu") for suite in ("model", "train", "kernels"))
 
 
@@ -75,25 +79,81 @@ def parity() -> str:
     return f"{table(header, rows)}\n\n{caption}"
 
 
+def timings() -> dict[Path, dict[str, Any]]:
+    """The committed files of timings."""
+    paths = [RESULTS / f"{name}.json" for name in TIMINGS]
+    return {path: json.loads(path.read_text()) for path in paths if path.exists()}
+
+
+def plots_of(path: Path) -> list[Path]:
+    return sorted(RESULTS.glob(f"{path.stem}-*.png"))
+
+
+def headline() -> str:
+    """How fast nets are against the fastest peer of each kind, what was not measured, and how often a peer is faster."""
+    told, kept = [], timings().values()
+    for results in kept:
+        if results["suite"] == "model":
+            leads = []
+            for case in results["cases"]:
+                against = " and ".join(f"{lead:.2f} times {kind}'s" for kind, lead in findings.leads(case).items())
+                leads += [f"{case['group']} at batch {case['batch']} has {against}"] if against else []
+            told.append(f"**Speed** ({findings.setting(results)}), beside the fastest timm of each kind: {'; '.join(leads)}.")
+    for device, named in (("cuda", "a GPU"), ("cpu", "a CPU")):
+        if not any(results["device"] == device for results in kept):
+            told.append(f"**Not measured:** speed on {named}; no figure here was taken on one.")
+    for results in kept:
+        found, both = findings.behind(results)
+        if found:
+            told.append(f"A peer is faster on {len(found)} of {both} cases ({findings.setting(results)}): [below](#speed).")
+    return "\n".join(told)
+
+
 def speed() -> str:
-    """A table for each committed file of timings, with its plots."""
-    parts = []
-    for name in TIMINGS:
-        if not (RESULTS / f"{name}.json").exists():
-            continue
-        results = json.loads((RESULTS / f"{name}.json").read_text())
-        where = results["machine"]
-        device = where["gpu"]["name"] if results["device"] == "cuda" else f"{where['cpu']}, {where['threads']} threads"
-        versions = ", ".join(f"{tool} {number}" for tool, number in where["versions"].items() if number)
-        caption = f"{results['suite']}, {results['dtype']}, {device}; {versions}; commit {where['commit']}, {where['date']}."
-        told = f"Speed-ups are over {results['baseline']}; columns with several cases are geometric means, beside the worst case."
-        plots = sorted(RESULTS.glob(f"{name}-*.png"))
-        images = "\n".join(f"![{path.stem}]({path.relative_to(ROOT)})" for path in plots)
-        parts.append("\n\n".join(filter(None, (table(run.HEADER, run.figures(results)), f"{caption} {told}", images))))
+    """Of each committed file of timings a table, what is to be said of it, how it was made, and its plots."""
+    parts: list[str] = []
+    for path, results in timings().items():
+        versions = ", ".join(f"{tool} {number}" for tool, number in results["machine"]["versions"].items() if number)
+        caption = (
+            f"{findings.setting(results)}; {versions}; commit {results['machine']['commit']}, {results['machine']['date']}: "
+            f"`{results['command']}`. Speed-ups are over {results['baseline']}; columns with several cases are geometric means, "
+            f"beside the worst case."
+        )
+        told = "\n".join(f"- {sentence}" for sentence in findings.sentences(results))
+        images = "\n".join(f"![{plot.stem}]({plot.relative_to(ROOT)})" for plot in plots_of(path))
+        parts += filter(None, (table(findings.HEADER, findings.figures(results)), caption, told, images))
     return "\n\n".join(parts) or "No timing is committed yet."
 
 
-SECTIONS = {"family": family, "parity": parity, "speed": speed}
+SECTIONS = {"headline": headline, "family": family, "parity": parity, "speed": speed}
+
+
+def stale_plots() -> list[Path]:
+    """Those that were drawn from other timings than the ones beside them."""
+    return [plot for path in timings() for plot in plots_of(path) if findings.digest(path).encode() not in plot.read_bytes()]
+
+
+def changed_since(commit: str) -> list[str]:
+    """Whether the kernels did, in words; empty where they did not."""
+    kernels = " or ".join(KERNELS)
+    try:
+        diff = ["git", "diff", "--quiet", commit.removesuffix("-dirty"), "--", *KERNELS]
+        answer = subprocess.run(diff, cwd=ROOT, capture_output=True).returncode
+    except OSError:
+        answer = None
+    if answer == 0:
+        return []
+    return [f"{kernels} changed since" if answer == 1 else f"git cannot tell whether {kernels} changed since"]
+
+
+def notices() -> list[str]:
+    """What to doubt in committed timings, which is no reason to fail: kernels that changed since, passes that differ."""
+    told = []
+    for path, results in timings().items():
+        commit = results["machine"]["commit"] or "no known commit"
+        told += [f"{path.name} was measured at {commit}: {why}" for why in changed_since(commit)]
+        told += [f"{path.name}: {entry} took {100 * by:+.0f} % in its second pass" for by, entry in findings.drifting(results)]
+    return told
 
 
 def render(text: str) -> str:
@@ -107,30 +167,36 @@ def render(text: str) -> str:
     return text
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--plots", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for path in options.files:
         results = json.loads(path.read_text())
         print(f"\n== {path.stem}")
-        print((ceilings if results["suite"] == "ceilings" else run).summary(results))
+        print((ceilings if results["suite"] == "ceilings" else findings).summary(results))
     if options.files:
         return 0
     if options.plots:
         from benchmarks import plots
 
-        for name in TIMINGS:
-            if (RESULTS / f"{name}.json").exists():
-                plots.draw(RESULTS / f"{name}.json")
+        for path in timings():
+            plots.draw(path)
     before = README.read_text()
     after = render(before)
-    if options.check:
-        return int(before != after)
-    README.write_text(after)
-    return 0
+    for notice in notices():
+        print(f"report: {notice}", file=sys.stderr)
+    if not options.check:
+        README.write_text(after)
+        return 0
+    wrong = [f"{plot.name} was drawn from other timings: --plots draws it" for plot in stale_plots()]
+    if before != after:
+        wrong.append("README.md is not what its sources say: without --check it is written")
+    for what in wrong:
+        print(f"report: {what}", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

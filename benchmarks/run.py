@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -25,12 +26,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import models, registry, training
+from benchmarks import findings, models, registry, training
 from benchmarks.case import Case, Entrant
 from effnet_fast.benchmark import kernel_time, machine
 from effnet_fast.benchmark.roofline import Launch, Machine, bound, launches
 from effnet_fast.benchmark.timing import Answer, Lane, Summary, race
-from effnet_fast.cli.table import table
 from effnet_fast.models import FAMILY
 
 PREPARE_SECONDS = 900.0  # a large net's max-autotune
@@ -78,8 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
         only=options.only,
         quick=options.quick,
         seconds=options.seconds,
+        command=shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]),
     )
-    print(summary(results))
+    print(findings.summary(results))
     return 0
 
 
@@ -91,8 +92,9 @@ def run(
     only: str = "",
     quick: bool = False,
     seconds: float = math.inf,
+    command: str = "",
 ) -> dict[str, Any]:
-    """Measure ``cases``, rewriting ``out`` after each; returns what it holds.
+    """Measure ``cases``, rewriting ``out`` after each; returns what it holds, which ``command`` wrote.
 
     Raises ValueError where ``only`` leaves nothing.
     """
@@ -111,6 +113,7 @@ def run(
         "device": device,
         "dtype": dtype,
         "quick": quick,
+        "command": command,
         "machine": facts,
         "roofline": {
             "name": rates.name,
@@ -129,7 +132,7 @@ def run(
     turns = (1, 0.02) if quick else TURNS.get((suite, device), (4, 0.4))
     with tempfile.TemporaryDirectory() as folder, _lanes(names, out) as lanes:
         for number, (case, chosen) in enumerate(plan, start=1):
-            if suite != "kernels":  # a net has the same weights at every batch, a training step its own images
+            if suite != "kernels":  # a net has the same weights at every batch, its largest first; a training step its own images
                 file = case.nets[0] if suite == "model" else case.name.replace(" ", "-")
                 case = replace(case, weights=str(Path(folder, f"{file}.pt")))
             row = _case_facts(case, rates, suite)
@@ -207,7 +210,7 @@ def _outcome(prepared: Answer, raced: Answer | None) -> dict[str, Any]:
     return {
         "status": "timed",
         "median_us": times.median * 1e6,
-        "again_us": times.again * 1e6,
+        "passes_us": [median * 1e6 for median in times.passes],
         "quartiles_us": [quarter * 1e6 for quarter in times.quartiles],
         "calls": times.calls,
         **prepared.value,
@@ -232,7 +235,7 @@ def _case_facts(case: Case, rates: Machine, suite: str) -> dict[str, Any]:
 
 
 def _add_shares(row: dict[str, Any], cache: int) -> None:
-    """Rates, and over how many caches the inputs rotated: an entrant's own bytes where it has some, as with partial sums."""
+    """Rates, by an entrant's own bytes where it has some, as with partial sums; and over how many caches its inputs rotated."""
     for entrant in row["entrants"].values():
         if entrant["status"] == "timed":
             seconds = entrant["median_us"] * 1e-6
@@ -240,8 +243,8 @@ def _add_shares(row: dict[str, Any], cache: int) -> None:
             if row["bound_us"] is not None:
                 entrant["gb_s"] = entrant.get("bytes", row["bytes"]) / seconds / 1e9
                 entrant["share_of_bound"] = row["bound_us"] / entrant["median_us"]
-            if "bytes" in entrant:
-                entrant["caches_rotated"] = entrant["sets"] * entrant["bytes"] / cache
+            if "set_bytes" in entrant:
+                entrant["caches_rotated"] = entrant["sets"] * entrant["set_bytes"] / cache
 
 
 def _counts(suite: str, device: str, facts: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
@@ -275,57 +278,6 @@ def _line(row: dict[str, Any]) -> str:
         for name, entrant in row["entrants"].items()
     ]
     return f"{row['name']}: {', '.join(told)}"
-
-
-def geomean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
-HEADER = ("what", "batch", "entrant", "cases", "us", "speed-up", "least", "of bound", "worst")
-
-
-def figures(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Under HEADER, a row for each group, kind of batch and entrant: how fast, against the baseline and against the bound."""
-    rows = []
-    for group in dict.fromkeys(case["group"] for case in results["cases"]):
-        for single in (False, True):
-            cases = [case for case in results["cases"] if case["group"] == group and (case["batch"] == 1) == single]
-            for name in dict.fromkeys(name for case in cases for name in case["entrants"]):
-                timed = [case for case in cases if case["entrants"].get(name, {}).get("status") == "timed"]
-                if timed:
-                    rows.append((group, "1" if single else "large", name, *_figures(timed, name, results["baseline"])))
-    return rows
-
-
-def summary(results: dict[str, Any]) -> str:
-    """The figures, and what was not timed and why."""
-    rows, lost = figures(results), []
-    for case in results["cases"]:
-        for name, entrant in case["entrants"].items():
-            if entrant["status"] != "timed":
-                lost.append((entrant["status"], name, entrant["reason"]))
-    told = [table(HEADER, rows, "lllrrrrrr")] if rows else []
-    for group in dict.fromkeys(case["group"] for case in results["cases"]):
-        mine = [entrant for case in results["cases"] if case["group"] == group for entrant in case["entrants"].items()]
-        for name in dict.fromkeys(name for name, entrant in mine if "model_us" in entrant):
-            ratios = [e["median_us"] / e["model_us"] for n, e in mine if n == name and e["status"] == "timed" and "model_us" in e]
-            if ratios:
-                told.append(f"{group}, {name}: {geomean(ratios):.2f} of the modelled time, {min(ratios):.2f} to {max(ratios):.2f}")
-    counts = {key: lost.count(key) for key in dict.fromkeys(lost)}
-    told += [f"{name} {status} on {count} cases: {reason}" for (status, name, reason), count in counts.items()]
-    return "\n".join(told)
-
-
-def _figures(cases: list[dict[str, Any]], name: str, baseline: str) -> tuple[str, ...]:
-    """Cases, geometric mean of microseconds, of speed-ups over the baseline and of shares of the bound, with the worst of each."""
-    mine = [case["entrants"][name] for case in cases]
-    against = [case["entrants"].get(baseline, {}).get("median_us") for case in cases]
-    ratios = [theirs / entrant["median_us"] for theirs, entrant in zip(against, mine, strict=True) if theirs]
-    shares = [entrant["share_of_bound"] for entrant in mine if "share_of_bound" in entrant]
-    speed = (f"{geomean(ratios):.2f}", f"{min(ratios):.2f}") if ratios else ("-", "-")
-    us = geomean([entrant["median_us"] for entrant in mine])
-    of_bound = (f"{100 * geomean(shares):.0f} %", f"{100 * min(shares):.0f} %") if shares else ("-", "-")
-    return (str(len(cases)), f"{us:.4g}", *speed, *of_bound)
 
 
 if __name__ == "__main__":

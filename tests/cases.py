@@ -70,4 +70,47 @@ def nasty() -> list[Case]:
     ]
 
 
+class Pointwise(NamedTuple):
+    """A pointwise convolution of a square image: C, K, its side, whether it has a gate (no activation follows then, else SiLU) and
+    a residual."""
+
+    channels: int
+    out: int
+    side: int
+    gate: bool
+    residual: bool
+
+    def __str__(self) -> str:
+        parts = "-gate" * self.gate + "-residual" * self.residual
+        return f"c{self.channels}-k{self.out}-{self.side}x{self.side}{parts}"
+
+
+def pointwise_shapes() -> list[Pointwise]:
+    """Every distinct pointwise shape of B0..B7 at its own resolution: expand, project and head."""
+    found: dict[Pointwise, None] = {}
+    for name in (f"efficientnet_b{number}" for number in range(8)):
+        config = FAMILY[name]
+        size = (config.resolution + 1) // 2
+        for block in config.blocks():
+            if block.expanded_channels != block.in_channels:
+                found[Pointwise(block.in_channels, block.expanded_channels, size, False, False)] = None
+            size = (size + block.stride - 1) // block.stride
+            residual = block.stride == 1 and block.in_channels == block.out_channels
+            found[Pointwise(block.expanded_channels, block.out_channels, size, True, residual)] = None
+        found[Pointwise(block.out_channels, config.head_channels, size, False, False)] = None
+    return list(found)
+
+
+def gate_shapes() -> list[tuple[int, int]]:
+    """Every distinct squeeze-excite of B0..B7: C and R."""
+    configs = (FAMILY[f"efficientnet_b{number}"] for number in range(8))
+    return list(dict.fromkeys((block.expanded_channels, block.se_channels) for config in configs for block in config.blocks()))
+
+
+def reduced_pointwise(case: Pointwise) -> Pointwise:
+    """The case cut down for interpreters: the side's residue modulo 4 and those of C and K modulo 32 kept, C and K at most 160."""
+    channels, out = (size if size <= 160 else 128 + size % 32 for size in (case.channels, case.out))
+    return case._replace(channels=channels, out=out, side=min(case.side, 4 + case.side % 4))
+
+
 REDUCED = list(dict.fromkeys([*nasty(), *map(reduced, depthwise_shapes())]))

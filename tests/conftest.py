@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fresh import fresh_memory_is_nan  # noqa: F401
 
 if TYPE_CHECKING:
     import torch

@@ -3,14 +3,17 @@ the CPU's for each instruction set."""
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cases
 import numpy as np
+import plain
 import pytest
 import torch
-import torch.nn.functional as F
+from cases import Case
 from emulator import build as emulator
 from emulator.arrays import ACTIVATIONS, DTYPES, from_raw, raw
 from tolerance import assert_2x
@@ -45,10 +48,8 @@ class Gate:
         return [values[0] * 49] + [w if self.bias or w.dim() > 1 else None for w in weights]
 
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
-        partial, rw, rb, ew, eb = (None if t is None else t.to(dtype) for t in self.tensors())
-        hidden = F.linear(partial.sum(1) / 49, rw.flatten(1), rb)
-        hidden = {"identity": lambda t: t, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[self.activation](hidden)
-        return torch.sigmoid(F.linear(hidden, ew.flatten(1), eb))
+        partial, *weights = self.tensors()
+        return plain.gate(partial.to(dtype), 49, *weights, self.activation)
 
     def call(self, seed: int = 0) -> tuple[str, tuple]:
         partial, rw, rb, ew, eb = (None if t is None else raw(t) for t in self.tensors())
@@ -170,25 +171,27 @@ class Pointwise:
     weight_dtype: torch.dtype = torch.float32
     misalign: int = 0
 
-    def tensors(self) -> list[torch.Tensor | None]:
+    def tensors(self) -> list:
+        """x [N * H * W, C], weight [K, C], the norm, and what there is of gate and residual."""
         g = torch.Generator().manual_seed(self.channels)
         rows, c, k = self.images * self.pixels, self.channels, self.out
         x, residual = torch.randn(rows, c, generator=g).to(self.dtype), torch.randn(rows, k, generator=g).to(self.dtype)
         weight = (torch.randn(k, c, generator=g) / c**0.5).to(self.weight_dtype)
-        norm = torch.rand(4, k, generator=g) + torch.tensor([0.5, -0.5, -0.5, 0.5])[:, None]
+        norm = plain.norm(k, generator=g)
         gate = torch.rand(self.images, c, generator=g)
         return [x, weight, norm, gate if self.gate else None, residual if self.residual else None]
 
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
-        x, weight, norm, gate, residual = (None if t is None else t.to(dtype) for t in self.tensors())
-        norm = self.tensors()[2].to(torch.promote_types(dtype, torch.float32))
-        x = x if gate is None else x * gate.repeat_interleave(self.pixels, 0)
-        y = F.batch_norm(F.linear(x, weight), norm[2], norm[3], norm[0], norm[1], eps=1e-3)
-        y = {"identity": lambda t: t, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[self.activation](y)
-        return y if residual is None else y + residual
+        x, weight, norm, gate, residual = plain.wide(self.tensors()) if dtype == torch.float64 else self.tensors()
+        x, residual = (
+            None if t is None else t.to(dtype).view(self.images, self.pixels, 1, -1).permute(0, 3, 1, 2) for t in (x, residual)
+        )
+        y = plain.conv(x, weight[:, :, None, None], norm, activation=self.activation, residual=residual, gate=gate)
+        return y.permute(0, 2, 3, 1).flatten(0, 2)
 
     def call(self) -> tuple[str, tuple]:
-        tensors = [None if t is None else raw(t) for t in self.tensors()]
+        x, weight, norm, *others = self.tensors()
+        tensors = raw(x), raw(weight), raw(torch.stack(norm[:4])), *(None if t is None else raw(t) for t in others)
         options = (ACTIVATIONS[self.activation], DTYPES[self.dtype], DTYPES[self.weight_dtype], self.misalign)
         return "pointwise", (*tensors, self.pixels, *options)
 
@@ -227,54 +230,72 @@ def test_pointwise_cpu_by_bf16_dot_products(modules):
         assert_2x(from_raw(out, case.dtype), plain, case.expected(torch.float64), str(case))
 
 
+@dataclass(frozen=True)
 class Convolution:
-    """A depthwise case, or a dense one that gives ``out`` channels, with arguments of its own type and activation."""
+    """A depthwise convolution on the CPU, with so many pieces of sums, or a dense one of ``out`` channels, from either layout."""
 
-    def __init__(self, case: cases.Case, seed: int, out: int | None = None) -> None:
-        g = torch.Generator().manual_seed(seed)
-        self.case, self.out, self.misalign, self.by_channel, self.pieces = case, out, seed % 2, seed % 3 == 0, 1 + seed % 5
-        self.dtype, self.activation = list(DTYPES)[seed % 3], list(ACTIVATIONS)[seed % 4]
-        channels = out or case.channels
-        self.x = torch.randn(case.images, case.height, case.width, case.channels, generator=g).to(self.dtype)
-        self.weight = torch.randn(channels, case.channels if out else 1, case.kernel, case.kernel, generator=g)
-        self.norm = torch.rand(4, channels, generator=g) + 0.5
+    case: Case
+    dtype: torch.dtype
+    activation: str
+    misalign: int
+    by_channel: bool = False
+    out: int | None = None
+    pieces: int = 0
+
+    def tensors(self) -> list:
+        """x [N, C, H, W], weight, and the norm."""
+        c = self.case
+        g, channels = torch.Generator().manual_seed(c.channels + c.height), self.out or c.channels
+        x = torch.randn(c.images, c.channels, c.height, c.width, generator=g).to(self.dtype)
+        weight = torch.randn(channels, c.channels if self.out else 1, c.kernel, c.kernel, generator=g)
+        return [x, weight, plain.norm(channels, generator=g)]
 
     def call(self) -> tuple[str, tuple]:
         c, activation, dtype = self.case, ACTIVATIONS[self.activation], DTYPES[self.dtype]
         top, bottom, left, right = c.padding
         height = output_size(c.height, c.kernel, c.stride, top, bottom)
         window = [c.stride, top, left, height, output_size(c.width, c.kernel, c.stride, left, right)]
+        x, weight, norm = self.tensors()
+        x = raw(x.permute(0, 2, 3, 1))
         if self.out:
-            tensors = raw(self.x), self.by_channel, raw(self.weight), raw(self.norm)
+            tensors = x, self.by_channel, raw(weight), raw(torch.stack(norm[:4]))
             return "conv_cpu", (*tensors, window, activation, dtype, self.misalign)
-        tensors = raw(self.x), raw(self.weight[:, 0]), [raw(v) for v in self.norm]
-        return "depthwise", (*tensors, 1e-3, window, activation, self.pieces, [dtype, 0, 0], 0, 0, self.misalign)
-
-    def expected(self, dtype: torch.dtype) -> torch.Tensor:
-        c, (scale, shift, mean, var) = self.case, self.norm.to(dtype)
-        top, bottom, left, right = c.padding
-        x = F.pad(self.x.to(dtype).permute(0, 3, 1, 2), (left, right, top, bottom))
-        y = F.conv2d(x, self.weight.to(dtype), stride=c.stride, groups=1 if self.out else c.channels)
-        y = F.batch_norm(y, mean, var, scale, shift, eps=1e-3)
-        y = {"identity": lambda t: t, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[self.activation](y)
-        return y.permute(0, 2, 3, 1)
+        tensors = x, raw(weight[:, 0]), [raw(v) for v in norm[:4]]
+        return "depthwise", (*tensors, norm.eps, window, activation, self.pieces, [dtype, 0, 0], 0, 0, self.misalign)
 
     def check(self, result) -> None:
-        y = from_raw(result if self.out else result[0], self.dtype)
-        what = f"{self.case} {self.dtype} {self.activation}"
-        assert_2x(y, self.expected(self.dtype), self.expected(torch.float64), what)
-        if not self.out:
+        y = from_raw(result if self.out else result[0], self.dtype).permute(0, 3, 1, 2)
+        arguments = self.case.stride, self.case.padding, 1 if self.out else self.case.channels, self.activation
+        assert_2x(y, plain.conv(*self.tensors(), *arguments), plain.conv(*plain.wide(self.tensors()), *arguments), str(self))
+        if self.pieces:
             partial = torch.from_numpy(result[1])
-            assert_2x(partial.sum(1), y.float().sum((1, 2)), y.double().sum((1, 2)), what)
+            assert_2x(partial.sum(1), y.float().sum((2, 3)), y.double().sum((2, 3)), str(self))
 
 
-CONVOLUTIONS = [Convolution(case, seed) for seed, case in enumerate(cases.REDUCED[len(cases.nasty()) :: 4])]
-CONVOLUTIONS += [Convolution(case, seed) for seed, case in enumerate(cases.nasty()) if case.images]  # the binding stops at none
-CONVOLUTIONS += [
-    Convolution(cases.Case(2, channels, 3 + seed, 14 - seed, kernel, stride, (kernel // 2, 0, 1, kernel // 2)), seed, out)
-    for kernel, stride in ((3, 2), (3, 1), (5, 2))
-    for seed, (channels, out) in enumerate([(3, 32), (1, 7), (4, 40), (2, 1), (3, 24), (3, 56)])
-]
+def convolutions() -> list[Convolution]:
+    """All combinations of type, activation, address and layout, dealt to the cases at random."""
+    draw = random.Random(0)
+
+    def dealt(*options: tuple) -> list[tuple]:
+        combinations = list(itertools.product(*options))
+        return draw.sample(combinations, len(combinations))
+
+    of_family = cases.REDUCED[len(cases.nasty()) :: 4]
+    depthwise = [case for case in (*cases.nasty(), *of_family) if case.images]  # the binding stops at none
+    dense = [
+        (Case(2, channels, 3 + i, 14 - i, kernel, stride, (kernel // 2, 0, 1, kernel // 2)), out)
+        for kernel, stride in ((3, 2), (3, 1), (5, 2))
+        for i, (channels, out) in enumerate([(3, 32), (1, 7), (4, 40), (2, 1), (3, 24), (3, 56)])
+    ]
+    options = plain.DTYPES, tuple(plain.ACTIVATIONS), (0, 1)
+    hands = dealt(*options)
+    assert len(depthwise) >= len(hands)
+    made = [Convolution(c, *hand, pieces=draw.randint(0, 5)) for c, hand in zip(depthwise, itertools.cycle(hands), strict=False)]
+    hands = dealt(*options, (False, True))
+    return made + [Convolution(c, *hand, out=out) for (c, out), hand in zip(itertools.cycle(dense), hands, strict=False)]
+
+
+CONVOLUTIONS = convolutions()
 
 
 def test_convolutions_cpu(width, modules):

@@ -1,22 +1,27 @@
-"""The CUDA kernels of depthwise_conv_bn_act, their own source run on the CPU under AddressSanitizer and UBSan: the reduced cases
-against fp64 by the 2x rule, the partial sums against the stored output, several thread orders, seeded bugs."""
+"""The CUDA kernels of depthwise_conv_bn_act, their own source run on the CPU under AddressSanitizer and UBSan: every kernel that is
+compiled and the nasty cases against fp64 by the 2x rule, the partial sums against the stored output, several thread orders, seeded
+bugs."""
 
 from __future__ import annotations
 
 import itertools
+import random
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cases
 import numpy as np
+import plain
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import Case
 from emulator import build as emulator
 from emulator.arrays import ACTIVATIONS, DTYPES, from_raw, raw
+from sass import depthwise_instance
 from tolerance import assert_2x
 
+from effnet_fast.ops import Norm
 from effnet_fast.ops.common import output_size
 from effnet_fast.ops.depthwise import launch
 
@@ -24,6 +29,7 @@ missing = emulator.missing()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 HALF = (torch.bfloat16, torch.float16)
+Instance = tuple[str, tuple[int, ...], str, bool]
 
 
 @dataclass(frozen=True)
@@ -42,30 +48,33 @@ class Run:
     extra: int = 0
     misalign: int = 0
 
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
-        """x [N, C, H, W], weight [C, 1, k, k], and the norm's weight, bias, mean and var."""
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, Norm]:
+        """x [N, C, H, W], weight [C, 1, k, k], and the norm."""
         c = self.case
         g = torch.Generator().manual_seed(c.channels + c.height)
         x = torch.randn(c.images, c.channels, c.height, c.width, generator=g).to(self.dtype)
         weight = (0.5 * torch.randn(c.channels, 1, c.kernel, c.kernel, generator=g)).to(self.weight_dtype)
-        norm = [(torch.rand(c.channels, generator=g) + shift).to(self.norm_dtype) for shift in (0.5, -0.5, -0.5, 0.5)]
-        return x, weight, [*(norm[:2] if self.affine else (None, None)), *norm[2:]]
+        norm = plain.norm(c.channels, self.norm_dtype, g)
+        return x, weight, norm if self.affine else norm._replace(weight=None, bias=None)
 
     def size(self) -> tuple[int, int]:
         c = self.case
         top, bottom, left, right = c.padding
         return output_size(c.height, c.kernel, c.stride, top, bottom), output_size(c.width, c.kernel, c.stride, left, right)
 
+    def instance(self) -> Instance:
+        """Which kernel runs: direct_kernel of k, s and channels a thread, or tensor_kernel of k, s, columns and groups of 16
+        channels, which has SiLU compiled in or not."""
+        c, tile = self.case, launch.tile(self.dtype, self.case.channels, self.size()[1])
+        dtype = str(self.dtype).replace("torch.float32", "fp32").replace("torch.bfloat16", "bf16").replace("torch.float16", "fp16")
+        if not tile.threads:
+            return "tensor", (c.kernel, c.stride, tile.columns, tile.channels // 16), dtype, self.activation == "silu"
+        return "direct", (c.kernel, c.stride, 1 if self.misalign or self.extra % 2 else tile.channels), dtype, False
+
     def expected(self, wide: bool) -> torch.Tensor:
-        """What PyTorch's modules compute, in x's dtype or in fp64."""
-        x, weight, norm = self.tensors()
-        if wide:
-            x, weight, norm = x.double(), weight.double(), [None if v is None else v.double() for v in norm]
-        c = self.case
-        top, bottom, left, right = c.padding
-        y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight.to(x.dtype), stride=c.stride, groups=c.channels)
-        y = F.batch_norm(y, norm[2], norm[3], norm[0], norm[1], eps=1e-3)
-        return {"silu": F.silu, "relu": F.relu, "relu6": F.relu6, "identity": lambda t: t}[self.activation](y)
+        """What PyTorch's functions compute, in x's dtype or in fp64."""
+        x, weight, norm = plain.wide(self.tensors()) if wide else self.tensors()
+        return plain.conv(x, weight, norm, self.case.stride, self.case.padding, self.case.channels, self.activation)
 
     def call(self, seed: int = 0, x: torch.Tensor | None = None) -> tuple[str, tuple]:
         given, weight, norm = self.tensors()
@@ -77,35 +86,64 @@ class Run:
             pieces = launch.rows_and_pieces(self.dtype, c.images, c.channels, height, width, self.multiprocessors)[1]
         window = [c.stride, c.padding[0], c.padding[2], height, width]
         types = [DTYPES[self.dtype], DTYPES[self.weight_dtype], DTYPES[self.norm_dtype]]
-        arrays = raw(x), raw(weight[:, 0]), [None if v is None else raw(v) for v in norm]
+        arrays = raw(x), raw(weight[:, 0]), [None if v is None else raw(v) for v in norm[:4]]
         options = (ACTIVATIONS[self.activation], pieces, types, self.multiprocessors, seed, self.misalign)
-        return "depthwise", (*arrays, 1e-3, window, *options)
+        return "depthwise", (*arrays, norm.eps, window, *options)
 
     def result(self, out: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         return from_raw(out[0], self.dtype).permute(0, 3, 1, 2), torch.from_numpy(out[1])
 
 
-def covering() -> list[Run]:
-    """The nasty cases and a sixth of the others, in bfloat16 and in one other type; the other options in turn."""
-    runs = []
-    some = [*cases.nasty(), *cases.REDUCED[len(cases.nasty()) :: 6]]
-    for i, case in enumerate(case for case in some if case.images):
+def drawn(draw: random.Random, case: Case, dtype: torch.dtype, activation: str) -> Run:
+    """The case with each of the other options by lot."""
+    on_tensor_cores = dtype in HALF and case.channels % 8 == 0
+    return Run(
+        case,
+        dtype,
+        activation,
+        weight_dtype=draw.choice((torch.float32, dtype)),
+        norm_dtype=draw.choice((torch.float32, dtype)),
+        affine=draw.random() < 0.8,
+        squeeze=draw.random() < 0.9,
+        multiprocessors=draw.choice((1, 4, 16)),
+        extra=draw.choice((0, 8 if on_tensor_cores else 3)),
+        misalign=0 if on_tensor_cores else draw.choice((0, 1)),
+    )
+
+
+WINDOWS = list(itertools.product((3, 5), (1, 2)))
+REST = [activation for activation in plain.ACTIVATIONS if activation != "silu"]
+# Of each strip's columns, output widths: a strip that is partly used, and one that is full or two of them.
+WIDTHS = {8: (5, 8), 16: (9, 16), 32: (18, 35)}
+# Of each tile, columns and groups of 16 channels, a C that takes it and does not fill it; the first two for 3x3 and stride 1 alone.
+TILES = {(32, 2): 24, (32, 4): 56, (8, 3): 72, (16, 3): 72, (32, 3): 40}
+
+
+def every_kernel() -> list[Run]:
+    """Each instance of each kernel, those on the tensor cores at both widths in either type, with few rows."""
+    draw, runs = random.Random(0), []
+    for (kernel, stride), silu in itertools.product(WINDOWS, (True, False)):
+        tiles = list(TILES.items())[0 if (kernel, stride) == (3, 1) else 2 :]
+        some = [
+            (32 // columns, WIDTHS[columns][silu == (dtype == torch.bfloat16)], channels, dtype)
+            for ((columns, _), channels), dtype in itertools.product(tiles, HALF)
+        ]
+        direct = (14, torch.float32), (13, torch.float32), (11, torch.bfloat16), (13, torch.float16)
+        some += [(2, draw.randint(3, 10), channels, dtype) for channels, dtype in direct]
+        for images, width, channels, dtype in some:
+            height, width = (stride * size - draw.randrange(stride) for size in (draw.randint(3, 7), width))
+            case = Case(draw.randint(1, images), channels, height, width, kernel, stride, cases.symmetric(kernel))
+            run = drawn(draw, case, dtype, "silu" if silu else draw.choice(REST))
+            runs.append(replace(run, extra=2, misalign=0) if channels == 14 else run)  # where pairs of channels are aligned
+    return runs
+
+
+def nasty() -> list[Run]:
+    """The nasty cases in bfloat16 and in one other type."""
+    draw, runs = random.Random(1), []
+    for i, case in enumerate(case for case in cases.nasty() if case.images):
         for dtype in (torch.bfloat16, (torch.float32, torch.float16)[i % 2]):
-            on_tensor_cores = dtype in HALF and case.channels % 8 == 0
-            runs.append(
-                Run(
-                    case,
-                    dtype,
-                    activation=("silu", "relu", "silu", "relu6", "identity")[i % 5],
-                    weight_dtype=(torch.float32, dtype)[i // 2 % 2],
-                    norm_dtype=(torch.float32, dtype)[i // 3 % 2],
-                    affine=i % 7 != 0,
-                    squeeze=i % 11 != 0,
-                    multiprocessors=(1, 132, 16)[i % 3],
-                    extra=(0, 8 if on_tensor_cores else 3)[i // 2 % 2],
-                    misalign=0 if on_tensor_cores else i // 4 % 2,
-                )
-            )
+            runs.append(drawn(draw, case, dtype, draw.choice(list(plain.ACTIVATIONS))))
     return runs
 
 
@@ -144,13 +182,26 @@ def check(module: Path, runs: list[Run], seeds: range) -> None:
             assert_2x(partial.sum(1), y.float().sum((2, 3)), total, f"{run}: the partial sums")
 
 
-COVERING = covering()
+COVERING = [*every_kernel(), *nasty()]
 SEEDS = range(2)  # orders of threads
 
 
-@pytest.mark.parametrize("part", range(3))
-def test_reduced_cases(part, modules):
-    check(modules["sound"], COVERING[part::3], SEEDS)
+def test_every_kernel_is_covered(modules):
+    """By the module's own symbols."""
+    symbols = subprocess.run(["nm", modules["sound"]], capture_output=True, text=True, check=True).stdout.split()
+    kernels = [name for name in symbols if "depthwise" in name and name.endswith("KernelParamsE") and "_kernelI" in name]
+    compiled = set()
+    for name in kernels:
+        kind, numbers, dtype = depthwise_instance(name)
+        compiled.add((kind, tuple(numbers), dtype, "Lb1E" in name))
+    assert {run.instance() for run in COVERING} == compiled
+
+
+@pytest.mark.parametrize("dtype", plain.DTYPES, ids=str)
+def test_covering_cases(dtype, modules):
+    """In several orders of threads for one type: they share their barriers."""
+    runs = [run for run in COVERING if run.dtype == dtype]
+    check(modules["sound"], runs, SEEDS if dtype == torch.bfloat16 else range(1))
 
 
 def test_segments_and_tiles(modules):

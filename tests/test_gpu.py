@@ -14,8 +14,11 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
+from plain import DTYPES, misaligned, wide
+from test_native import gate_arguments as on_cpu
 from tolerance import assert_2x
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,31 +30,23 @@ from effnet_fast.models import create_model
 from effnet_fast.ops import backends, gpu, native, squeeze_excite, triton_backend
 
 GATE = torch.ops.effnet_fast.squeeze_excite_gate
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=DEVICES)
 def device(request) -> torch.device:
-    """With fp32 products as fp32, and fresh memory as NaN."""
+    """With fp32 products as fp32."""
     wanted, before = torch.device(request.param), torch.backends.cudnn.conv.fp32_precision
     reason = native.REASON or (native.why_no_cuda(wanted) if wanted.type == "cuda" else None)
     if reason is not None:
         pytest.skip(reason)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.use_deterministic_algorithms(True, warn_only=True)
     yield wanted
-    torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.conv.fp32_precision = before
 
 
 def gate_arguments(shape, dtype, device, bias=True, activation="silu", seed=0):
-    images, pieces, channels, reduced = shape
-    g = torch.Generator().manual_seed(images + channels + seed)
-    shapes = [(images, pieces, channels), (reduced, channels, 1, 1), (reduced,), (channels, reduced, 1, 1), (channels,)]
-    partial, rw, rb, ew, eb = (torch.randn(size, generator=g).to(device) for size in shapes)
-    weights = [(rw / channels**0.5).to(dtype), rb.to(dtype) if bias else None, ew.to(dtype), eb.to(dtype) if bias else None]
-    return [partial * 49 / pieces**0.5, 49, *weights, activation]
+    return [a.to(device) if torch.is_tensor(a) else a for a in on_cpu(*shape, dtype, bias, activation, seed)]
 
 
 # images, pieces, channels, reduced: few images and many, one slice of the channels and eight, B0's and B7's largest, odd ones.
@@ -71,32 +66,38 @@ GATES = [
 ]
 
 
+def check_gate(shape, dtype, device, bias=True, activation="silu"):
+    """Over four draws at once: the largest error of a few numbers is luck."""
+    results = []
+    for seed in range(0, 4000, 1000):
+        arguments = gate_arguments(shape, dtype, device, bias, activation, seed)
+        with ops.backend("native", strict=True):
+            out = ops.squeeze_excite_gate(*arguments[:-1], activation=activation)
+        assert torch.equal(out, GATE.native(*arguments)), "the order of blocks changes the result"
+        results.append((out, GATE.reference(*arguments), GATE.reference(*wide(arguments))))
+    assert_2x(*(torch.cat(same) for same in zip(*results, strict=True)), f"{shape} {activation}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", GATES, ids=str)
 def test_gate(shape, dtype, device):
-    """Over four draws at once: the largest error of a few numbers is luck."""
     if device.type == "cpu" and shape[1] > 16:
         pytest.skip("on the CPU depthwise makes 16 pieces at most, and the gate adds them up one by one")
     for bias, activation in ((True, "silu"), (False, "relu"), (True, "identity")):
-        results = []
-        for seed in range(0, 4000, 1000):
-            arguments = gate_arguments(shape, dtype, device, bias, activation, seed)
-            wide = [a.double() if torch.is_tensor(a) else a for a in arguments]
-            with ops.backend("native", strict=True):
-                out = ops.squeeze_excite_gate(*arguments[:-1], activation=activation)
-            assert torch.equal(out, GATE.native(*arguments)), "the order of blocks changes the result"
-            results.append((out, GATE.reference(*arguments), GATE.reference(*wide)))
-        assert_2x(*(torch.cat(same) for same in zip(*results, strict=True)), activation)
+        check_gate(shape, dtype, device, bias, activation)
+
+
+@pytest.mark.parametrize(("images", "dtype"), [(1, torch.float32), (16, torch.bfloat16)], ids=str)
+def test_gates_of_the_family(images, dtype, device):
+    for channels, reduced in cases.gate_shapes():
+        check_gate((images, 2, channels, reduced), dtype, device)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1152, 48), (33, 2, 672, 28)], ids=str)
 def test_gate_of_misaligned_tensors(shape, device):
-    def moved(t):
-        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) if torch.is_tensor(t) else t
-
     arguments = gate_arguments(shape, torch.bfloat16, device)
-    wide = [a.double() if torch.is_tensor(a) else a for a in arguments]
-    assert_2x(GATE.native(*map(moved, arguments)), GATE.reference(*arguments), GATE.reference(*wide))
+    moved = [misaligned(a) if torch.is_tensor(a) else a for a in arguments]
+    assert_2x(GATE.native(*moved), GATE.reference(*arguments), GATE.reference(*wide(arguments)))
 
 
 def test_gate_out_allocates_nothing(device):
@@ -205,6 +206,7 @@ class Calls(TorchDispatchMode):
 
 def launches(function, device: torch.device) -> list[str]:
     """Of one call, after another that compiles: the GPU's activities by the profiler, or on the CPU the operators."""
+    torch.use_deterministic_algorithms(False)  # to fill fresh memory with NaN is a launch too
     with torch.no_grad():
         function()
         if device.type == "cpu":

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from plain import DTYPES, every_second, misaligned, wide
 from tolerance import assert_2x
 
 import effnet_fast
@@ -29,14 +30,13 @@ def gate_arguments(batch, pieces, channels, reduced, dtype=torch.float32, bias=T
     shapes = [(batch, pieces, channels), (reduced, channels, 1, 1), (reduced,), (channels, reduced, 1, 1), (channels,)]
     partial, rw, rb, ew, eb = (torch.randn(shape, generator=g) for shape in shapes)
     weights = [rw / channels**0.5, rb if bias else None, ew, eb if bias else None]
-    return [partial * PIXELS, PIXELS, *(None if w is None else w.to(dtype) for w in weights), activation]
+    return [partial * PIXELS / pieces**0.5, PIXELS, *(None if w is None else w.to(dtype) for w in weights), activation]
 
 
 def check_gate(arguments):
-    wide = [a.double() if torch.is_tensor(a) else a for a in arguments]
     out = GATE.native(*arguments)
     assert out.is_contiguous() and out.dtype == torch.float32
-    assert_2x(out, GATE.reference(*arguments), GATE.reference(*wide))
+    assert_2x(out, GATE.reference(*arguments), GATE.reference(*wide(arguments)))
     return out
 
 
@@ -45,8 +45,7 @@ def check_gates(*shape, **options):
     results = []
     for seed in range(0, 8000, 1000):
         arguments = gate_arguments(*shape, **options, seed=seed)
-        wide = [a.double() if torch.is_tensor(a) else a for a in arguments]
-        results.append((GATE.native(*arguments), GATE.reference(*arguments), GATE.reference(*wide)))
+        results.append((GATE.native(*arguments), GATE.reference(*arguments), GATE.reference(*wide(arguments))))
     assert_2x(*(torch.cat(same) for same in zip(*results, strict=True)))
 
 
@@ -59,7 +58,7 @@ def test_gate_shapes(batch, pieces, channels, reduced):
     check_gates(batch, pieces, channels, reduced)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["silu", "relu", "relu6", "identity"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_gate_types(dtype, activation, bias):
@@ -86,7 +85,7 @@ def test_gate_of_no_images():
     assert GATE.native(*gate_arguments(0, 2, 24, 6)).shape == (0, 24)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gate_of_half_precision_extremes(dtype):
     """Subnormal, largest and signed-zero weights keep their values."""
     info = torch.finfo(dtype)
@@ -123,20 +122,10 @@ def test_gate_of_extreme_sums():
         arguments[0] = arguments[0] * scale
         out = GATE.native(*arguments)
         assert torch.isfinite(out).all() and out.min() < 1e-30 and out.max() == 1
-        assert_2x(out, GATE.reference(*arguments), GATE.reference(*(a.double() if torch.is_tensor(a) else a for a in arguments)))
+        assert_2x(out, GATE.reference(*arguments), GATE.reference(*wide(arguments)))
 
 
-def offset_by_one(t):
-    """The same values at an address that is no multiple of a vector."""
-    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-
-
-def strided(t):
-    """The same values as a slice of a larger tensor."""
-    return torch.stack([t, torch.full_like(t, float("nan"))], dim=-1)[..., 0]
-
-
-@pytest.mark.parametrize("view", [offset_by_one, strided])
+@pytest.mark.parametrize("view", [misaligned, every_second])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_gate_of_views(view, batch):
     arguments = gate_arguments(batch, 2, 50, 10, torch.bfloat16)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 
+import cases
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import DTYPES, VIEWS, wide
 from tolerance import assert_2x
 
 from effnet_fast import ops
-from effnet_fast.models import FAMILY
 from effnet_fast.ops import backends, native, pointwise
 
 pytestmark = pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON))
 
 POINTWISE = torch.ops.effnet_fast.pointwise_conv_bn_act
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def arguments(images, channels, out, height, width, *, gate=True, residual=True, activation="silu", dtype=torch.float32, seed=0):
@@ -36,10 +36,6 @@ def arguments(images, channels, out, height, width, *, gate=True, residual=True,
         y.contiguous(**last) if residual else None,
         activation,
     ]
-
-
-def wide(args):
-    return [a.double() if torch.is_tensor(a) else a for a in args]
 
 
 def check(args):
@@ -69,27 +65,10 @@ def test_parts(gate, residual, activation, dtype):
         check(arguments(*shape, gate=gate, residual=residual, activation=activation, dtype=dtype))
 
 
-def family_shapes() -> list[tuple[int, int, int, bool, bool]]:
-    """Every distinct pointwise shape of B0..B7: C, K, side, gate, residual."""
-    found = {}
-    for number in range(8):
-        config = FAMILY[f"efficientnet_b{number}"]
-        size, last = (config.resolution + 1) // 2, 0
-        for block in config.blocks():
-            if block.expanded_channels != block.in_channels:
-                found[block.in_channels, block.expanded_channels, size, False, False] = None
-            size = (size + block.stride - 1) // block.stride
-            residual = block.stride == 1 and block.in_channels == block.out_channels
-            found[block.expanded_channels, block.out_channels, size, True, residual] = None
-            last = block.out_channels
-        found[last, config.head_channels, size, False, False] = None
-    return list(found)
-
-
 @pytest.mark.parametrize("images", [1, 2])
 def test_family(images):
     """All channels, few rows: sides keep their residues modulo 4."""
-    shapes = {(c, k, min(side, 4 + side % 4), gate, residual) for c, k, side, gate, residual in family_shapes()}
+    shapes = {shape._replace(side=min(shape.side, 4 + shape.side % 4)) for shape in cases.pointwise_shapes()}
     for channels, out, side, gate, residual in sorted(shapes):
         activation = "identity" if gate else "silu"
         check(arguments(images, channels, out, side, side, gate=gate, residual=residual, activation=activation))
@@ -128,27 +107,12 @@ def test_threads_do_not_change_a_bit(shape, dtype):
     assert torch.equal(outs[0], check(args))
 
 
-def sliced(t):
-    larger = torch.full([size + 2 for size in t.shape], float("nan"), dtype=t.dtype)
-    return larger[tuple(slice(1, -1) for _ in t.shape)].copy_(t)
-
-
-def misaligned(t):
-    """At an address that is no multiple of a vector, in the same layout."""
-    last = {"memory_format": torch.channels_last} if t.dim() == 4 else {}
-    dense = t.permute(0, 2, 3, 1).contiguous() if t.dim() == 4 else t
-    moved = torch.cat([dense.new_zeros(1), dense.flatten()])[1:].view(dense.shape)
-    moved = moved.permute(0, 3, 1, 2) if t.dim() == 4 else moved
-    assert moved.is_contiguous(**last)
-    return moved
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("view", [sliced, misaligned, torch.Tensor.contiguous], ids=["sliced", "misaligned", "NCHW"])
-def test_views(view, dtype):
+@pytest.mark.parametrize("how", VIEWS)
+def test_views(how, dtype):
     for shape in [(2, 24, 40, 5, 7), (3, 1, 20, 4, 4), (2, 20, 1, 4, 4), (4, 9, 10, 1, 1), (1, 16, 16, 1, 9)]:
         args = arguments(*shape, dtype=dtype)
-        views = [view(a) if torch.is_tensor(a) else a for a in args]
+        views = [VIEWS[how](a) if torch.is_tensor(a) else a for a in args]
         assert torch.equal(POINTWISE.native(*views), POINTWISE.native(*args))
 
 

@@ -5,20 +5,14 @@ The interpreter is chosen before triton is imported, so test_triton.py runs this
 
 from __future__ import annotations
 
+import itertools
+
 import cases
 import pytest
 import torch
-from test_ops import (
-    DTYPES,
-    check_bad_input,
-    check_every_tensor,
-    check_parameters_in_double,
-    norm,
-    outputs,
-    plain_conv,
-    strided,
-    wide,
-)
+from plain import DTYPES, VIEWS, norm, transposed, wide
+from plain import conv as plain_conv
+from test_ops import check_bad_input, check_every_tensor, check_parameters_in_double, outputs
 from tolerance import assert_2x
 
 import effnet_fast
@@ -30,8 +24,26 @@ from effnet_fast.ops.squeeze_excite import triton as squeeze_excite
 
 OPS = torch.ops.effnet_fast
 DEVICE = "cpu" if triton_backend.INTERPRETED else "cuda"
-SHAPES = [case for case in cases.REDUCED if case not in cases.nasty()]
-DEPTHWISE = [*cases.nasty(), *(SHAPES[::12] if triton_backend.INTERPRETED else SHAPES)]
+
+
+def depthwise_cases() -> list[tuple[cases.Case, str, tuple[torch.dtype, ...]]]:
+    """Cases, activations and storage types: on a GPU the reduced cases with an activation in turn, and the full ones with SiLU;
+    interpreted the nasty cases with a type in turn too, and of each kernel and stride the family's smallest with SiLU."""
+    if not triton_backend.INTERPRETED:
+        in_turn = [(case, ops.ACTIVATIONS[i % 4], DTYPES) for i, case in enumerate(cases.REDUCED)]
+        return in_turn + [(case, "silu", DTYPES) for case in cases.depthwise_shapes()]
+    some = [(case, ops.ACTIVATIONS[i % 4], (DTYPES[i % 3],)) for i, case in enumerate(cases.nasty())]
+    for window in itertools.product((3, 5), (1, 2)):
+        of_window = [case for case in map(cases.reduced, cases.depthwise_shapes()) if (case.kernel, case.stride) == window]
+        smallest = min(of_window, key=lambda case: case.channels * case.height * case.width)
+        some.append((smallest._replace(images=3), "silu", DTYPES))  # the largest error of the few sums of one image is luck
+    return some
+
+
+def pointwise_cases() -> list[cases.Pointwise]:
+    """All of the family on a GPU; interpreted, a sixth of it, of few pixels and channels."""
+    full = cases.pointwise_shapes()
+    return list(dict.fromkeys(map(cases.reduced_pointwise, full)))[::6] if triton_backend.INTERPRETED else full
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +51,8 @@ def strictly_triton():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
     with effnet_fast.backend("triton", strict=True):
         yield
-    torch.use_deterministic_algorithms(False)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -53,12 +63,11 @@ def norm_on_device(channels: int, dtype: torch.dtype = torch.float32) -> ops.Nor
     return ops.Norm(*(value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in norm(channels, dtype)))
 
 
-@pytest.mark.parametrize(("number", "case"), list(enumerate(DEPTHWISE)), ids=str)
-def test_depthwise(number, case):
-    """A storage type and an activation in turn; the interpreter has no time for all of them."""
-    for dtype in (DTYPES[number % 3],) if triton_backend.INTERPRETED else DTYPES:
+@pytest.mark.parametrize(("case", "activation", "dtypes"), depthwise_cases(), ids=str)
+def test_depthwise(case, activation, dtypes):
+    for dtype in dtypes:
         x, weight = rand(*case[:4], dtype=dtype), rand(case.channels, 1, case.kernel, case.kernel)
-        n, activation = norm_on_device(case.channels), ops.ACTIVATIONS[number % 4]
+        n = norm_on_device(case.channels)
         args = {"stride": case.stride, "padding": case.padding, "activation": activation}
         y, partial = ops.depthwise_conv_bn_act(x, weight, n, squeeze=True, **args)
         plain = plain_conv(x, weight, n, **args, groups=case.channels)
@@ -93,20 +102,31 @@ def test_depthwise_of_an_image_beyond_32_bits(monkeypatch):
 POINTWISE = [(3, 24, 7, 11, 40), (4, 32, 5, 5, 16), (1, 40, 1, 1, 8), (0, 16, 4, 4, 16), (3, 13, 3, 9, 17), (1, 136, 7, 7, 130)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "processors"), [*((shape, 1) for shape in POINTWISE), (POINTWISE[0], 132)], ids=str)
-def test_pointwise(shape, dtype, processors, monkeypatch):
-    monkeypatch.setattr(pointwise, "processors", lambda device: processors)
-    images, channels, height, width, out = shape
+def check_pointwise(images, channels, height, width, out, dtype, parts):
+    """With each of the parts: an activation, and whether there are a gate and a residual."""
     x, residual = rand(images, channels, height, width, dtype=dtype), rand(images, out, height, width, dtype=dtype)
     weight, n, gate = rand(out, channels, 1, 1) / channels**0.5, norm_on_device(out), torch.rand(images, channels).to(DEVICE)
-    for activation, g, r in (("silu", None, None), ("identity", gate, residual), ("relu6", gate, None), ("relu", None, residual)):
-        y = ops.pointwise_conv_bn_act(x, weight, n, gate=g, residual=r, activation=activation)
-        gated = x if g is None else x * g.to(dtype)[:, :, None, None]
-        gated64 = wide(x) if g is None else wide(x) * wide(g)[:, :, None, None]
-        plain = plain_conv(gated, weight, n, 1, (0, 0, 0, 0), 1, activation, r)
-        assert_2x(y, plain, plain_conv(gated64, wide(weight), wide(n), 1, (0, 0, 0, 0), 1, activation, wide(r)), activation)
+    for activation, gated, added in parts:
+        args = {"activation": activation, "gate": gate if gated else None, "residual": residual if added else None}
+        y = ops.pointwise_conv_bn_act(x, weight, n, **args)
+        ref64 = plain_conv(wide(x), wide(weight), wide(n), **{name: wide(value) for name, value in args.items()})
+        assert_2x(y, plain_conv(x, weight, n, **args), ref64, activation)
         assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "processors"), [*((shape, 1) for shape in POINTWISE), ((3, 24, 5, 5, 20), 132)], ids=str)
+def test_pointwise(shape, dtype, processors, monkeypatch):
+    monkeypatch.setattr(pointwise, "processors", lambda device: processors)
+    parts = ("silu", False, False), ("identity", True, True), ("relu6", True, False), ("relu", False, True)
+    check_pointwise(*shape, dtype, parts)
+
+
+@pytest.mark.parametrize("case", pointwise_cases(), ids=str)
+def test_pointwise_family(case):
+    for dtype in DTYPES:
+        parts = ("identity" if case.gate else "silu", case.gate, case.residual)
+        check_pointwise(2, case.channels, case.side, case.side, case.out, dtype, [parts])
 
 
 def test_pointwise_gates_each_image_by_its_own():
@@ -121,8 +141,8 @@ def test_pointwise_gates_each_image_by_its_own():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "outputs"), [((2, 3, 33, 32), 32), ((1, 1, 7, 9), 13), ((2, 4, 12, 9), 72), ((1, 3, 1, 1), 16)])
 def test_stem(shape, outputs, dtype):
-    for view, padding in (("channels_last", (1, 1, 1, 1)), ("sliced", (1, 2, 1, 1)), ("contiguous", (1, 1, 2, 2))):
-        x, weight, n = strided(rand(*shape, dtype=dtype), view), rand(outputs, shape[1], 3, 3), norm_on_device(outputs)
+    for view, padding in (("channels_last", (1, 1, 1, 1)), ("sliced", (1, 2, 1, 1)), ("nchw", (1, 1, 2, 2))):
+        x, weight, n = VIEWS[view](rand(*shape, dtype=dtype)), rand(outputs, shape[1], 3, 3), norm_on_device(outputs)
         args = {"stride": 2, "padding": padding, "activation": "silu"}
         plain = plain_conv(x, weight, n, **args, groups=1)
         residual = torch.randn_like(plain) if view == "sliced" else None
@@ -171,20 +191,20 @@ def test_gate(shape, processors, dtype, monkeypatch):
             assert_2x(gate, OPS.squeeze_excite_gate.reference(*args, activation), ref, activation)
 
 
-@pytest.mark.parametrize("how", ["channels_last", "sliced", "misaligned"])
+@pytest.mark.parametrize("how", VIEWS)
 def test_strides_do_not_matter(how):
-    x, n, w3, w1 = rand(2, 24, 9, 7), norm_on_device(24), rand(24, 1, 3, 3), rand(24, 24, 1, 1)
+    x, n, w3, w1 = VIEWS["channels_last"](rand(2, 24, 9, 7)), norm_on_device(24), rand(24, 1, 3, 3), rand(24, 24, 1, 1)
     args = {"stride": 2, "padding": (1, 1, 0, 1), "activation": "silu", "squeeze": True}
     for made, expected in zip(
-        ops.depthwise_conv_bn_act(strided(x, how), strided(w3, how), n, **args),
+        ops.depthwise_conv_bn_act(VIEWS[how](x), VIEWS[how](w3), n, **args),
         ops.depthwise_conv_bn_act(x, w3, n, **args),
         strict=True,
     ):
         assert torch.equal(made, expected)
     gate = torch.rand(2, 48).to(DEVICE)[:, ::2]
     z = ops.pointwise_conv_bn_act(x, w1, n, gate=gate.contiguous(), residual=x, activation="silu")
-    other = strided(x, how)
-    assert torch.equal(ops.pointwise_conv_bn_act(other, strided(w1, how), n, gate=gate, residual=other, activation="silu"), z)
+    other = VIEWS[how](x)
+    assert torch.equal(ops.pointwise_conv_bn_act(other, VIEWS[how](w1), n, gate=gate, residual=other, activation="silu"), z)
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
@@ -217,7 +237,7 @@ def test_both_forms_are_registered(op):
     out_form(*args, **given)
     assert all(torch.equal(given[name], tensor) for name, tensor in zip(names, made, strict=True))
     for name in names:
-        for bad in (torch.empty(1, 1, device=DEVICE), given[name].double(), strided(given[name].transpose(-1, -2), "").mT):
+        for bad in (torch.empty(1, 1, device=DEVICE), given[name].double(), transposed(given[name])):
             if bad.shape != given[name].shape or bad.dtype != given[name].dtype or bad.stride() != given[name].stride():
                 with pytest.raises((ValueError, TypeError), match=name):
                     out_form(*args, **{**given, name: bad})

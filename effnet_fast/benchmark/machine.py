@@ -43,16 +43,20 @@ def facts() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """What EFFNET_FAST_COMMIT says, else the commit of the source tree that this package is in ("-dirty" where files differ)."""
+    """What EFFNET_FAST_COMMIT says, else the commit of the source tree that this package is in, "-dirty" where files differ: not
+    those of results, which the measurements before this one have just written."""
     if os.environ.get(COMMIT):
         return os.environ[COMMIT]
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
-        )
-        return done.stdout.strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        return _git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout.strip()
 
 
 def cpu_model() -> str:
@@ -75,7 +79,7 @@ def last_level_cache(device: str) -> int:
 def measure(device: str, dtype: str) -> Machine:
     """This machine's copy bandwidth (bytes read and written, four caches large) and its rate of a large square matrix product.
 
-    A CPU's vector rate is that of the fp32 product too, whose multiply-adds the same units do; its exponentials are multiply-adds.
+    A CPU's rate of multiply-adds is that of the fp32 product too, which the same units do; its exponentials are not counted.
     On a GPU the vector and special-function rates are multiprocessors x lanes x the highest clock: for a GPU with Hopper's.
     """
     size = 2 << 30 if device == "cuda" else 4 * last_level_cache(device)

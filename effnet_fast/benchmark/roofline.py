@@ -8,7 +8,8 @@ A network is a sequence of launches that depends on how far it is fused:
     L3   expand + depthwise + squeeze in one kernel: the expanded tensor never leaves the chip
 
 The bound of a launch is the largest of four times: bytes over copy bandwidth, dense multiply-adds over the matrix units' rate,
-lane instructions over the vector units', exponentials over the special-function units'. A net's bound is the sum over its launches.
+lane instructions over the vector units' (on a CPU the multiply-adds of the taps alone), exponentials over the special-function
+units'. A net's bound is the sum over its launches.
 Partial sums are as few as can be, one a channel and image; kernels make more.
 Vectors of one number a channel (partial sums, gates, pooled features) are left out at LI, L1 and L3, where their form is open, and
 wherever ``vectors=False``.
@@ -31,9 +32,9 @@ DEPTHWISE_LANES, ACTIVATION_LANES = 8, 4
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates per second. ``dense``: FLOP/s of matrix products by arithmetic; ``lanes``: fp32 lane instructions; ``special``:
-    exponentials or reciprocals. ``shared``: bytes of fast memory that a block of threads can hold, for L3's tiles. Of a GPU:
-    ``multiprocessors``, and their ``clock`` in Hz."""
+    """Rates per second. ``dense``: FLOP/s of matrix products by arithmetic; ``lanes``: fp32 lane instructions, of a CPU fp32
+    multiply-adds; ``special``: exponentials or reciprocals. ``shared``: bytes of fast memory that a block of threads can hold, for
+    L3's tiles. Of a GPU: ``multiprocessors``, 0 for a CPU, and their ``clock`` in Hz."""
 
     name: str
     copy: float
@@ -75,7 +76,7 @@ class Launch:
     weights     elements read once
     dense       multiply-adds that matrix units can do
     taps        those that lanes do: a depthwise convolution's, a gate's (too few of these to count as its lanes)
-    lanes       lane instructions, the taps' included
+    lanes       a GPU's lane instructions, the taps' included
     activated   evaluations of the activation
     """
 
@@ -104,7 +105,7 @@ class Launch:
         times = {
             "memory": self.bytes(dtype, batch, vectors) / machine.copy,
             "dense": 2 * batch * self.dense / machine.dense[dtype],
-            "lanes": batch * self.lanes / machine.lanes,
+            "lanes": batch * (self.lanes if machine.multiprocessors else self.taps) / machine.lanes,
             "special": batch * special * self.activated / machine.special,
         }
         binds = max(times, key=times.__getitem__)

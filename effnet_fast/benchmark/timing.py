@@ -32,10 +32,10 @@ class Skipped(Exception):
 
 
 class Summary(NamedTuple):
-    """Seconds a call: the median of each of two passes, quartiles of both together."""
+    """Seconds a call: median and quartiles of two passes together, and the median of each."""
 
     median: float
-    again: float
+    passes: tuple[float, float]
     quartiles: tuple[float, float]
     calls: int
 
@@ -43,14 +43,15 @@ class Summary(NamedTuple):
 def summarize(passes: list[list[float]]) -> Summary:
     every = sorted(passes[0] + passes[1])
     quarters = statistics.quantiles(every, n=4) if len(every) > 1 else [every[0]] * 3
-    return Summary(statistics.median(passes[0]), statistics.median(passes[1]), (quarters[0], quarters[2]), len(every))
+    first, again = map(statistics.median, passes)
+    return Summary(statistics.median(every), (first, again), (quarters[0], quarters[2]), len(every))
 
 
-def copies(moved: int, cache: int, most: int = 1024) -> int:
+def copies(held: int, cache: int, most: int = 1024) -> int:
     """How many sets of inputs to go round, so that none is still in the last-level cache of ``cache`` bytes when its turn comes
-    again: together more than three times as large, or ``most`` of them where a call moves too little. ``moved``: bytes that one
-    call moves."""
-    return max(2, min(most, math.ceil(3 * cache / max(1, moved)) + 1))
+    again: together more than three times as large, or ``most`` of them where a set holds too little. ``held``: bytes of one set.
+    A result is no part of it: where a call's result is dropped, the next one is written to the same memory."""
+    return max(2, min(most, math.ceil(3 * cache / max(1, held)) + 1))
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -116,6 +117,32 @@ class EventTimer:
         return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
 
 
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """``call`` as a CUDA graph, and its result, which every replay writes again."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+class Replayed:
+    """``run`` as one CUDA graph, replayed on a copy of what it is called with: what torch.compile's reduce-overhead does too."""
+
+    def __init__(self, run: Callable[[torch.Tensor], Any], x: torch.Tensor) -> None:
+        self.x = x.clone(memory_format=torch.preserve_format)
+        self.graph, self.result = captured(lambda: run(self.x))
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.result
+
+
 class GraphTimer:
     """Times calls on a GPU inside one CUDA graph over all input sets, so that a small launch is not lost in the launching of it.
 
@@ -130,16 +157,12 @@ class GraphTimer:
         each = statistics.median(once.burst(0.01))
         self.calls = sets * max(1, min(40, math.ceil(least / (each * sets))))
         self.kept: list[Any] = [None] * sets
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(min(3, sets)):
-                step(i)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+
+        def round_and_round() -> None:
             for i in range(self.calls):
                 self.kept[i % sets] = step(i % sets)
+
+        self.graph, _ = captured(round_and_round)
         for _ in range(2):
             self.graph.replay()
         start = time.perf_counter()

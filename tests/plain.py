@@ -1,0 +1,98 @@
+"""What the kernels are held to, in PyTorch's own functions and without the package's reference; and the same values behind other
+strides and addresses. For the tests of every backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effnet_fast.ops import Norm
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6, "identity": lambda t: t}
+
+
+def norm(channels: int, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None) -> Norm:
+    """Of random vectors, weight and variance from 0.5 to 1.5, bias and mean from -0.5 to 0.5."""
+    vectors = (torch.rand(channels, generator=generator) + shift for shift in (0.5, -0.5, -0.5, 0.5))
+    return Norm(*(v.to(dtype) for v in vectors), 1e-3)
+
+
+def wide(value):
+    """Tensors in float64, also those of a norm, a list or a tuple; the rest as it is."""
+    if isinstance(value, Tensor):
+        return value.double()
+    if isinstance(value, Norm):
+        return Norm(*map(wide, value))
+    return list(map(wide, value)) if isinstance(value, (list, tuple)) else value
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm,
+    stride: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    groups: int = 1,
+    activation: str = "identity",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """``activation(norm(conv(x * gate))) + residual`` in x's dtype; padding is (top, bottom, left, right)."""
+    top, bottom, left, right = padding
+    x = x if gate is None else x * gate.to(x.dtype)[:, :, None, None]
+    y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight.to(x.dtype), stride=stride, groups=groups)
+    y = ACTIVATIONS[activation](F.batch_norm(y, norm.mean, norm.var, norm.weight, norm.bias, eps=norm.eps))
+    return y if residual is None else y + residual
+
+
+def gate(
+    partial: Tensor,
+    count: int,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The squeeze-excite's gate, in the sums' dtype."""
+    reduce_weight, reduce_bias, expand_weight, expand_bias = (
+        None if t is None else t.to(partial.dtype) for t in (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    )
+    hidden = ACTIVATIONS[activation](F.linear(partial.sum(1) / count, reduce_weight.flatten(1), reduce_bias))
+    return torch.sigmoid(F.linear(hidden, expand_weight.flatten(1), expand_bias))
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def misaligned(t: Tensor) -> Tensor:
+    """With t's own strides, one element past an address that suits vectors."""
+    return t.new_empty(t.numel() + 1).as_strided(t.shape, t.stride(), 1).copy_(t)
+
+
+def sliced(t: Tensor) -> Tensor:
+    """A slice, in every dimension, of a larger tensor of NaN."""
+    return F.pad(t, (1, 2) * t.dim(), value=float("nan"))[(slice(1, -2),) * t.dim()]
+
+
+def every_second(t: Tensor) -> Tensor:
+    """With NaN between neighbours."""
+    return torch.stack([t, torch.full_like(t, float("nan"))], dim=-1)[..., 0]
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The last two dimensions, where there are two, change places in memory."""
+    return t.mT.contiguous().mT if t.dim() > 1 else t
+
+
+VIEWS = {
+    "nchw": Tensor.contiguous,
+    "channels_last": channels_last,
+    "misaligned": misaligned,
+    "sliced": sliced,
+    "every second": every_second,
+    "transposed": transposed,
+}
