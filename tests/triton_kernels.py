@@ -263,7 +263,7 @@ def test_parameters_in_double_beside_another_x(op, dtype):
 def test_a_block_of_a_net_is_four_ops(dtype):
     """And so it is under torch.compile(fullgraph=True); autocast over float32 weights gives halves."""
     block = effnet_fast.create_model("efficientnet_b0").blocks[1][1].eval().to(DEVICE)
-    x = rand(2, 24, 7, 9)
+    x = rand(2, 24, 7, 9).to(dtype)
     with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
         with backends.tracing() as trace:
             y = block(x)
