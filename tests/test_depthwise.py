@@ -70,11 +70,16 @@ def test_reduced_cases(number, case, dtype):
     check_depthwise(depthwise_arguments(case, dtype, activation, pieces_of(case)))
 
 
-@pytest.mark.parametrize("case", cases.depthwise_shapes(), ids=str)
-def test_full_cases(case):
+FULL = cases.depthwise_shapes()
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.float32) for case in FULL), *((case, torch.bfloat16) for case in FULL[::9])], ids=str
+)
+def test_full_cases(case, dtype):
     """Of images above 112 pixels a band of whole rows."""
     band = case._replace(height=case.height if case.height <= 112 else 16 + case.height % 16)
-    check_depthwise(depthwise_arguments(band, pieces=pieces_of(band)))
+    check_depthwise(depthwise_arguments(band, dtype, pieces=pieces_of(band)))
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
