@@ -34,9 +34,7 @@ template <typename Run> void write_depthwise(const Tensor& x, const Tensor& weig
   if (p.batch > 0) run(p, input, t.weight);
 }
 
-void run_cpu(const depthwise::ForwardParams& p, const Tensor&, const Tensor&) {
-  inference::call(p, depthwise::forward_cpu);
-}
+void run_cpu(const depthwise::ForwardParams& p, const Tensor&, const Tensor&) { inference::call(p, depthwise::forward_cpu); }
 
 #ifdef EFFNET_FAST_CUDA
 bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }

@@ -19,8 +19,8 @@ void pool_out(const Tensor& x, const Tensor& y) {
   check_apart(kPool, "y", y, x);
   check(y.scalar_type() == x.scalar_type() && y.is_contiguous(), kPool, ": y must be contiguous in x's dtype");
   const Tensor images = as_channels_last(x);
-  const pool::Params p{images.const_data_ptr(), y.mutable_data_ptr(), x.size(0), x.size(2) * x.size(3), int(x.size(1)),
-                       dtype_of(kPool, "x", x)};
+  const pool::Params p{images.const_data_ptr(), y.mutable_data_ptr(), x.size(0),
+                       x.size(2) * x.size(3),   int(x.size(1)),       dtype_of(kPool, "x", x)};
   if (p.batch > 0) inference::call(p, pool::average_cpu);
 }
 

@@ -57,9 +57,7 @@ void start(const pointwise::Params& p) { pointwise::conv_bn_act_cpu(p); }
 void start(const pool::Params& p) { pool::average_cpu(p); }
 
 // What only packing reads: the packed form holds it.
-template <typename P> void forget_parameters(P& p) {
-  p.weight = p.norm_weight = p.norm_bias = p.norm_mean = p.norm_var = nullptr;
-}
+template <typename P> void forget_parameters(P& p) { p.weight = p.norm_weight = p.norm_bias = p.norm_mean = p.norm_var = nullptr; }
 
 }  // namespace
 
@@ -248,7 +246,8 @@ void Plan::run(int64_t images, Range image, const std::vector<Range>& results) c
     auto arena = acquire();
     std::vector<char*> at(results.size());
     for (int64_t i = begin; i < end; ++i) {
-      for (size_t k = 0; k < results.size(); ++k) at[k] = static_cast<char*>(const_cast<void*>(results[k].data)) + i * result_bytes_[k];
+      for (size_t k = 0; k < results.size(); ++k)
+        at[k] = static_cast<char*>(const_cast<void*>(results[k].data)) + i * result_bytes_[k];
       run_image(static_cast<const char*>(image.data) + i * image_.bytes, arena->data(), at);
     }
     release(std::move(arena));
