@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from benchmarks.case import DTYPES, Case
 from benchmarks.kernels import PEER_FACTOR
 from effnet_fast.benchmark import calibrate, images
 from effnet_fast.benchmark.machine import last_level_cache
-from effnet_fast.benchmark.timing import EventTimer, HostTimer, Refused, Replayed, Timer, copies
+from effnet_fast.benchmark.timing import EventTimer, HostTimer, Refused, Replayed, Skipped, Timer, copies
 from effnet_fast.benchmark.tolerance import why_wrong
 
 
@@ -47,6 +49,51 @@ def accelerated(case: Case, graph: bool = False) -> Timer:
         return model
 
     return checked(case, build, graph, 2.0)
+
+
+def optimized(case: Case) -> Timer:
+    """timm's model after :func:`effnet_fast.optimize_for_inference`."""
+    return checked(case, lambda state: effnet_fast.optimize_for_inference(_timm(case, state)), False, 2.0)
+
+
+def onnxruntime(case: Case) -> Timer:
+    """timm's model, exported to ONNX, by ONNX Runtime on as many threads as torch has."""
+    runtime = _installed("onnxruntime")
+
+    def build(state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = runtime.InferenceSession(_onnx(case, state), options, providers=["CPUExecutionProvider"])
+        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    return checked(case, build, False, PEER_FACTOR, "nchw")
+
+
+def openvino(case: Case) -> Timer:
+    """timm's model, exported to ONNX, by OpenVINO on as many threads as torch has, for latency."""
+    runtime = _installed("openvino")
+
+    def build(state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        core = runtime.Core()
+        hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = core.compile_model(core.read_model(_onnx(case, state)), "CPU", hints)
+        return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
+
+    return checked(case, build, False, PEER_FACTOR, "nchw")
+
+
+def _installed(name: str) -> Any:
+    if importlib.util.find_spec(name) is None:
+        raise Skipped(f"{name} is not installed")
+    return importlib.import_module(name)
+
+
+def _onnx(case: Case, state: dict[str, Tensor]) -> bytes:
+    """The net as an ONNX model of one file, for the case's batch."""
+    _installed("onnxscript")
+    x = torch.zeros(case.batch, 3, *_size(case), dtype=DTYPES[case.dtype])
+    program = torch.onnx.export(_timm(case, state, "nchw"), (x,), input_names=["x"], dynamo=True, verbose=False)
+    return program.model_proto.SerializeToString()
 
 
 def timm_eager(case: Case, layout: str = "channels_last", graph: bool = False) -> Timer:

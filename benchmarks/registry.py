@@ -70,6 +70,7 @@ _ENTRANTS = {
     "model": [
         Entrant("ours", models.ours),
         Entrant("accelerated timm", models.accelerated),
+        Entrant("optimized timm", models.optimized),
         Entrant("timm channels_last", models.timm_eager, ("channels_last",)),
         Entrant("timm nchw", models.timm_eager, ("nchw",), quick=False),
     ],
@@ -110,6 +111,8 @@ _COMPILED = {
         _compiled("kernels", "max-autotune", {"mode": "max-autotune-no-cudagraphs"}, beside=False),
     ],
     ("model", "cpu"): [
+        Entrant("ONNX Runtime", models.onnxruntime, quick=False),
+        Entrant("OpenVINO", models.openvino, quick=False),
         _compiled("model", "default", {}),
         _compiled("model", "freezing", {"options": {"freezing": True}}),
         _compiled("model", "max-autotune", {"options": {"freezing": True, "max_autotune": True}}, beside=False),

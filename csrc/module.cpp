@@ -12,7 +12,12 @@ static const char kSchemas[] =
     "pointwise_conv_bn_act(Tensor x, Tensor weight, " NORM
     ", Tensor? gate, Tensor? residual, str activation) -> (Tensor y)\n"
     "squeeze_excite_gate(Tensor partial, SymInt count, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight,"
-    " Tensor? expand_bias, str activation) -> (Tensor gate)";
+    " Tensor? expand_bias, str activation) -> (Tensor gate)\n"
+    "global_average_pool(Tensor x) -> (Tensor y)\n"
+    "plan_begin(Tensor image) -> int\n"
+    "plan_end(int plan, Tensor[] results) -> int[]\n"
+    "plan_run(int plan, Tensor images, Tensor[] results) -> ()\n"
+    "plan_free(int plan) -> ()";
 
 // The text of a macro's value, which may have commas.
 #define TEXT(...) TEXT_OF(__VA_ARGS__)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # From where they are defined: in a cycle of imports mypy takes a name that is a submodule's too for that.
+    from effnet_fast.inference.optimize import optimize_for_inference
     from effnet_fast.interop.accelerate import accelerate, restore
     from effnet_fast.models import (
         efficientnet_b0,
@@ -37,11 +38,18 @@ __all__ = [
     "efficientnet_b7",
     "explain",
     "list_models",
+    "optimize_for_inference",
     "restore",
 ]
 
-_HOMES = {"accelerate": "interop", "restore": "interop", "explain": "nn", "backend": "ops"}  # of the names above; else models
-_PACKAGES = ("interop", "models", "nn", "ops", "scaling", "weights")
+_HOMES = {  # of the names above; else models
+    "accelerate": "interop",
+    "restore": "interop",
+    "explain": "nn",
+    "backend": "ops",
+    "optimize_for_inference": "inference",
+}
+_PACKAGES = ("inference", "interop", "models", "nn", "ops", "scaling", "weights")
 
 if not TYPE_CHECKING:
     # torch comes, and all of the package with it, when a name is first asked for: the command says its help at once, and an

@@ -152,6 +152,8 @@ def test_gate(shape, name):
 def example(op: str, dtype: torch.dtype, images: int) -> tuple:
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
     x, n = torch.randn(images, 16, 9, 7).to(dtype), norm(16, parameters)
+    if op == "global_average_pool":
+        return (x,)
     if op == "depthwise_conv_bn_act":
         return x, torch.randn(16, 1, 5, 5).to(parameters), *n, 2, [1, 2, 2, 2], "silu", 1
     if op == "pointwise_conv_bn_act":
@@ -161,6 +163,11 @@ def example(op: str, dtype: torch.dtype, images: int) -> tuple:
         return x, torch.randn(16, 16, 3, 3).to(parameters), *n, None, 2, [0, 1, 1, 1], "relu6"
     reduce, expand = torch.randn(4, 16, 1, 1).to(parameters), torch.randn(16, 4, 1, 1).to(parameters)
     return torch.randn(images, 2, 16, dtype=parameters), 63, reduce, torch.randn(4).to(parameters), expand, None, "silu"
+
+
+def having(backend: str) -> list[str]:
+    """The ops that have a kernel for it."""
+    return sorted(op for op, kernels in backends._KERNELS.items() if any(kernel.backend == backend for kernel in kernels))
 
 
 @pytest.mark.parametrize("images", [2, 0])
@@ -212,6 +219,7 @@ def test_flop_formulas():
         "pointwise_conv_bn_act": 2 * 2 * 9 * 7 * 16 * 16,
         "conv_bn_act": 2 * 2 * 4 * 4 * 16 * 16 * 9,
         "squeeze_excite_gate": 2 * 2 * 2 * 16 * 4,
+        "global_average_pool": 2 * 16 * 9 * 7,
     }
     for op, flops in expected.items():
         with FlopCounterMode(display=False) as counter:
@@ -224,6 +232,7 @@ def good(op: str, device: str = "cpu") -> dict:
     sizes = {
         "depthwise_conv_bn_act": {"x": (2, 16, 8, 8), "weight": (16, 1, 3, 3)},
         "pointwise_conv_bn_act": {"x": (2, 16, 8, 8), "weight": (16, 16, 1, 1), "gate": (2, 16), "residual": (2, 16, 8, 8)},
+        "global_average_pool": {"x": (2, 16, 8, 8)},
         "conv_bn_act": {"x": (2, 3, 8, 8), "weight": (16, 3, 3, 3), "residual": (2, 16, 4, 4)},
         "squeeze_excite_gate": {"partial": (2, 3, 16), "reduce_weight": (4, 16, 1, 1), "reduce_bias": 4}
         | {"expand_weight": (16, 4, 1, 1), "expand_bias": 16},
@@ -270,6 +279,8 @@ def check_every_tensor(op: str, backend: str, device: str) -> None:
         public(op, args)
     for name, tensor in args.items():
         for how, (spoil, error) in SPOILT.items() if isinstance(tensor, torch.Tensor) else ():
+            if op == "global_average_pool" and how in ("longer", "on another device"):
+                continue  # as good as before: there is no other tensor
             named = name.replace("norm_", "norm.")
             if name == "weight" and how == "longer":
                 named = "norm|weight"
@@ -314,6 +325,7 @@ WINDOW = [
     ("padding", [], ValueError, r"padding is \[\]"),
 ]
 BAD = {
+    "global_average_pool": [("x", (2, 0, 8, 8), ValueError, r"x is \(2, 0, 8, 8\); \[N, C, H, W\] with C, H and W >= 1 would do")],
     "depthwise_conv_bn_act": [
         *CONV,
         *WINDOW,

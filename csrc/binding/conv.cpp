@@ -1,6 +1,7 @@
 // effnet_fast::conv_bn_act.native. The schema is in effnet_fast/ops/conv.
 #include "../conv/params.h"
 
+#include "../inference/plan.h"
 #include "conv.h"
 
 namespace effnet_fast::binding {
@@ -30,7 +31,7 @@ void conv_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_
   p.x_channel = x.stride(1);
   p.in_channels = int(x.size(1));
   p.residual = data_or_null(added);
-  if (p.batch > 0) conv::conv_cpu(p);
+  if (p.batch > 0) inference::call(p, conv::conv_cpu);
 }
 
 Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,

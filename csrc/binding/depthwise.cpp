@@ -1,6 +1,7 @@
 // effnet_fast::depthwise_conv_bn_act.native. The schema is in effnet_fast/ops/depthwise.
 #include "../depthwise/params.h"
 
+#include "../inference/plan.h"
 #include "conv.h"
 
 namespace effnet_fast::binding {
@@ -33,7 +34,7 @@ template <typename Run> void write_depthwise(const Tensor& x, const Tensor& weig
   if (p.batch > 0) run(p, input, t.weight);
 }
 
-void run_cpu(const depthwise::ForwardParams& p, const Tensor&, const Tensor&) { depthwise::forward_cpu(p); }
+void run_cpu(const depthwise::ForwardParams& p, const Tensor&, const Tensor&) { inference::call(p, depthwise::forward_cpu); }
 
 #ifdef EFFNET_FAST_CUDA
 bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }

@@ -1,6 +1,7 @@
 // effnet_fast::pointwise_conv_bn_act.native. The schema is in effnet_fast/ops/pointwise.
 #include "../pointwise/params.h"
 
+#include "../inference/plan.h"
 #include "conv.h"
 
 namespace effnet_fast::binding {
@@ -54,7 +55,7 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   p.in_channels = int(in);
   p.out_channels = int(out);
   p.activation = activation_of(kPointwise, activation);
-  if (p.rows > 0) pointwise::conv_bn_act_cpu(p);
+  if (p.rows > 0) inference::call(p, pointwise::conv_bn_act_cpu);
 }
 
 Tensor pointwise_made(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,

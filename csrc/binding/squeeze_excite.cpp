@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "../inference/plan.h"
 #include "torch.h"
 
 namespace effnet_fast::binding {
@@ -64,7 +65,7 @@ template <typename Run> void write_gate(const Tensor& partial, int64_t count, co
   if (batch > 0) run(p, partial.get_device_index());
 }
 
-void run_cpu(const squeeze_excite::GateParams& p, int32_t) { squeeze_excite::gate_cpu(p); }
+void run_cpu(const squeeze_excite::GateParams& p, int32_t) { inference::call(p, squeeze_excite::gate_cpu); }
 
 #ifdef EFFNET_FAST_CUDA
 void run_cuda(const squeeze_excite::GateParams& p, int32_t device) {

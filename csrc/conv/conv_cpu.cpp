@@ -47,9 +47,12 @@ int taps(const Params& p) { return p.kernel * p.kernel * p.in_channels; }
 // Vectors overlap where W does not divide the channels: the last one computes some of its neighbour's again.
 int vector_start(int vector, int width, int channels) { return std::min(vector * width, channels - width); }
 
-Packed pack(const Params& p, int width) {
+Packed packed_at(const Params& p, int width, const float* weight) {
+  return {weight, weight + size_t((p.channels + width - 1) / width) * taps(p) * width};
+}
+
+void pack(const Params& p, int width, float* weight) {
   const int vectors = (p.channels + width - 1) / width, area = p.kernel * p.kernel;
-  float* const weight = scratch<Packed>(size_t(vectors) * (taps(p) + 2) * width);
   float* const norm = weight + size_t(vectors) * taps(p) * width;
   for (int v = 0; v < vectors; ++v) {
     const int start = vector_start(v, width, p.channels);
@@ -65,7 +68,6 @@ Packed pack(const Params& p, int width) {
               *packed++ = to_float(source[int64_t(lane) * taps(p) + c * area + row * p.kernel + column]);
     });
   }
-  return {weight, norm};
 }
 
 template <typename T> EFFNET_INLINE void copy_rows(const Params& p, int64_t image, int row, const Window& window) {
@@ -180,9 +182,22 @@ EFFNET_PER_WIDTH(run, run_any)
 
 }  // namespace
 
+size_t packed_bytes(const Params& p) {
+  const int width = simd::width_for(p.channels);
+  return size_t((p.channels + width - 1) / width) * width * (taps(p) + 2) * sizeof(float);
+}
+
+void pack_cpu(const Params& p, void* packed) { pack(p, simd::width_for(p.channels), static_cast<float*>(packed)); }
+
 void conv_cpu(const Params& p) {
   const int width = simd::width_for(p.channels);
-  const Packed packed = pack(p, width);
+  const float* weight = static_cast<const float*>(p.packed);
+  if (!weight) {
+    float* made = scratch<Packed>(packed_bytes(p) / sizeof(float));
+    pack(p, width, made);
+    weight = made;
+  }
+  const Packed packed = packed_at(p, width, weight);
   const int64_t work = int64_t(p.out_width) * p.channels * taps(p);
   parallel_for(p.batch * p.out_height, kGrain / (work + 1) + 1,
                [&](int64_t begin, int64_t end) { run(Task{&p, packed, begin, end}, width); });

@@ -1,5 +1,6 @@
 // What the dense convolution kernel is given, and the function that starts it.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "../common/activation.h"
@@ -16,6 +17,7 @@ struct Params {
   const void* norm_bias;                       // [channels] or null (zeros)
   const void* norm_mean;                       // [channels]
   const void* norm_var;                        // [channels]
+  const void* packed;                          // what pack_cpu made of the weight and the norm, or null: they are packed anew
   const void* residual;                        // [batch, out_height, out_width, channels], of x's type, or null
   void* y;                                     // [batch, out_height, out_width, channels], of x's type
   int64_t batch;                               // > 0
@@ -28,5 +30,7 @@ struct Params {
 };
 
 void conv_cpu(const Params& p);
+size_t packed_bytes(const Params& p);
+void pack_cpu(const Params& p, void* packed);  // at a multiple of 64 bytes
 
 }  // namespace effnet_fast::conv

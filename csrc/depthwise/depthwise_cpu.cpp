@@ -30,10 +30,10 @@ constexpr int kRowsPerBand = 7;      // where no sums are asked for
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 constexpr int kActivationCost = 16;  // of an output's norm, activation and store, in multiply-adds
 
-// W channels of the weight, the folded norm, and the running sums.
+// W channels of the weight and the folded norm.
 template <int W, int K> struct Block {
   float weight[K * K][W];
-  float scale[W], shift[W], sums[W];
+  float scale[W], shift[W];
 };
 
 // One image's share of the work.
@@ -127,8 +127,8 @@ EFFNET_INLINE bool takes_most(int left) { return left <= 0 || left % 7 == 0 || l
 
 // Output rows [first, last) of W channels from `channel` on. Fetches as many bytes `ahead` as new ones are read. With stride 2 that
 // is four times what is made, and would drive out of L1 what is in use: it goes to L2.
-template <int W, int K, int S, typename T>
-EFFNET_INLINE void rows(const ForwardParams& p, int64_t image, Block<W, K>& block, int channel, int first, int last, Ahead& ahead) {
+template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const ForwardParams& p, int64_t image, const Block<W, K>& block,
+                                                                   float* sums, int channel, int first, int last, Ahead& ahead) {
   using namespace simd;
   for (int row = first; row < last; ++row) {
     const int start = row * S - p.pad_top, from = std::max(start, 0), to = std::min(start + K, p.height);
@@ -163,17 +163,17 @@ EFFNET_INLINE void rows(const ForwardParams& p, int64_t image, Block<W, K>& bloc
     int out = 0;
     for (; !takes_most(p.out_width - out); out += kColumns) step(out, std::integral_constant<int, kColumns>());
     for (; out < p.out_width; out += kMostColumns) step(out, std::integral_constant<int, kMostColumns>());
-    store<W>(block.sums, load<W>(block.sums) + sum);
+    store<W>(sums, load<W>(sums) + sum);
   }
 }
 
 // `more`: the same thread goes on with the band below, or the next image's first.
 template <int W, int K, int S, typename T>
-EFFNET_INLINE void band(const ForwardParams& p, const Band& b, bool more, Block<W, K>* blocks) {
+EFFNET_INLINE void band(const ForwardParams& p, const Band& b, bool more, const Block<W, K>* blocks, float* sums) {
   const int tile = std::max(1, (kTile / int(W * sizeof(T)) / p.width - K) / S);
   const int count = (b.end - b.begin + W - 1) / W, together = tile < b.last - b.first ? count : kVectorsAhead;
   const auto channel = [&](int i) { return std::min(b.begin + i * W, b.end); };
-  for (int i = 0; i < count; ++i) std::fill_n(blocks[i].sums, W, 0.f);
+  std::fill_n(sums, count * W, 0.f);
   for (int row = b.first; row < b.last; row += tile) {
     const int last = std::min(row + tile, b.last), below = (last - 1) * S - p.pad_top + K;
     for (int i = 0; i < count; i += together) {
@@ -186,12 +186,11 @@ EFFNET_INLINE void band(const ForwardParams& p, const Band& b, bool more, Block<
       else if (more)
         ahead = ahead_from<T>(p, b.image + 1, 0, b.begin, channel(together));
       for (int j = i; j < std::min(next, count); ++j)
-        rows<W, K, S, T>(p, b.image, blocks[j], block_start<W>(b.begin + j * W, p.channels), row, last, ahead);
+        rows<W, K, S, T>(p, b.image, blocks[j], sums + j * W, block_start<W>(b.begin + j * W, p.channels), row, last, ahead);
     }
   }
   if (!b.partial) return;
-  for (int i = 0; i < count; ++i)
-    memcpy(b.partial + block_start<W>(b.begin + i * W, p.channels), blocks[i].sums, W * sizeof(float));
+  for (int i = 0; i < count; ++i) memcpy(b.partial + block_start<W>(b.begin + i * W, p.channels), sums + i * W, W * sizeof(float));
 }
 
 // A range of bands, numbered through the images, over one group of channels.
@@ -199,19 +198,33 @@ struct Task {
   const ForwardParams* params;
   int bands;  // of an image
   int64_t first, last;
-  int begin, end;  // channels
+  int begin, end;  // channels; the first is a multiple of the vector's width
+  void* packed;    // where they are packed to, and nothing else is done; or null
 };
+
+template <int W> EFFNET_INLINE void pack_task(const Task& t) {
+  const ForwardParams& p = *t.params;
+  if (p.kernel == 3) return pack<W, 3>(p, t.begin, t.end, static_cast<Block<W, 3>*>(t.packed));
+  pack<W, 5>(p, t.begin, t.end, static_cast<Block<W, 5>*>(t.packed));
+}
 
 template <int W, int K, int S, typename T> EFFNET_INLINE void run_task(const Task& t) {
   const ForwardParams& p = *t.params;
-  const size_t count = (t.end - t.begin + W - 1) / W;
-  auto* blocks = reinterpret_cast<Block<W, K>*>(scratch<Task>(count * sizeof(Block<W, K>) / sizeof(float)));
-  pack<W, K>(p, t.begin, t.end, blocks);
+  const size_t count = (t.end - t.begin + W - 1) / W, block = sizeof(Block<W, K>) / sizeof(float);
+  float* sums = scratch<Task>(count * (W + (p.packed ? 0 : block)));
+  const Block<W, K>* blocks;
+  if (p.packed) {
+    blocks = static_cast<const Block<W, K>*>(p.packed) + t.begin / W;
+  } else {
+    auto* made = reinterpret_cast<Block<W, K>*>(sums + count * W);
+    pack<W, K>(p, t.begin, t.end, made);
+    blocks = made;
+  }
   for (int64_t i = t.first; i < t.last; ++i) {
     const int64_t image = i / t.bands, at = i % t.bands;
     const int first = int(at * p.out_height / t.bands), last = int((at + 1) * p.out_height / t.bands);
     const Band b{image, first, last, t.begin, t.end, p.pieces ? p.partial + i * p.channels : nullptr};
-    band<W, K, S, T>(p, b, i + 1 < t.last, blocks);
+    band<W, K, S, T>(p, b, i + 1 < t.last, blocks, sums);
   }
 }
 
@@ -222,6 +235,7 @@ template <int W, typename T> EFFNET_INLINE void run_kernel(const Task& t) {
 }
 
 template <int W> EFFNET_INLINE void run_any(const Task& t) {
+  if (t.packed) return pack_task<W>(t);
   switch (t.params->dtype) {
     case DType::fp32: return run_kernel<W, float>(t);
     case DType::bf16: return run_kernel<W, bf16>(t);
@@ -232,6 +246,13 @@ template <int W> EFFNET_INLINE void run_any(const Task& t) {
 EFFNET_PER_WIDTH(run, run_any)
 
 }  // namespace
+
+size_t packed_bytes(const ForwardParams& p) {
+  const int width = simd::width_for(p.channels);
+  return size_t((p.channels + width - 1) / width) * width * (p.kernel * p.kernel + 2) * sizeof(float);
+}
+
+void pack_cpu(const ForwardParams& p, void* packed) { run(Task{&p, 0, 0, 0, 0, p.channels, packed}, simd::width_for(p.channels)); }
 
 void forward_cpu(const ForwardParams& p) {
   const int bands = p.pieces ? p.pieces : std::max(1, p.out_height / kRowsPerBand);
@@ -247,7 +268,7 @@ void forward_cpu(const ForwardParams& p) {
     for (int64_t group = begin / items; group * items < end; ++group) {
       const auto channel = [&](int64_t g) { return g == groups ? p.channels : int(g * vectors / groups) * width; };
       const int64_t first = std::max<int64_t>(begin - group * items, 0), last = std::min(end - group * items, items);
-      run(Task{&p, bands, first, last, channel(group), channel(group + 1)}, width);
+      run(Task{&p, bands, first, last, channel(group), channel(group + 1), nullptr}, width);
     }
   });
 }

@@ -1,5 +1,6 @@
 // What the depthwise kernels are given, on either device, and the functions that start them.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "../common/activation.h"
@@ -16,6 +17,7 @@ struct ForwardParams {
   const void* norm_bias;            // [channels] or null (zeros)
   const void* norm_mean;            // [channels]
   const void* norm_var;             // [channels]
+  const void* packed;               // on the CPU what pack_cpu made of the weight and the norm, or null: they are packed anew
   void* y;                          // [batch, out_height, out_width, channels], of x's type
   float* partial;                   // [batch, pieces, channels]: sums of the stored y over parts of the image; null if pieces is 0
   int64_t batch;                    // > 0
@@ -29,6 +31,8 @@ struct ForwardParams {
 };
 
 void forward_cpu(const ForwardParams& p);
+size_t packed_bytes(const ForwardParams& p);
+void pack_cpu(const ForwardParams& p, void* packed);      // at a multiple of 64 bytes
 void forward_cuda(const ForwardParams& p, void* stream);  // on the current device; of alignments see forward.cuh
 
 }  // namespace effnet_fast::depthwise

@@ -1,5 +1,6 @@
 // What the pointwise convolution is given, and the function that starts it.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "../common/activation.h"
@@ -16,6 +17,7 @@ struct Params {
   const void* norm_bias;    // [out_channels] or null: zeros
   const void* norm_mean;    // [out_channels]
   const void* norm_var;     // [out_channels]
+  const void* packed;       // what pack_cpu made of the weight and the norm, or null: they are packed anew
   const float* gate;        // [rows / pixels, in_channels] or null: ones
   const void* residual;     // [rows, out_channels] or null
   void* y;                  // [rows, out_channels]
@@ -28,5 +30,7 @@ struct Params {
 };
 
 void conv_bn_act_cpu(const Params& p);
+size_t packed_bytes(const Params& p);
+void pack_cpu(const Params& p, void* packed);  // at a multiple of 64 bytes
 
 }  // namespace effnet_fast::pointwise

@@ -35,14 +35,16 @@ constexpr int kPartialRows = 256;      // rows whose sums wait for the next slic
 constexpr int kPacked = 96 << 10;      // packed weights, in Elements, that stay in L2 beside a block of rows
 constexpr int kFetched = 64;           // input channels from which rows are fetched ahead
 constexpr int64_t kGrain = 1 << 20;    // multiply-adds worth a thread: waking a sleeping one costs about 30 us
-constexpr double kPackCost = 0.4;      // packing a weight, and
+constexpr double kPackCost = 0.4;      // packing a weight,
+constexpr double kGateCost = 0.15;     // multiplying a gate into a packed one, and
 constexpr double kPrologueCost = 0.3;  // multiplying a gate into an input, in multiply-adds of a vector
 
 // The rectangle of the output that a thread owns.
 struct Part {
   const Params* params;
   int64_t first_row, last_row;
-  int first_channel, last_channel;  // the first is a multiple of the vector's width
+  int first_channel, last_channel;  // the first is that of a panel of the whole output
+  void* packed;                     // where the weights of all channels are packed to, and nothing else is done; or null
 };
 
 // Rows of the register tile of V vectors: as many as the registers hold.
@@ -155,6 +157,12 @@ template <typename Element> struct Rows {
 struct Slice {
   int start, depth, elements;
 };
+
+// The one that begins at Element `start`, of at most so many.
+template <typename Element> EFFNET_INLINE Slice slice_at(const Params& p, int start, int most) {
+  const int elements = std::min(most, (p.in_channels - 1) / kDepth<Element> + 1 - start);
+  return {start * kDepth<Element>, std::min(elements * kDepth<Element>, p.in_channels - start * kDepth<Element>), elements};
+}
 
 // tile[R][V * W] = or, if `adds`, += R rows of x times a packed panel.
 template <int W, int R, int V>
@@ -298,6 +306,17 @@ template <int W, typename Element> EFFNET_INLINE void pack_group(const Params& p
   }
 }
 
+// `count` vectors of channels, packed for a slice, times its gate.
+template <int W>
+EFFNET_INLINE void gate_group(const float* weights, const Slice& slice, const float* gate, int count, float* gated) {
+  using namespace simd;
+  for (int v = 0, panel = 0; v < count; v += panel) {
+    panel = panel_vectors(count - v);
+    for (int i = 0; i < slice.elements; ++i)
+      for (int k = 0; k < panel; ++k, weights += W, gated += W) store<W>(gated, load<W>(weights) * gate[i]);
+  }
+}
+
 // Elements in a slice of the input channels.
 int slice_of(int elements) {
   const int slices = (elements - 1) / kSlice + 1;
@@ -308,7 +327,7 @@ int slice_of(int elements) {
 // changes what is rounded, so that neither the threads nor the batch may matter to it.
 bool gates_weights(const Params& p, int element_depth) {
   const int group = std::min(p.out_channels, kPacked / slice_of((p.in_channels - 1) / element_depth + 1));
-  return p.gate && group * kPackCost <= double(p.pixels) * kPrologueCost;
+  return p.gate && group * (p.packed ? kGateCost : kPackCost) <= double(p.pixels) * kPrologueCost;
 }
 
 // Asks for the inputs of the rows that come next: a dozen rows are read at once, an element of each at a time, which no hardware
@@ -322,20 +341,50 @@ template <typename T> EFFNET_INLINE void fetch_rows(const Params& p, const Slice
   }
 }
 
+// What pack_cpu makes of all channels, rounded up to whole vectors: the folded norm, then for each slice its panels.
+template <int W, typename Element> struct Packed {
+  int channels;
+  float *scale, *shift;
+  Element* weights;
+};
+
+template <int W, typename Element> EFFNET_INLINE Packed<W, Element> packed_at(const Params& p, const void* memory) {
+  const int channels = (p.out_channels + W - 1) / W * W;
+  float* scale = static_cast<float*>(const_cast<void*>(memory));
+  return {channels, scale, scale + channels, reinterpret_cast<Element*>(scale + 2 * channels)};
+}
+
+template <int W, typename Element> EFFNET_INLINE void pack_all(const Params& p, void* memory) {
+  const Packed<W, Element> packed = packed_at<W, Element>(p, memory);
+  const int elements = (p.in_channels - 1) / kDepth<Element> + 1, slice_elements = slice_of(elements);
+  std::fill_n(packed.scale, 2 * packed.channels, 0.f);
+  const Norm norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_var, p.eps, p.norm_dtype};
+  fold_norm(norm, 0, p.out_channels, packed.scale, packed.shift);
+  for (int start = 0; start < elements; start += slice_elements) {
+    const Slice slice = slice_at<Element>(p, start, slice_elements);
+    pack_group<W>(p, slice, nullptr, 0, p.out_channels, packed.channels / W, packed.weights + int64_t(start) * packed.channels);
+  }
+}
+
 template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const Part& part) {
   const Params& p = *part.params;
   const int vectors = (part.last_channel - part.first_channel + W - 1) / W;
   const int elements = (p.in_channels - 1) / kDepth<Element> + 1, slice_elements = slice_of(elements);
   const int slices = (elements - 1) / slice_elements + 1;
-  const int groups = (vectors - 1) / std::max(2, kPacked / slice_elements / W) + 1, most = (vectors - 1) / groups + 1;
+  const int groups = (vectors - 1) / std::max(2, kPacked / slice_elements / W) + 1;
+  const int most = std::min(vectors, (vectors - 1) / groups / 2 * 2 + 2);  // even: whole panels
   const bool is_elements = sizeof(T) * kDepth<Element> == sizeof(Element) && p.in_channels % kDepth<Element> == 0;
-  const bool into_weights = is_elements && gates_weights(p, kDepth<Element>), copies = !is_elements || (p.gate && !into_weights);
+  const bool can_gate = !p.packed || std::is_same_v<Element, float>;
+  const bool into_weights = is_elements && can_gate && gates_weights(p, kDepth<Element>);
+  const bool copies = !is_elements || (p.gate && !into_weights), packs = !p.packed || into_weights;
   const int pitch = ((slice_elements + 15) / 16 | 1) * 16;  // an odd number of lines: rows fall into different sets of L1
   const int64_t most_rows = std::min<int64_t>(slices == 1 ? INT64_MAX : kPartialRows, part.last_row - part.first_row);
   const size_t block_size = copies ? size_t(kBlock) * pitch : 0, partial_size = slices == 1 ? 0 : size_t(most_rows) * most * W;
-  float* scale = scratch<Part>(size_t(most) * W * (slice_elements + 2) + block_size + partial_size);
-  float *shift = scale + most * W, *partial = shift + most * W;
-  Element *packed = reinterpret_cast<Element*>(partial + partial_size), *block = packed + int64_t(most) * W * slice_elements;
+  const size_t packed_size = packs ? size_t(most) * W * slice_elements : 0;
+  float* folded = scratch<Part>(size_t(most) * W * 2 + packed_size + block_size + partial_size);
+  float* partial = folded + 2 * most * W;
+  Element *packed = reinterpret_cast<Element*>(partial + partial_size), *block = packed + packed_size;
+  const Packed<W, Element> given = packed_at<W, Element>(p, p.packed);
 
   const Norm norm{p.norm_weight, p.norm_bias, p.norm_mean, p.norm_var, p.eps, p.norm_dtype};
   for (int64_t top = part.first_row, bottom; top < part.last_row; top = bottom) {
@@ -344,13 +393,26 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
     for (int begin = 0; begin < vectors; begin += most) {
       const int count = std::min(most, vectors - begin), first = part.first_channel + begin * W;
       const int last = std::min(part.last_channel, first + count * W);
-      std::fill_n(scale, 2 * most * W, 0.f);
-      fold_norm(norm, first, last - first, scale, shift);
+      const float* scale = p.packed ? given.scale + first : folded;
+      const float* shift = p.packed ? given.shift + first : folded + most * W;
+      if (!p.packed) {
+        std::fill_n(folded, 2 * most * W, 0.f);
+        fold_norm(norm, first, last - first, folded, folded + most * W);
+      }
       for (int start = 0; start < elements; start += slice_elements) {
-        Slice slice{start * kDepth<Element>, 0, std::min(slice_elements, elements - start)};
-        slice.depth = std::min(slice.elements * kDepth<Element>, p.in_channels - slice.start);
+        const Slice slice = slice_at<Element>(p, start, slice_elements);
         const float* gate = into_weights ? p.gate + image * p.in_channels + slice.start : nullptr;
-        pack_group<W>(p, slice, gate, first, last, count, packed);
+        const Element* weights = packed;
+        if (!p.packed) {
+          pack_group<W>(p, slice, gate, first, last, count, packed);
+        } else {
+          weights = given.weights + int64_t(start) * given.channels + int64_t(first) * slice.elements;
+          if constexpr (std::is_same_v<Element, float>)
+            if (gate) {
+              gate_group<W>(weights, slice, gate, count, packed);
+              weights = packed;
+            }
+        }
         for (int64_t row = top; row < bottom; row += kBlock) {
           const int rows = int(std::min<int64_t>(kBlock, bottom - row));
           if (begin == 0 && p.in_channels >= kFetched) fetch_rows<T>(p, slice, row + kBlock, std::min(bottom, row + 2 * kBlock));
@@ -366,7 +428,7 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
           }
           for (int v = 0, taken = 0; v < count; v += taken) {
             taken = panel_vectors(count - v);
-            const Panel<Element> panel{packed + int64_t(v) * W * slice.elements, scale + v * W, shift + v * W, taken,
+            const Panel<Element> panel{weights + int64_t(v) * W * slice.elements, scale + v * W, shift + v * W, taken,
                                        first + v * W};
             float* waiting = slices == 1 ? nullptr : partial + (v * (bottom - top) + (row - top) * taken) * W;
             run_panel<W, T>(p, panel, x, slice, row, rows, waiting);
@@ -377,20 +439,35 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
   }
 }
 
+template <int W, typename T, typename Element> EFFNET_INLINE void run_or_pack(const Part& part) {
+  if (part.packed) return pack_all<W, Element>(*part.params, part.packed);
+  run_part<W, T, Element>(part);
+}
+
+bool has_pairs(const Params& p, int width) {
+#if defined(__x86_64__)
+  return p.dtype == DType::bf16 && width == 16 && has_bf16_pairs();
+#endif
+  return false;
+}
+
 template <int W> EFFNET_INLINE void run_dtype(const Part& part) {
   switch (part.params->dtype) {
-    case DType::fp32: return run_part<W, float, float>(part);
-    case DType::fp16: return run_part<W, fp16, float>(part);
+    case DType::fp32: return run_or_pack<W, float, float>(part);
+    case DType::fp16: return run_or_pack<W, fp16, float>(part);
     case DType::bf16: break;
   }
 #if defined(__x86_64__)
   if constexpr (W == 16)
-    if (has_bf16_pairs()) return run_part<W, bf16, Pair>(part);
+    if (has_pairs(*part.params, W)) return run_or_pack<W, bf16, Pair>(part);
 #endif
-  run_part<W, bf16, float>(part);
+  run_or_pack<W, bf16, float>(part);
 }
 
 EFFNET_PER_ISA(run, (const Part& part), run_dtype, (part))
+
+// Panels of two vectors, or three at the end where their number is odd.
+int64_t panels_of(int64_t vectors) { return std::max<int64_t>(1, vectors / 2); }
 
 struct Split {
   int64_t by_rows;
@@ -404,10 +481,10 @@ Split split_work(const Params& p, int threads) {
   Split best{1, 1};
   double least = INFINITY;
   const bool gates_rows = p.gate && !gates_weights(p, 1);
-  for (int64_t by_channels = 1; by_channels <= std::min<int64_t>(threads, vectors); ++by_channels) {
+  for (int64_t by_channels = 1; by_channels <= std::min<int64_t>(threads, panels_of(vectors)); ++by_channels) {
     const int64_t by_rows = std::min(threads / by_channels, (p.rows + kBlock / 2 - 1) / (kBlock / 2));
     const double mine = double((vectors - 1) / by_channels + 1), rows = double((p.rows - 1) / by_rows + 1);
-    const double cost = mine * double(width) * kPackCost + rows * (mine + (gates_rows ? kPrologueCost : 0.));
+    const double cost = mine * double(width) * (p.packed ? 0. : kPackCost) + rows * (mine + (gates_rows ? kPrologueCost : 0.));
     if (cost < least) {
       least = cost;
       best = {by_rows, by_channels};
@@ -418,6 +495,14 @@ Split split_work(const Params& p, int threads) {
 
 }  // namespace
 
+size_t packed_bytes(const Params& p) {
+  const int width = simd::width(), depth = has_pairs(p, width) ? 2 : 1;
+  const size_t channels = size_t((p.out_channels + width - 1) / width) * width;
+  return channels * (2 + (p.in_channels - 1) / depth + 1) * sizeof(float);
+}
+
+void pack_cpu(const Params& p, void* packed) { run(Part{&p, 0, 0, 0, 0, packed}); }
+
 void conv_bn_act_cpu(const Params& p) {
   const int64_t work = p.rows * p.in_channels * p.out_channels, width = simd::width();
   const int64_t vectors = (p.out_channels + width - 1) / width;
@@ -427,9 +512,9 @@ void conv_bn_act_cpu(const Params& p) {
       const int64_t across = i % split.by_channels, down = i / split.by_channels;
       const auto row = [&](int64_t k) { return k == split.by_rows ? p.rows : p.rows * k / split.by_rows / 4 * 4; };
       const auto channel = [&](int64_t k) {
-        return int(std::min<int64_t>(p.out_channels, vectors * k / split.by_channels * width));
+        return k == split.by_channels ? p.out_channels : int(panels_of(vectors) * k / split.by_channels * 2 * width);
       };
-      run(Part{&p, row(down), row(down + 1), channel(across), channel(across + 1)});
+      run(Part{&p, row(down), row(down + 1), channel(across), channel(across + 1), nullptr});
     }
   });
 }

@@ -1,6 +1,5 @@
-"""Images from files, batched prediction, class activation maps. Reading images needs Pillow."""
+"""A frozen copy of a network for serving."""
 
-from effnet_fast.inference.cam import class_activation_maps
-from effnet_fast.inference.predict import Label, Prediction, predict
+from effnet_fast.inference.optimize import InferenceModel, optimize_for_inference
 
-__all__ = ["Label", "Prediction", "class_activation_maps", "predict"]
+__all__ = ["InferenceModel", "optimize_for_inference"]

@@ -5,6 +5,7 @@ from effnet_fast.ops.common import ACTIVATIONS, Norm
 from effnet_fast.ops.conv import conv_bn_act
 from effnet_fast.ops.depthwise import depthwise_conv_bn_act
 from effnet_fast.ops.pointwise import pointwise_conv_bn_act
+from effnet_fast.ops.pool import global_average_pool
 from effnet_fast.ops.squeeze_excite import squeeze_excite_gate
 
 read_environment()
@@ -15,6 +16,7 @@ __all__ = [
     "backend",
     "conv_bn_act",
     "depthwise_conv_bn_act",
+    "global_average_pool",
     "pointwise_conv_bn_act",
     "squeeze_excite_gate",
 ]

@@ -122,6 +122,12 @@ def define(
     return reference
 
 
+def define_native(schema: str) -> None:
+    """Declare what the compiled module alone implements, and what is no op of the table of backends."""
+    native.require(schema)
+    _LIBRARY.define(schema)
+
+
 def implement(overload: str, function: Callable[..., Any], key: str) -> None:
     """Give ``OP.BACKEND`` its kernel for a dispatch key, from Python."""
     _LIBRARY.impl(overload, function, key)

@@ -1,0 +1,40 @@
+// effnet_fast::global_average_pool.native. The schema is in effnet_fast/ops/pool.
+#include "../pool/params.h"
+
+#include "../inference/plan.h"
+#include "conv.h"
+
+namespace effnet_fast::binding {
+namespace {
+
+constexpr const char* kPool = "global_average_pool";
+
+void pool_out(const Tensor& x, const Tensor& y) {
+  check(x.dim() == 4, kPool, ": x has shape ", shape_text(x), ", expected [N, C, H, W]");
+  constexpr int64_t limit = std::numeric_limits<int>::max() / 64;
+  for (int64_t i = 1; i < 4; ++i)
+    check(x.size(i) >= 1 && x.size(i) < limit, kPool, ": x has shape ", shape_text(x), ", expected C, H and W from 1 to 2^25");
+  check_shape(kPool, "y", y, {x.size(0), x.size(1)});
+  check_same_device(kPool, "y", y, x);
+  check_apart(kPool, "y", y, x);
+  check(y.scalar_type() == x.scalar_type() && y.is_contiguous(), kPool, ": y must be contiguous in x's dtype");
+  const Tensor images = as_channels_last(x);
+  const pool::Params p{images.const_data_ptr(), y.mutable_data_ptr(), x.size(0),
+                       x.size(2) * x.size(3),   int(x.size(1)),       dtype_of(kPool, "x", x)};
+  if (p.batch > 0) inference::call(p, pool::average_cpu);
+}
+
+Tensor pool(const Tensor& x) {
+  check(x.dim() == 4, kPool, ": x has shape ", shape_text(x), ", expected [N, C, H, W]");
+  const Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  pool_out(x, y);
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
+  m.impl("global_average_pool.native", TORCH_BOX(&pool));
+  m.impl("global_average_pool.native_out", TORCH_BOX(&pool_out));
+}
+
+}  // namespace
+}  // namespace effnet_fast::binding

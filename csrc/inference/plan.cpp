@@ -1,0 +1,265 @@
+#include "plan.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "../common/parallel.h"
+
+namespace effnet_fast::inference {
+
+thread_local Plan* recording = nullptr;
+
+namespace {
+
+constexpr size_t kLine = 64, kHugePage = 2 << 20;
+
+size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+size_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
+
+// Calls f(pointer, bytes) for the pointers of a kernel's params to what flows through the network; bytes of what it writes there,
+// 0 where it reads.
+template <typename F> void each_pointer(conv::Params& p, const F& f) {
+  f(p.x, 0);
+  f(p.residual, 0);
+  f(p.y, p.batch * p.out_height * p.out_width * p.channels * size_of(p.dtype));
+}
+template <typename F> void each_pointer(depthwise::ForwardParams& p, const F& f) {
+  f(p.x, 0);
+  f(p.y, p.batch * p.out_height * p.out_width * p.channels * size_of(p.dtype));
+  f(p.partial, p.batch * p.pieces * p.channels * sizeof(float));
+}
+template <typename F> void each_pointer(squeeze_excite::GateParams& p, const F& f) {
+  f(p.partial, 0);
+  f(p.gate, p.batch * p.channels * sizeof(float));
+}
+template <typename F> void each_pointer(pointwise::Params& p, const F& f) {
+  f(p.x, 0);
+  f(p.gate, 0);
+  f(p.residual, 0);
+  f(p.y, p.rows * p.out_channels * size_of(p.dtype));
+}
+template <typename F> void each_pointer(pool::Params& p, const F& f) {
+  f(p.x, 0);
+  f(p.y, p.batch * p.channels * size_of(p.dtype));
+}
+
+void start(const conv::Params& p) { conv::conv_cpu(p); }
+void start(const depthwise::ForwardParams& p) { depthwise::forward_cpu(p); }
+void start(const squeeze_excite::GateParams& p) { squeeze_excite::gate_cpu(p); }
+void start(const pointwise::Params& p) { pointwise::conv_bn_act_cpu(p); }
+void start(const pool::Params& p) { pool::average_cpu(p); }
+
+// What only packing reads: the packed form holds it.
+template <typename P> void forget_parameters(P& p) { p.weight = p.norm_weight = p.norm_bias = p.norm_mean = p.norm_var = nullptr; }
+
+}  // namespace
+
+Memory::Memory(size_t bytes) {
+  bytes = rounded_up(std::max<size_t>(bytes, 1), kHugePage);
+  data_.reset(static_cast<char*>(std::aligned_alloc(kHugePage, bytes)));
+  if (!data_) throw std::bad_alloc();
+  madvise(data_.get(), bytes, MADV_HUGEPAGE);
+}
+
+void Memory::Free::operator()(char* p) const { std::free(p); }
+
+Plan::Plan(Range image) : image_(image) { recording = this; }
+
+Plan::~Plan() {
+  if (recording == this) recording = nullptr;
+}
+
+void* Plan::pack(size_t bytes) {
+  packed_.emplace_back(bytes);
+  packed_bytes_ += bytes;
+  return packed_.back().data();
+}
+
+void* Plan::copy(const void* data, size_t bytes) { return data ? memcpy(pack(bytes), data, bytes) : nullptr; }
+
+void Plan::add(const conv::Params& given) {
+  conv::Params p = given;
+  void* packed = pack(conv::packed_bytes(p));
+  conv::pack_cpu(p, packed);
+  p.packed = packed;
+  forget_parameters(p);
+  add_step(p);
+}
+
+void Plan::add(const depthwise::ForwardParams& given) {
+  depthwise::ForwardParams p = given;
+  void* packed = pack(depthwise::packed_bytes(p));
+  depthwise::pack_cpu(p, packed);
+  p.packed = packed;
+  forget_parameters(p);
+  add_step(p);
+}
+
+void Plan::add(const pointwise::Params& given) {
+  pointwise::Params p = given;
+  p.packed = pack(pointwise::packed_bytes(p));
+  pointwise::pack_cpu(p, const_cast<void*>(p.packed));
+  forget_parameters(p);
+  add_step(p);
+}
+
+void Plan::add(const squeeze_excite::GateParams& given) {
+  squeeze_excite::GateParams p = given;
+  const size_t size = size_of(p.dtype), weights = size * p.channels * p.reduced;
+  p.reduce_weight = copy(p.reduce_weight, weights);
+  p.reduce_bias = copy(p.reduce_bias, size * p.reduced);
+  p.expand_weight = copy(p.expand_weight, weights);
+  p.expand_bias = copy(p.expand_bias, size * p.channels);
+  add_step(p);
+}
+
+void Plan::add(const pool::Params& p) { add_step(p); }
+
+// Memory that was freed and given out again is whoever wrote it last.
+Plan::Use Plan::find(const void* data) const {
+  const char* at = static_cast<const char*>(data);
+  if (!at) return {-2, 0};
+  for (int i = int(values_.size()) - 1; i >= 0; --i)
+    if (at >= values_[i].data && at < values_[i].data + values_[i].bytes) return {i, size_t(at - values_[i].data)};
+  const char* image = static_cast<const char*>(image_.data);
+  if (at >= image && at < image + image_.bytes) return {-1, size_t(at - image)};
+  throw std::runtime_error("inference plan: step " + std::to_string(steps_.size()) + " reads what no step wrote");
+}
+
+template <typename P> void Plan::add_step(P p) {
+  const int step = int(steps_.size());
+  std::vector<Use> uses;
+  std::vector<Value> written;
+  each_pointer(p, [&](auto pointer, size_t bytes) {
+    if (bytes == 0) {
+      uses.push_back(find(pointer));
+      if (uses.back().value >= 0) values_[uses.back().value].needed = step;
+    } else {
+      uses.push_back({int(values_.size() + written.size()), 0});
+      written.push_back({reinterpret_cast<const char*>(pointer), bytes, step, step});
+    }
+  });
+  values_.insert(values_.end(), written.begin(), written.end());
+  uses_.push_back(uses);
+  steps_.push_back(Step{p, {}});
+}
+
+// First fit, the largest first: each value at the lowest offset where it meets none that is needed at the same time.
+void Plan::place_values() {
+  std::vector<Value*> order, placed;
+  for (Value& value : values_)
+    if (value.result < 0) order.push_back(&value);
+  std::stable_sort(order.begin(), order.end(), [](const Value* a, const Value* b) { return a->bytes > b->bytes; });
+  for (Value* value : order) {
+    std::vector<const Value*> meets;
+    for (const Value* other : placed)
+      if (other->written <= value->needed && value->written <= other->needed) meets.push_back(other);
+    std::sort(meets.begin(), meets.end(), [](const Value* a, const Value* b) { return a->offset < b->offset; });
+    size_t offset = 0;
+    for (const Value* other : meets) {
+      if (offset + value->bytes <= other->offset) break;
+      offset = std::max(offset, rounded_up(other->offset + other->bytes, kLine));
+    }
+    value->offset = offset;
+    placed.push_back(value);
+    arena_bytes_ = std::max(arena_bytes_, rounded_up(offset + value->bytes, kLine));
+  }
+}
+
+void Plan::finish(const std::vector<Range>& results) {
+  recording = nullptr;
+  for (size_t i = 0; i < results.size(); ++i) {
+    const Use use = find(results[i].data);
+    if (use.value < 0 || use.offset != 0 || values_[use.value].bytes != results[i].bytes || values_[use.value].result >= 0)
+      throw std::runtime_error("inference plan: result " + std::to_string(i) + " is not what a step wrote, whole and once");
+    values_[use.value].result = int(i);
+    values_[use.value].needed = int(steps_.size());
+    result_bytes_.push_back(results[i].bytes);
+  }
+  place_values();
+  for (size_t i = 0; i < steps_.size(); ++i)
+    for (size_t k = 0; k < uses_[i].size(); ++k) {
+      const Use& use = uses_[i][k];
+      Place& place = steps_[i].places[k];
+      place.offset = use.offset;
+      if (use.value == -1) place.where = Where::image;
+      if (use.value < 0) continue;
+      const Value& value = values_[use.value];
+      place.where = value.result >= 0 ? Where::result : Where::arena;
+      place.result = value.result;
+      place.offset += value.offset;
+    }
+  uses_.clear();
+  values_.clear();
+}
+
+void Plan::run_image(const char* image, char* arena, const std::vector<char*>& results) const {
+  for (const Step& step : steps_)
+    std::visit(
+        [&](auto params) {
+          const Place* place = step.places;
+          each_pointer(params, [&](auto& pointer, size_t) {
+            char* at = nullptr;
+            switch (place->where) {
+              case Where::nowhere: break;
+              case Where::image: at = const_cast<char*>(image) + place->offset; break;
+              case Where::arena: at = arena + place->offset; break;
+              case Where::result: at = results[place->result] + place->offset; break;
+            }
+            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
+            ++place;
+          });
+          start(params);
+        },
+        step.params);
+}
+
+std::unique_ptr<Memory> Plan::acquire() const {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!arenas_.empty()) {
+      auto arena = std::move(arenas_.back());
+      arenas_.pop_back();
+      return arena;
+    }
+  }
+  return std::make_unique<Memory>(arena_bytes_);
+}
+
+void Plan::release(std::unique_ptr<Memory> arena) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  arenas_.push_back(std::move(arena));
+}
+
+void Plan::run(int64_t images, Range image, const std::vector<Range>& results) const {
+  bool fits = image.bytes == images * image_.bytes && results.size() == result_bytes_.size();
+  for (size_t i = 0; fits && i < results.size(); ++i) fits = results[i].bytes == images * result_bytes_[i];
+  if (!fits || recording == this) throw std::runtime_error("inference plan: images or results are not like those recorded");
+  const auto range = [&](int64_t begin, int64_t end) {
+    auto arena = acquire();
+    std::vector<char*> at(results.size());
+    for (int64_t i = begin; i < end; ++i) {
+      for (size_t k = 0; k < results.size(); ++k)
+        at[k] = static_cast<char*>(const_cast<void*>(results[k].data)) + i * result_bytes_[k];
+      run_image(static_cast<const char*>(image.data) + i * image_.bytes, arena->data(), at);
+    }
+    release(std::move(arena));
+  };
+  // An image a thread, as long as there is one for each; the threads share the others.
+  const int64_t threads = thread_count(), alone = threads > 1 ? images / threads * threads : 0;
+  if (alone > 0)
+    parallel_for(alone, alone / threads, [&](int64_t begin, int64_t end) {
+      const AloneGuard guard;
+      range(begin, end);
+    });
+  if (alone < images) range(alone, images);
+}
+
+}  // namespace effnet_fast::inference

@@ -1,0 +1,119 @@
+// A network's kernel calls, recorded for one image and replayed without torch: the CPU's counterpart of a CUDA graph.
+//
+// While a Plan records, the bindings hand it the params of each CPU kernel that they start. It copies and packs the weights. The
+// pointers to what flows through the network it turns into places: in the image, in one of the results, or in an arena, where
+// values that are not needed at the same time share memory. To run, it copies the params, puts pointers in and calls the kernels.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <variant>
+#include <vector>
+
+#include "../conv/params.h"
+#include "../depthwise/params.h"
+#include "../pointwise/params.h"
+#include "../pool/params.h"
+#include "../squeeze_excite/params.h"
+
+namespace effnet_fast::inference {
+
+// Memory at a multiple of 2 MB, in huge pages where the system has them.
+class Memory {
+ public:
+  explicit Memory(size_t bytes);
+  char* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(char* p) const;
+  };
+  std::unique_ptr<char, Free> data_;
+};
+
+struct Range {
+  const void* data;
+  size_t bytes;
+};
+
+class Plan {
+ public:
+  // Starts to record in this thread. `image` is what the network is given.
+  explicit Plan(Range image);
+  ~Plan();
+
+  void add(const conv::Params& p);
+  void add(const depthwise::ForwardParams& p);
+  void add(const squeeze_excite::GateParams& p);
+  void add(const pointwise::Params& p);
+  void add(const pool::Params& p);
+
+  // Ends the recording. `results` were computed by it.
+  // Throws std::runtime_error where a kernel read, or a result is, what none of the others wrote.
+  void finish(const std::vector<Range>& results);
+
+  // Of so many images, one after the other, and of their results. Any number of threads may run a plan at the same time.
+  // Throws std::runtime_error where the bytes are not those of that many recorded images and results.
+  void run(int64_t images, Range image, const std::vector<Range>& results) const;
+
+  size_t steps() const { return steps_.size(); }
+  size_t arena_bytes() const { return arena_bytes_; }    // of an image that is being computed
+  size_t packed_bytes() const { return packed_bytes_; }  // of all weights
+
+ private:
+  using Params = std::variant<conv::Params, depthwise::ForwardParams, squeeze_excite::GateParams, pointwise::Params, pool::Params>;
+  enum class Where { nowhere, image, arena, result };
+  struct Place {
+    Where where = Where::nowhere;
+    int result = 0;
+    size_t offset = 0;
+  };
+  static constexpr int kMostPointers = 4;
+  struct Step {
+    Params params;
+    Place places[kMostPointers];
+  };
+  // What a kernel wrote: its bytes while recording, and from which step to which it is needed.
+  struct Value {
+    const char* data;
+    size_t bytes;
+    int written, needed;
+    int result = -1;
+    size_t offset = 0;
+  };
+  struct Use {
+    int value;  // or -1: the image; -2: nothing
+    size_t offset;
+  };
+
+  template <typename P> void add_step(P p);
+  void* pack(size_t bytes);
+  void* copy(const void* data, size_t bytes);
+  Use find(const void* data) const;
+  void place_values();
+  void run_image(const char* image, char* arena, const std::vector<char*>& results) const;
+  std::unique_ptr<Memory> acquire() const;
+  void release(std::unique_ptr<Memory> arena) const;
+
+  Range image_;
+  std::vector<Step> steps_;
+  std::vector<Value> values_;
+  std::vector<std::vector<Use>> uses_;  // of each step's pointers
+  std::vector<Memory> packed_;
+  std::vector<size_t> result_bytes_;
+  size_t arena_bytes_ = 0, packed_bytes_ = 0;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::unique_ptr<Memory>> arenas_;  // that nobody uses now
+};
+
+// The plan that this thread records, or null.
+extern thread_local Plan* recording;
+
+// Starts a CPU kernel, and records it where a plan is being made.
+template <typename P> void call(const P& p, void (*kernel)(const P&)) {
+  kernel(p);
+  if (recording) recording->add(p);
+}
+
+}  // namespace effnet_fast::inference

@@ -1,0 +1,71 @@
+"""A network on the CPU as one native call: its kernels recorded for one image (csrc/inference/plan.h), replayed for any batch."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from effnet_fast import ops
+from effnet_fast.inference.recording import Recording, Unplannable
+from effnet_fast.ops import native
+from effnet_fast.ops.library import define_native
+
+define_native("plan_begin(Tensor image) -> int")
+define_native("plan_end(int plan, Tensor[] results) -> int[]")
+define_native("plan_run(int plan, Tensor images, Tensor[] results) -> ()")
+define_native("plan_free(int plan) -> ()")
+_OPS = torch.ops.effnet_fast
+
+
+class Size(NamedTuple):
+    """Of a plan: kernels that it calls, bytes of what flows between them for one image, bytes of the packed weights."""
+
+    steps: int
+    arena_bytes: int
+    packed_bytes: int
+
+
+class NativePlan:
+    """``model``, which gives a tensor or several, for images of one shape, layout and dtype.
+
+    Raises Unplannable where something in it is no kernel of ours.
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor) -> None:
+        if native.REASON is not None:
+            raise Unplannable(native.REASON)
+        with torch.no_grad():  # inference mode would hide what a composite operator is made of
+            number = _OPS.plan_begin(image)
+            self._free = weakref.finalize(self, _OPS.plan_free, number)
+            try:
+                with Recording(image) as recording, ops.backend("native"):
+                    leaves, self._tree = tree_flatten(model(image))
+                    leaves = [recording.made_of(leaf) for leaf in leaves]
+                self._results = [(leaf.shape[1:], leaf.dtype, leaf.dim() == 4) for leaf in leaves]
+                self.size = Size(*_OPS.plan_end(number, leaves))
+            except RuntimeError as error:
+                self._free()
+                raise Unplannable(str(error)) from error
+            except BaseException:
+                self._free()
+                raise
+        self._number = number
+
+    def __str__(self) -> str:
+        steps, arena, packed = self.size
+        return f"one native call of {steps} kernels; {arena / 1e6:.1f} MB an image at work, {packed / 1e6:.1f} MB of weights"
+
+    def __call__(self, images: Tensor) -> Any:
+        """What the model gives for ``images``, which lie as the recorded one did."""
+        made = [
+            torch.empty(
+                (len(images), *shape), dtype=dtype, memory_format=torch.channels_last if is_map else torch.contiguous_format
+            )
+            for shape, dtype, is_map in self._results
+        ]
+        _OPS.plan_run(self._number, images, made)
+        return tree_unflatten(made, self._tree)

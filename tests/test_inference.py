@@ -1,0 +1,174 @@
+"""optimize_for_inference: what the frozen copy gives, on the CPU by one native call a batch, and what it refuses."""
+
+from __future__ import annotations
+
+import threading
+
+import peers
+import pytest
+import timm
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_2x
+from torch import nn
+
+import effnet_fast
+from effnet_fast.benchmark import calibrate
+from effnet_fast.inference import optimize
+from effnet_fast.models import create_model
+from effnet_fast.ops import native
+
+OURS = ("efficientnet_b0", "efficientnet_lite0", "tf_efficientnet_b0", "efficientnetv2_s")
+PEERS = {
+    "timm b0": lambda: timm.create_model("efficientnet_b0"),
+    "timm tf_b0": lambda: timm.create_model("tf_efficientnet_b0"),
+    "timm tf_lite0": lambda: timm.create_model("tf_efficientnet_lite0"),
+    "timm tf_v2_b0": lambda: timm.create_model("tf_efficientnetv2_b0"),
+    "timm b0 features": lambda: timm.create_model("efficientnet_b0", features_only=True),
+    "torchvision b0": lambda: torchvision.models.efficientnet_b0(),
+    "lukemelas b0": lambda: peers.lukemelas("efficientnet-b0"),
+}
+planned = pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON))
+
+
+def leaves(results) -> list[torch.Tensor]:
+    return list(results) if isinstance(results, (list, tuple)) else [results]
+
+
+def small(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return calibrate(create_model("efficientnet_b0", num_classes=10))
+
+
+@planned
+@pytest.mark.parametrize("name", [*OURS, *PEERS])
+def test_every_net_is_one_native_call(name):
+    """By the 2x rule against the net itself, for odd sizes, in both layouts, for fewer and for more images than threads."""
+    torch.manual_seed(0)
+    net = PEERS[name]() if name in PEERS else create_model(name)
+    net = calibrate(net.eval(), (47, 66))
+    optimized = effnet_fast.optimize_for_inference(net)
+    x = torch.randn(5, 3, 47, 66)
+    with torch.no_grad():
+        plain, exact = leaves(net(x)), leaves(net.double()(x.double()))
+    for images in (x, x.contiguous(memory_format=torch.channels_last), x[:1]):
+        for made, expected, truth in zip(leaves(optimized(images)), plain, exact, strict=True):
+            assert_2x(made, expected[: len(images)], truth[: len(images)], name)
+    assert str(optimized).count("one native call") == 2
+
+
+@planned
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    net = small()
+    x = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        exact, plain = net.double()(x.double()), net.to(dtype)(x.to(dtype))
+    assert_2x(effnet_fast.optimize_for_inference(net.float(), dtype)(x), plain, exact)
+
+
+@planned
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(32, 70), st.integers(32, 70), st.booleans()), min_size=2, max_size=5))
+def test_any_order_of_shapes_and_layouts(calls):
+    net = small()
+    optimized = effnet_fast.optimize_for_inference(net)
+    for images, height, width, channels_last in calls:
+        x = torch.randn(images, 3, height, width)
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        with torch.no_grad():
+            torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@planned
+def test_strided_views_and_other_dtypes_are_taken():
+    net = small()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 80, 70)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x[:, :, 5:69, ::2]), net(x[:, :, 5:69, ::2]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(optimized(x[::2].expand(2, -1, -1, -1)), net(x[:1]).expand(2, -1), rtol=1e-4, atol=1e-4)
+        assert optimized(x.double()).dtype == torch.float32
+    assert optimized(x[:0]).shape == (0, 10)
+
+
+@planned
+def test_threads_share_a_copy():
+    """Of a net whose answers are kept by the caller: none is written over by a later call."""
+    net = small()
+    optimized = effnet_fast.optimize_for_inference(net)
+    batches = [torch.randn(1 + i % 3, 3, 40 + 8 * (i % 2), 40) for i in range(12)]
+    with torch.no_grad():
+        expected = [net(x) for x in batches]
+    answers: dict[int, list[torch.Tensor]] = {}
+
+    def serve(thread: int) -> None:
+        answers[thread] = [optimized(x) for x in batches]
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for given_back in answers.values():
+        torch.testing.assert_close(given_back, expected, rtol=1e-4, atol=1e-4)
+
+
+@planned
+def test_a_copy_is_frozen():
+    net = small()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(1, 3, 40, 40)
+    before = optimized(x)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert torch.equal(optimized(x), before) and torch.equal(optimized(torch.cat([x, x]))[1:], before)
+    assert not any(parameter.requires_grad for parameter in optimized.parameters())
+    assert optimized.eval() is optimized
+    with pytest.raises(RuntimeError, match="frozen and cannot train"):
+        optimized.train()
+
+
+@planned
+def test_the_plan_that_was_not_used_for_longest_goes(monkeypatch):
+    monkeypatch.setattr(optimize, "PLANS", 2)
+    optimized = effnet_fast.optimize_for_inference(small())
+    for size in (32, 33, 32, 34):
+        optimized(torch.randn(1, 3, size, 32))
+    assert "2 plans" in str(optimized) and "3x33x32" not in str(optimized)
+
+
+def test_what_cannot_be_planned_runs_block_by_block():
+    """And says why."""
+    net = small()
+    net.act2 = nn.Hardswish()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), net(x))
+    assert native.REASON is not None or "block by block: aten.hardswish.default is no kernel of ours" in str(optimized)
+
+
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        (None, "x is a NoneType"),
+        (torch.zeros(3, 40, 40), r"x is \(3, 40, 40\)"),
+        (torch.zeros(1, 3, 40, 40, dtype=torch.int32), "of torch.int32"),
+        (torch.zeros(1, 4, 40, 40), "weight is|channels"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_the_copy_usable(x, says):
+    optimized = effnet_fast.optimize_for_inference(small())
+    with pytest.raises((ValueError, RuntimeError), match=says):
+        optimized(x)
+    assert optimized(torch.zeros(1, 3, 40, 40)).shape == (1, 10)
+
+
+def test_bad_models_are_named():
+    with pytest.raises(TypeError, match="model is a str"):
+        effnet_fast.optimize_for_inference("efficientnet_b0")
+    with pytest.raises(ValueError, match="dtype is torch.float64"):
+        effnet_fast.optimize_for_inference(small(), torch.float64)
+    with pytest.raises(ValueError, match="no block of Linear"):
+        effnet_fast.optimize_for_inference(nn.Linear(3, 3))
