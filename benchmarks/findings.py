@@ -14,9 +14,11 @@ from effnet_fast.cli.table import table
 Results = dict[str, Any]
 Case = dict[str, Any]
 HEADER = ("what", "batch", "entrant", "cases", "us", "quartiles", "speed-up", "least", "of bound", "worst")
+RUNTIMES = ("ONNX Runtime", "OpenVINO")
 PEERS: dict[str, Callable[[str], bool]] = {  # by kind, from an entrant's name
-    "eager": lambda name: not name.startswith(("ours", "accelerated", "compile")),
+    "eager": lambda name: name.startswith(("eager", "timm")),
     "torch.compile": lambda name: name.startswith("compile"),
+    "a runtime": lambda name: name in RUNTIMES,
 }
 DRIFT = 0.1  # of a median: two passes of one entrant that differ by more are told
 NAMED = 12  # cases of a list, the worst first

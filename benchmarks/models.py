@@ -52,8 +52,9 @@ def accelerated(case: Case, graph: bool = False) -> Timer:
 
 
 def optimized(case: Case) -> Timer:
-    """timm's model after :func:`effnet_fast.optimize_for_inference`."""
-    return checked(case, lambda state: effnet_fast.optimize_for_inference(_timm(case, state)), False, 2.0)
+    """effnet_fast's own model after :func:`effnet_fast.optimize_for_inference`."""
+    model = effnet_fast.create_model(f"efficientnet_{case.nets[0]}").eval()
+    return checked(case, lambda state: effnet_fast.optimize_for_inference(_placed(case, model, state)), False, 2.0)
 
 
 def onnxruntime(case: Case) -> Timer:

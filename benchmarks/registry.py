@@ -70,7 +70,7 @@ _ENTRANTS = {
     "model": [
         Entrant("ours", models.ours),
         Entrant("accelerated timm", models.accelerated),
-        Entrant("optimized timm", models.optimized),
+        Entrant("ours optimized", models.optimized),
         Entrant("timm channels_last", models.timm_eager, ("channels_last",)),
         Entrant("timm nchw", models.timm_eager, ("nchw",), quick=False),
     ],
