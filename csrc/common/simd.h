@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "activation.h"
 
@@ -66,6 +67,31 @@ template <int W> EFFNET_INLINE float sum(Float<W> v) {
     memcpy(half, &v, sizeof(v));
     return sum<W / 2>(half[0] + half[1]);
   }
+}
+
+template <int W, bool high, size_t... lane>
+EFFNET_INLINE Float<W> interleave(Float<W> a, Float<W> b, std::index_sequence<lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (int(lane) / 2 + int(lane) % 2 * W + (high ? W / 2 : 0))...);
+#else
+  return __builtin_shuffle(a, b, Int<W>{(int(lane) / 2 + int(lane) % 2 * W + (high ? W / 2 : 0))...});
+#endif
+}
+// The lower or the higher half of a, its lanes taking turns with those of b's.
+template <int W, bool high> EFFNET_INLINE Float<W> interleave(Float<W> a, Float<W> b) {
+  return interleave<W, high>(a, b, std::make_index_sequence<W>());
+}
+
+// Lane i is the sum of vector i. A vector is left with half as many sums in each round.
+template <int W> EFFNET_INLINE Float<W> sum_each(Float<W> (&vectors)[W]) {
+#pragma GCC unroll 4
+  for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      const Float<W> a = vectors[i], b = vectors[i + half];
+      vectors[i] = interleave<W, false>(a, b) + interleave<W, true>(a, b);
+    }
+  return vectors[0];
 }
 
 // 1 + e^-v; e^-v within 2 ulp for v <= 86, for greater ones what it is there, for NaN anything. e^-v = 2^n e^r with |r| <= ln2 / 2,

@@ -53,15 +53,6 @@ template <int W, int V> constexpr int kRows = W == 16 ? (V == 3 ? 8 : 12) : V ==
 
 // --- packing ---------------------------------------------------------------------------------------------------------------
 
-template <int W, bool high, size_t... lane>
-EFFNET_INLINE simd::Float<W> interleave(simd::Float<W> a, simd::Float<W> b, std::index_sequence<lane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (int(lane) / 2 + int(lane) % 2 * W + (high ? W / 2 : 0))...);
-#else
-  return __builtin_shuffle(a, b, simd::Int<W>{(int(lane) / 2 + int(lane) % 2 * W + (high ? W / 2 : 0))...});
-#endif
-}
-
 // log2(W) perfect shuffles of W rows transpose them.
 template <int W> EFFNET_INLINE void transpose(simd::Float<W> (&rows)[W]) {
 #pragma GCC unroll 4
@@ -69,8 +60,8 @@ template <int W> EFFNET_INLINE void transpose(simd::Float<W> (&rows)[W]) {
     simd::Float<W> shuffled[W];
 #pragma GCC unroll 8
     for (int i = 0; i < W / 2; ++i) {
-      shuffled[2 * i] = interleave<W, false>(rows[i], rows[i + W / 2], std::make_index_sequence<W>());
-      shuffled[2 * i + 1] = interleave<W, true>(rows[i], rows[i + W / 2], std::make_index_sequence<W>());
+      shuffled[2 * i] = simd::interleave<W, false>(rows[i], rows[i + W / 2]);
+      shuffled[2 * i + 1] = simd::interleave<W, true>(rows[i], rows[i + W / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) rows[i] = shuffled[i];
@@ -481,9 +472,11 @@ Split split_work(const Params& p, int threads) {
   Split best{1, 1};
   double least = INFINITY;
   const bool gates_rows = p.gate && !gates_weights(p, 1);
-  for (int64_t by_channels = 1; by_channels <= std::min<int64_t>(threads, panels_of(vectors)); ++by_channels) {
+  const int64_t panels = panels_of(vectors);
+  for (int64_t by_channels = 1; by_channels <= std::min<int64_t>(threads, panels); ++by_channels) {
     const int64_t by_rows = std::min(threads / by_channels, (p.rows + kBlock / 2 - 1) / (kBlock / 2));
-    const double mine = double((vectors - 1) / by_channels + 1), rows = double((p.rows - 1) / by_rows + 1);
+    const double mine = std::min<double>(vectors, 2 * ((panels - 1) / by_channels + 1) + vectors % 2),
+                 rows = double((p.rows - 1) / by_rows + 1);
     const double cost = mine * double(width) * (p.packed ? 0. : kPackCost) + rows * (mine + (gates_rows ? kPrologueCost : 0.));
     if (cost < least) {
       least = cost;

@@ -1,7 +1,7 @@
 // The squeeze-excite gate on the CPU.
 //
-// Few images: a row of an FC is a dot product along its inner dimension, vectorised, an image at a time. The weights bind, read
-// once an image: 2 * channels * reduced of them, from L2 or L3.
+// Few images: a row of an FC is a dot product along its inner dimension, vectorised, an image at a time; W rows are summed up
+// together. The weights bind, read once an image: 2 * channels * reduced of them, from L2 or L3.
 // Otherwise: up to W images are the lanes of one vector. Squeeze and hidden layer are kept transposed, [channels][W] and
 // [reduced][W]; an FC multiplies one weight, broadcast, with the lanes of one input, kRows rows at a time so that an input is
 // loaded once for kRows multiply-adds. Those bind: channels * reduced of W lanes for each FC. The weights are read once for W
@@ -53,18 +53,38 @@ template <int W, typename T> EFFNET_INLINE float dot(const T* a, const float* b,
   return result;
 }
 
+// The products of a row with the input, to be summed up; count >= W. `tail` is the last W inputs, but those that whole vectors of
+// the row have met are zero.
+template <int W, typename T> EFFNET_INLINE simd::Float<W> products(const T* a, const float* b, simd::Float<W> tail, int count) {
+  using namespace simd;
+  Float<W> sums[4] = {};
+  int i = 0;
+  for (; i + 4 * W <= count; i += 4 * W)
+    for (int k = 0; k < 4; ++k) sums[k] += load<W>(a + i + k * W) * load<W>(b + i + k * W);
+  for (; i + W <= count; i += W) sums[0] += load<W>(a + i) * load<W>(b + i);
+  sums[1] += load<W>(a + count - W) * tail;
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 template <int W, typename T>
 EFFNET_INLINE void rows_of_image(const Layer& l, const float* input, float* output, int first, int last) {
   using namespace simd;
   const T* weight = static_cast<const T*>(l.weight);
   const T* bias = static_cast<const T*>(l.bias);
+  Float<W> tail{};
+  for (int i = l.inner / W * W; i < l.inner; ++i) tail[W - l.inner + i] = input[i];
   for (int base = first; base < last; base += W) {
     const int rows = std::min(W, last - base);
-    float sums[W] = {};
-    for (int k = 0; k < rows; ++k) {
-      sums[k] = dot<W>(weight + int64_t(base + k) * l.inner, input, l.inner) + (bias ? to_float(bias[base + k]) : 0.f);
+    float sums[W] = {}, shift[W] = {};
+    for (int k = 0; bias && k < rows; ++k) shift[k] = to_float(bias[base + k]);
+    if (l.inner >= W) {
+      Float<W> vectors[W] = {};
+      for (int k = 0; k < rows; ++k) vectors[k] = products<W>(weight + int64_t(base + k) * l.inner, input, tail, l.inner);
+      store<W>(sums, sum_each<W>(vectors));
+    } else {
+      for (int k = 0; k < rows; ++k) sums[k] = dot<W>(weight + int64_t(base + k) * l.inner, input, l.inner);
     }
-    store<W>(sums, activate<W>(l.activation, load<W>(sums)));
+    store<W>(sums, activate<W>(l.activation, load<W>(sums) + load<W>(shift)));
     memcpy(output + base, sums, rows * sizeof(float));
   }
 }

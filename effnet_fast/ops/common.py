@@ -121,6 +121,9 @@ def check_tensor(
     op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
     """Refuse a tensor of another shape, dtype, layout or device, and what is no tensor."""
+    fits = isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype in dtypes
+    if fits and tensor.device == device and tensor.layout is torch.strided:
+        return
     check_strided(op, name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}; {shape} would do")

@@ -25,17 +25,20 @@ SUMS = (torch.float32, torch.float64)  # what partial sums are kept in
 
 def _check(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation):
     """Refuse, by name, what :func:`squeeze_excite_gate` does not say it takes, whatever the backend."""
-    check_strided(NAME, "partial", partial)
-    check_strided(NAME, "reduce_weight", reduce_weight)
-    if partial.dim() != 3 or 0 in partial.shape[1:]:
-        raise ValueError(f"{NAME}: partial is {tuple(partial.shape)}; [N, P, C] with P and C >= 1 would do")
-    channels, device = partial.shape[2], partial.device
+    if not isinstance(partial, Tensor) or not isinstance(reduce_weight, Tensor) or partial.layout is not torch.strided:
+        check_strided(NAME, "partial", partial)
+        check_strided(NAME, "reduce_weight", reduce_weight)
+    shape, device = partial.shape, partial.device
+    if len(shape) != 3 or shape[1] < 1 or shape[2] < 1:
+        raise ValueError(f"{NAME}: partial is {tuple(shape)}; [N, P, C] with P and C >= 1 would do")
+    channels = shape[2]
     if partial.dtype not in SUMS:
         raise TypeError(f"{NAME}: partial is {partial.dtype}; {either(SUMS)} would do")
     check_integer(NAME, "count", count, 1)
-    if reduce_weight.dim() != 4 or reduce_weight.shape[0] < 1:
-        raise ValueError(f"{NAME}: reduce_weight is {tuple(reduce_weight.shape)}; [R, {channels}, 1, 1] with R >= 1 would do")
-    reduced, alike = reduce_weight.shape[0], (reduce_weight.dtype,)
+    shape = reduce_weight.shape
+    if len(shape) != 4 or shape[0] < 1:
+        raise ValueError(f"{NAME}: reduce_weight is {tuple(shape)}; [R, {channels}, 1, 1] with R >= 1 would do")
+    reduced, alike = shape[0], (reduce_weight.dtype,)
     check_tensor(NAME, "reduce_weight", reduce_weight, (reduced, channels, 1, 1), DTYPES, device)
     if reduce_bias is not None:
         check_tensor(NAME, "reduce_bias", reduce_bias, (reduced,), alike, device)
@@ -73,8 +76,10 @@ def _native_can_run(partial: Tensor) -> str | None:
 
 def _unsupported(partial: Tensor, reduce_weight: Tensor) -> dict[str, str] | None:
     """A CUDA block's shared memory holds C + 2 R floats (csrc/squeeze_excite/gate.cuh); Triton's tile is R wide."""
+    if not partial.is_cuda:
+        return None
     reduced, channels = reduce_weight.shape[:2]
-    if not partial.is_cuda or (reduced <= 1024 and channels + 2 * reduced <= 23000):
+    if reduced <= 1024 and channels + 2 * reduced <= 23000:
         return None
     refused = {}
     if channels + 2 * reduced > 23000:
