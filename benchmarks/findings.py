@@ -126,6 +126,11 @@ def _compiled(results: Results) -> list[str]:
     return [f"torch.compile was timed as {', '.join(names)}, on {len(having)} of {_count(len(results['cases']), 'case')}."]
 
 
+def fastest(case: Case) -> str:
+    """The fastest of ours."""
+    return min((entrant["median_us"], name) for name, entrant in timed(case).items() if name.startswith("ours"))[1]
+
+
 def leads(case: Case) -> dict[str, float]:
     """How many times the speed of the fastest peer the fastest of ours has, by the kind of peer, where both were timed."""
     times = {name: entrant["median_us"] for name, entrant in timed(case).items()}

@@ -97,8 +97,8 @@ def headline() -> str:
             leads = []
             for case in results["cases"]:
                 against = " and ".join(f"{lead:.2f} times {kind}'s" for kind, lead in findings.leads(case).items())
-                leads += [f"{case['group']} at batch {case['batch']} has {against}"] if against else []
-            told.append(f"**Speed** ({findings.setting(results)}), beside the fastest timm of each kind: {'; '.join(leads)}.")
+                leads += [f"{case['group']} at batch {case['batch']}, {findings.fastest(case)}, has {against}"] if against else []
+            told.append(f"**Speed** ({findings.setting(results)}), beside the fastest peer of each kind: {'; '.join(leads)}.")
     for device, named in (("cuda", "a GPU"), ("cpu", "a CPU")):
         if not any(results["device"] == device for results in kept):
             told.append(f"**Not measured:** speed on {named}; no figure here was taken on one.")

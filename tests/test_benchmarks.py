@@ -141,7 +141,9 @@ def test_registry(suite, device, dtype):
             names = {case.name for case in some}
             depthwise = [row for row in op_launches(FAMILY[f"efficientnet_{net}"]) if row.op == "depthwise_conv_bn_act"]
             assert {f"{registry._name(row)} n1" for row in (depthwise[0], depthwise[-1])} <= names
-        assert {case.group for case in cases} == set(backends.reasons()["reference"])
+        assert {case.group for case in cases} == set(backends.reasons()["reference"]) - {
+            "global_average_pool"
+        }  # a plan alone calls it
         for number in range(8):
             of_net = {case.launch.shape for case in cases if f"b{number}" in case.nets and case.batch == 1}
             wanted = {row.shape for row in op_launches(FAMILY[f"efficientnet_b{number}"])}
