@@ -97,7 +97,7 @@ SEEDED = {
     ),
     "peers-read-after-they-have-ended": bug("  cluster_wait();  // nor", "  // nor", "AddressSanitizer|null pointer"),
     "off-by-one-store": bug("if (row + at / G < rows) y", "if (row + at / G <= rows) y", "heap-buffer-overflow|off by|changes"),
-    "divergent-shuffle": bug("base < rows; base +=", "base + lane / lanes * kRows < rows; base +=", "shuffle"),
+    "divergent-shuffle": bug("base < rows; base +=", "base + lane / lanes * kRows < rows; base +=", "emulator: .*shuffle"),
     "misaligned-vector": bug("&& aligned16(weight)", "", "misaligned address"),
     "shared-memory-too-short": bug("int64_t(2) * images * plan", "int64_t(1) * images * plan", "heap-buffer-overflow"),
 }
