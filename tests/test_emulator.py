@@ -104,9 +104,10 @@ SEEDED = {
 
 
 @pytest.fixture(scope="module")
-def modules(tmp_path_factory) -> dict[str, Path]:
+def modules(shared_directory) -> dict[str, Path]:
     """The kernels as they are, "sound", and with each seeded bug."""
-    return emulator.build(emulator.directory(tmp_path_factory.getbasetemp()), SEEDED)
+    with shared_directory("emulator") as directory:
+        return emulator.build(directory, SEEDED)
 
 
 def check_squeeze_excite_gate(module: Path, gates: list[Gate]) -> None:

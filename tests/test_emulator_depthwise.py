@@ -124,9 +124,10 @@ def segments() -> list[Run]:
 
 
 @pytest.fixture(scope="module")
-def modules(tmp_path_factory) -> dict[str, Path]:
+def modules(shared_directory) -> dict[str, Path]:
     """The kernels as they are, "sound", with each seeded bug, and with smaller grids."""
-    return emulator.build(emulator.directory(tmp_path_factory.getbasetemp()), {**SEEDED, **SMALL_GRIDS})
+    with shared_directory("emulator") as directory:
+        return emulator.build(directory, {**SEEDED, **SMALL_GRIDS})
 
 
 def check(module: Path, runs: list[Run], seeds: range) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pickle
 import shutil
@@ -55,11 +54,6 @@ class Bug(NamedTuple):
     options: str = ""
 
 
-def directory(temporary: Path) -> Path:
-    """Where all test processes of a session build, from pytest's base for temporary files in this one."""
-    return (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "emulator"
-
-
 def missing() -> str | None:
     """Why the emulator cannot be built here, or None."""
     if shutil.which("g++") is None:
@@ -78,7 +72,7 @@ def missing() -> str | None:
 def build(directory: Path, bugs: dict[str, Bug]) -> dict[str, Path]:
     """Compiles the kernels as they are, "sound", and with each bug; returns the modules, for :func:`run`.
 
-    Processes may build in one directory at the same time: they take turns, and compile nothing twice.
+    What an earlier build has left in the directory is not compiled again; one at a time may build there.
     """
     import pybind11
 
@@ -92,18 +86,15 @@ def build(directory: Path, bugs: dict[str, Bug]) -> dict[str, Path]:
         text += f"build {name}.o: kernel {HERE / source}\n  csrc = {directory / name}\n  options = {options} {bug.options}\n"
         objects = " ".join(f"{name if kernel == bug.kernel else kernel}.o" for kernel in KERNELS)
         text += f"build {name}.so: link binding.o {objects}\n"
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for name, bug in bugs.items():
-            if not (directory / name).exists():
-                shutil.copytree(CSRC, directory / name)
-                source = (CSRC / bug.path).read_text()
-                assert bug.text in source, f"the seeded bug {name} no longer fits the source"
-                (directory / name / bug.path).write_text(source.replace(bug.text, bug.replacement, 1))
-        ninja = directory / f"{'-'.join(bugs)}.ninja"
-        ninja.write_text(text)
-        done = subprocess.run(["ninja", "-C", str(directory), "-f", ninja.name], capture_output=True, text=True)
+    for name, bug in bugs.items():
+        if not (directory / name).exists():
+            shutil.copytree(CSRC, directory / name)
+            source = (CSRC / bug.path).read_text()
+            assert bug.text in source, f"the seeded bug {name} no longer fits the source"
+            (directory / name / bug.path).write_text(source.replace(bug.text, bug.replacement, 1))
+    ninja = directory / f"{'-'.join(bugs)}.ninja"
+    ninja.write_text(text)
+    done = subprocess.run(["ninja", "-C", str(directory), "-f", ninja.name], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the emulator does not compile:\n{done.stdout}{done.stderr}")
     return {name: directory / f"{name}.so" for name in ("sound", *bugs)}
