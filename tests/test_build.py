@@ -111,6 +111,7 @@ def test_wheel_with_cuda(project, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="there is no ninja on PATH")
 def test_an_editable_build_compiles_what_has_changed(project):
     for source in project.joinpath("csrc").rglob("*.cpp"):
         if source.parent.name not in ("csrc", "squeeze_excite"):
