@@ -77,12 +77,18 @@ def cuda_architectures() -> list[str]:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's, which misses changed headers of .cu files: beside a CPU-only torch it has nvcc write no dependency file."""
+    """torch's, which misses changed headers of .cu files: beside a CPU-only torch it has nvcc write no dependency file.
+
+    The objects of an editable install stay in build/, so that the next one compiles what has changed since.
+    """
 
     def build_extensions(self):
+        if self.editable_mode:
+            self.build_temp = str(ROOT / "build" / "editable")
         newest = max(path.stat().st_mtime for path in CSRC.rglob("*.*h"))
-        for built in Path(self.build_temp).rglob("*.o"):
-            if built.stat().st_mtime < newest:
+        for source in CSRC.rglob("*.cu"):
+            built = Path(self.build_temp, source.relative_to(ROOT).with_suffix(".o"))
+            if built.exists() and built.stat().st_mtime < newest:
                 built.unlink()
         super().build_extensions()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +25,13 @@ if SHIM not in sys.path:
     import sitecustomize  # noqa: F401
 
 
+def pytest_sessionstart() -> None:
+    import needs
+
+    if lacks := needs.required_and_missing():
+        pytest.exit("EFFNET_FAST_TESTS_REQUIRE names what is missing here: " + "; ".join(lacks), returncode=1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
@@ -29,6 +39,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def shared_directory(tmp_path_factory) -> Callable[[str], AbstractContextManager[Path]]:
+    """Of a name, a folder that all test processes of this session share and take turns in."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    @contextmanager
+    def directory(name: str) -> Iterator[Path]:
+        (base / name).mkdir(exist_ok=True)
+        with open(base / name / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield base / name
+
+    return directory
 
 
 @pytest.fixture(scope="module")

@@ -78,9 +78,9 @@ class Instruction(NamedTuple):
         return 32 * (16 if self.base in ("LDSM", "STSM") else int(width[1]) // 8 if width else 4)
 
 
-def read_sass(cubin: Path, tool: str) -> dict[str, list[Instruction]]:
+def read_sass(cubin: Path) -> dict[str, list[Instruction]]:
     """The instructions of each kernel."""
-    text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([str(cuobjdump()), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     code: list[Instruction] = []
     for line in text.splitlines():
@@ -236,10 +236,10 @@ def _holds(outer: list[Instruction], inner: list[Instruction]) -> bool:
     return outer[0].at <= inner[0].at and inner[-1].at <= outer[-1].at
 
 
-def model_counts(cubins: dict[str, Path], resources: dict[str, Resources], tool: str) -> dict[str, Any]:
+def model_counts(cubins: dict[str, Path], resources: dict[str, Resources]) -> dict[str, Any]:
     """What benchmarks/instructions.json holds, from the cubins of depthwise.cu and squeeze_excite.cu for COUNTED_ARCH."""
     counted: dict[str, Any] = {}
-    for name, code in read_sass(cubins["depthwise.cu"], tool).items():
+    for name, code in read_sass(cubins["depthwise.cu"]).items():
         kind, (k, s, *tile), dtype = depthwise_instance(name)
         tensor = kind == "tensor"
         # Those that EfficientNets run: SiLU, and two channels a thread.
@@ -249,7 +249,7 @@ def model_counts(cubins: dict[str, Path], resources: dict[str, Resources], tool:
         columns, width = (tile[0], 16 * tile[1]) if tensor else (4, tile[0])
         parts = depthwise_parts(code, tensor, live, k * k, live * columns * width)
         counted[f"{kind} k{k} s{s} {columns}x{width}"] = {"registers": resources[name].registers, **parts}
-    for name, code in read_sass(cubins["squeeze_excite.cu"], tool).items():
+    for name, code in read_sass(cubins["squeeze_excite.cu"]).items():
         found = re.search(r"gate_kernelI(f|\w*?bf16E)Li(\d+)E", name)
         if found:
             dtype = "fp32" if found[1] == "f" else "bf16"
@@ -263,8 +263,7 @@ def nvcc_version() -> str:
 
 
 def main() -> int:
-    tool = cuobjdump()
-    if tool is None:
+    if cuobjdump() is None:
         sys.exit("sass.py: there is no cuobjdump: $CUOBJDUMP, PATH or an installed triton would do")
     with tempfile.TemporaryDirectory() as folder:
         cubins, resources = {}, {}
@@ -272,7 +271,7 @@ def main() -> int:
             source = ROOT / "csrc" / name
             cubins[source.name] = Path(folder, source.name)
             resources |= compile_kernels(source, COUNTED_ARCH, cubins[source.name])
-        counts = model_counts(cubins, resources, tool)
+        counts = model_counts(cubins, resources)
     rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in counts.pop("kernels").items())
     COUNTS.write_text(json.dumps(counts)[:-1] + ', "kernels": {\n' + rows + "\n}}\n")
     return 0

@@ -10,18 +10,21 @@ import sys
 import zipfile
 from pathlib import Path
 
+import needs
 import pytest
+
+from effnet_fast.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-HAS_NVCC = shutil.which("nvcc") is not None
-HAS_COMPILER = shutil.which("c++") is not None
-needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
-needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="there is no nvcc on PATH")
+NO_NVCC = needs.missing()["nvcc"]
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+needs_nvcc = pytest.mark.skipif(NO_NVCC is not None, reason=str(NO_NVCC))
 
 
 @pytest.fixture
 def project(tmp_path) -> Path:
+    """A copy of the project that compiles its C++ without optimisation, which is soon done."""
     copy = tmp_path / "project"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
@@ -29,6 +32,7 @@ def project(tmp_path) -> Path:
     (copy / "README.md").write_text("effnet_fast\n")
     shutil.copytree(CSRC, copy / "csrc")
     shutil.copytree(ROOT / "effnet_fast", copy / "effnet_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    edit_setup(copy, 'cxx = ["-std=c++20", "-O3"', 'cxx = ["-std=c++20", "-O0"')
     return copy
 
 
@@ -38,11 +42,12 @@ def edit_setup(project: Path, text: str, replacement: str) -> None:
     (project / "setup.py").write_text(source.replace(text, replacement, 1))
 
 
-def build_wheel(project: Path, *, succeeds: bool = True, **environment: str) -> tuple[str, list[Path]]:
+def build_wheel(project: Path, *, succeeds: bool = True, editable: bool = False, **environment: str) -> tuple[str, list[Path]]:
     """The build's output, and the wheels it made. An empty string removes a variable."""
     env = {k: v for k, v in {**os.environ, "PYTHONPATH": "", "MAX_JOBS": "2", **environment}.items() if v}
     wheels = project.parent / "wheels"
-    command = [sys.executable, "-c", "import sys; from setuptools import build_meta as b; print(b.build_wheel(sys.argv[1]))"]
+    hook = "build_editable" if editable else "build_wheel"
+    command = [sys.executable, "-c", f"import sys; from setuptools import build_meta as b; print(b.{hook}(sys.argv[1]))"]
     done = subprocess.run([*command, str(wheels)], cwd=project, env=env, capture_output=True, text=True)
     output = done.stdout + done.stderr
     assert (done.returncode == 0) == succeeds, output
@@ -54,12 +59,7 @@ def symbols(module: Path, kind: str) -> list[str]:
     return [re.sub(r"^[0-9a-f ]*[A-Za-z] ", "", line) for line in lines]
 
 
-def check_compiled(wheel: Path, directory: Path) -> Path:
-    """The wheel's module, after checks of tag and symbols."""
-    assert "-cp310-abi3-linux_" in wheel.name
-    with zipfile.ZipFile(wheel) as archive:
-        module = Path(archive.extract("effnet_fast/_C.abi3.so", directory))
-        assert not [name for name in archive.namelist() if name.startswith(("csrc", "tests", "benchmarks"))]
+def check_symbols(module: Path) -> None:
     undefined = symbols(module, "--undefined-only")
     assert any("aoti_torch_" in name for name in undefined), "nm shows nothing of the stable ABI"
     assert not [name for name in undefined if re.search(r"\b(at|c10|torch)::", name)], "symbols outside the stable ABI"
@@ -68,12 +68,27 @@ def check_compiled(wheel: Path, directory: Path) -> Path:
     )
     defined = symbols(module, "--defined-only")
     assert "PyInit__C" in defined and not [name for name in defined if "effnet_fast" in name], "only the import hook is exported"
+
+
+def check_compiled(wheel: Path, directory: Path) -> Path:
+    """The wheel's module, after checks of tag and symbols."""
+    assert "-cp310-abi3-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        module = Path(archive.extract("effnet_fast/_C.abi3.so", directory))
+        assert not [name for name in archive.namelist() if name.startswith(("csrc", "tests", "benchmarks"))]
+    check_symbols(module)
     return module
 
 
 def import_module(module: Path, expression: str) -> str:
     script = f"import sys, torch; sys.path.insert(0, {str(module.parent)!r}); import _C; print({expression})"
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON))
+def test_symbols_of_the_installed_module():
+    """Which is compiled as users' are, with optimisation and for every architecture."""
+    check_symbols(ROOT / "effnet_fast" / "_C.abi3.so")
 
 
 @needs_compiler
@@ -93,6 +108,33 @@ def test_wheel_with_cuda(project, tmp_path):
         header.write("#error seeded\n")
     output, _ = build_wheel(project, EFFNET_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0", succeeds=False)
     assert "#error seeded" in output
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="there is no ninja on PATH")
+def test_an_editable_build_compiles_what_has_changed(project):
+    for source in project.joinpath("csrc").rglob("*.cpp"):
+        if source.parent.name not in ("csrc", "squeeze_excite"):
+            source.unlink()
+    compiled = project / "build" / "editable" / "csrc"
+    module, gate = compiled / "module.o", compiled / "squeeze_excite" / "squeeze_excite_cpu.o"
+
+    def built() -> tuple[int, int]:
+        build_wheel(project, editable=True, EFFNET_FAST_CUDA="0")
+        assert (project / "effnet_fast" / "_C.abi3.so").exists()
+        return module.stat().st_mtime_ns, gate.stat().st_mtime_ns
+
+    first = built()
+    assert built() == first
+    (project / "csrc" / "module.cpp").touch()
+    second = built()
+    assert second[0] > first[0] and second[1] == first[1]
+    (project / "csrc" / "common" / "simd.h").touch()
+    third = built()
+    assert third[0] == second[0] and third[1] > second[1]
+    edit_setup(project, '"-Wall"', '"-Wall", "-DOTHER_FLAG"')
+    fourth = built()
+    assert fourth[0] > third[0] and fourth[1] > third[1]
 
 
 def check_pure(wheels: list[Path]) -> None:
@@ -139,6 +181,8 @@ def test_old_setuptools_one_line(project):
 
 @needs_compiler
 def test_compile_failure_is_an_error(project):
+    for source in project.joinpath("csrc").rglob("*.cpp"):
+        source.unlink()
     (project / "csrc" / "module.cpp").write_text("#error seeded\n")
     output, wheels = build_wheel(project, EFFNET_FAST_CUDA="0", succeeds=False)
     assert "#error seeded" in output and not wheels

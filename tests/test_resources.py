@@ -5,32 +5,39 @@ that the model of the kernels' times rests on."""
 from __future__ import annotations
 
 import json
+import pickle
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import needs
 import pytest
 import sass
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on PATH")
+MISSING = needs.missing()
+pytestmark = pytest.mark.skipif(MISSING["nvcc"] is not None, reason=str(MISSING["nvcc"]))
+needs_cuobjdump = pytest.mark.skipif(MISSING["cuobjdump"] is not None, reason=str(MISSING["cuobjdump"]))
 ARCHS = (80, 90, 100)
 LEAST_KERNELS = {"squeeze_excite.cu": 9, "depthwise.cu": 72}
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[tuple[str, int], tuple[Path, dict[str, sass.Resources]]]:
+def compiled(shared_directory) -> dict[tuple[str, int], tuple[Path, dict[str, sass.Resources]]]:
     """Of each .cu file and architecture: the cubin, and the resources of its kernels."""
-    directory = tmp_path_factory.mktemp("cubin")
 
     def compile_one(key: tuple[Path, int]) -> tuple[Path, dict[str, sass.Resources]]:
         cubin = directory / f"{key[0].stem}.{key[1]}"
         return cubin, sass.compile_kernels(*key, cubin)
 
     keys = [(source, arch) for source in sorted(CSRC.rglob("*.cu")) for arch in ARCHS]
-    with ThreadPoolExecutor(2) as pool:
-        return {(source.name, arch): made for (source, arch), made in zip(keys, pool.map(compile_one, keys), strict=True)}
+    with shared_directory("cubin") as directory:
+        made = directory / "compiled.pickle"
+        if not made.exists():
+            with ThreadPoolExecutor(2) as pool:
+                cubins = {(key[0].name, key[1]): cubin for key, cubin in zip(keys, pool.map(compile_one, keys), strict=True)}
+            made.write_bytes(pickle.dumps(cubins))
+        return pickle.loads(made.read_bytes())
 
 
 def registers_allowed(name: str) -> int:
@@ -66,12 +73,10 @@ PROMISED = {
 }
 
 
+@needs_cuobjdump
 def test_instructions_an_output(compiled):
-    tool = sass.cuobjdump()
-    if tool is None:
-        pytest.skip("there is no cuobjdump: $CUOBJDUMP, PATH or an installed triton would do")
     checked = {}
-    for name, code in sass.read_sass(compiled["depthwise.cu", 90][0], tool).items():
+    for name, code in sass.read_sass(compiled["depthwise.cu", 90][0]).items():
         kind, (k, s, *tile), dtype = sass.depthwise_instance(name)
         if (kind == "tensor" and tile != [32, 3]) or (kind == "direct" and (dtype, tile) != ("fp32", [2])) or "Lb0E" in name:
             continue
@@ -87,16 +92,15 @@ def test_instructions_an_output(compiled):
     assert checked.keys() == PROMISED.keys()
 
 
+@needs_cuobjdump
 def test_the_models_counts_are_the_compilers(compiled):
     """benchmarks/instructions.json is what tests/sass.py counts now."""
-    tool, recorded = sass.cuobjdump(), json.loads(sass.COUNTS.read_text())
-    if tool is None:
-        pytest.skip("there is no cuobjdump: $CUOBJDUMP, PATH or an installed triton would do")
+    recorded = json.loads(sass.COUNTS.read_text())
     if recorded["nvcc"] != sass.nvcc_version():
         pytest.skip(f"benchmarks/instructions.json was counted with nvcc {recorded['nvcc']}, here is {sass.nvcc_version()}")
     made = {name: compiled[name, sass.COUNTED_ARCH] for name in ("depthwise.cu", "squeeze_excite.cu")}
     resources = {name: used for _, kernels in made.values() for name, used in kernels.items()}
-    counted = sass.model_counts({name: cubin for name, (cubin, _) in made.items()}, resources, tool)
+    counted = sass.model_counts({name: cubin for name, (cubin, _) in made.items()}, resources)
     assert counted == recorded, "run: python tests/sass.py"
     kernels = recorded["kernels"]
     for images in (1, 4, 8):  # all multiply-adds, shuffles and activations are in the parts

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
+import needs
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from effnet_fast import ops
 from effnet_fast.ops import backends, triton_backend
 
 HERE = Path(__file__).parent
+PARTS = 2  # of an architecture's launches, each a test, so that two workers end at about the same time
 ALL_LAUNCHES = "EFFNET_FAST_TEST_ALL_LAUNCHES"
 needs_triton = pytest.mark.skipif(triton_backend.REASON is not None, reason=str(triton_backend.REASON))
 
@@ -32,7 +34,8 @@ def pytest_of(*arguments: str, **environment: str) -> subprocess.CompletedProces
 @pytest.mark.parametrize("selection", ["test_depthwise", "not test_depthwise"])
 def test_interpreted(selection):
     done = pytest_of("-k", selection, TRITON_INTERPRET="1")
-    if "only 0-dimensional arrays can be converted" in done.stdout and "triton/runtime/interpreter.py" in done.stdout:
+    mismatch = "only 0-dimensional arrays can be converted" in done.stdout and "triton/runtime/interpreter.py" in done.stdout
+    if mismatch and "triton" not in needs.REQUIRED:
         pytest.skip(f"the interpreter of triton {version('triton')} does not run with NumPy {version('numpy')}: its own code fails")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout, done.stdout[-2000:]
@@ -61,15 +64,16 @@ def test_on_a_gpu(name, outcomes_on_a_gpu):
 
 
 @needs_triton
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_launches_compile_within_their_budget(arch):
+def test_launches_compile_within_their_budget(arch, part):
     """Nothing spills, and two programs fit in a multiprocessor's registers (65536) and shared memory.
 
-    By default each configuration of each kernel once, in its fullest form: 150 an architecture; with
+    By default each configuration of each kernel once, in its fullest form: 150 an architecture, in two parts; with
     EFFNET_FAST_TEST_ALL_LAUNCHES=1 all of B0 to B7's launches, 520 to 550.
     """
     everything = os.environ.get(ALL_LAUNCHES) == "1"
-    command = [sys.executable, str(HERE / "triton_ahead.py"), str(arch), "all" if everything else "covering"]
+    command = [sys.executable, str(HERE / "triton_ahead.py"), str(arch), "all" if everything else "covering", str(part), str(PARTS)]
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",

@@ -1,11 +1,12 @@
 """Compiles launches of the Triton kernels for GPUs that need not be here, and reports what each takes; run as a process of its own.
 
-python tests/triton_ahead.py 80|90|100 all|covering
+python tests/triton_ahead.py 80|90|100 all|covering [PART PARTS]
 
 The launches are those that the ops would make for every layer of B0 to B7 at batch 1, 16, 128 and 256: the ops' own launch
 functions run on meta tensors, with the launch itself recorded. ``covering`` takes each configuration of a kernel once
-in fp32, tf32, bf16 and with mixed types, in its fullest form. To stdout goes one JSON object a kernel (its name, constants,
-registers, bytes of shared memory, and bytes of stack, where registers spill to), and one that counts them last.
+in fp32, tf32, bf16 and with mixed types, in its fullest form. PART 0 or 1 of 2 is a half, with launches of every kernel. To stdout
+goes one JSON object a kernel (its name, constants, registers, bytes of shared memory, and bytes of stack, where registers spill
+to), and one that counts them last.
 """
 
 from __future__ import annotations
@@ -111,6 +112,10 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
     yield from recorded
 
 
+def name_of(kernel: Any) -> str:
+    return f"{Path(kernel.fn.__code__.co_filename).parent.name}.{kernel.fn.__name__}"
+
+
 def compile_ahead(launch: Launch, arch: int) -> dict[str, Any]:
     """The launch's kernel for ``sm_<arch>``, and what ``cuobjdump -res-usage`` says of it."""
     kernel, signature, constants, num_warps, num_stages, maxnreg = launch
@@ -128,7 +133,7 @@ def compile_ahead(launch: Launch, arch: int) -> dict[str, Any]:
         usage = subprocess.run(command, capture_output=True, text=True, check=True)
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage.stdout)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
     return {
-        "kernel": f"{Path(kernel.fn.__code__.co_filename).parent.name}.{kernel.fn.__name__}",
+        "kernel": name_of(kernel),
         "types": ",".join(dict.fromkeys(kind for _, kind in signature)),
         "constants": {name: value for name, value in constants if value is not None},
         "absent": [name for name, value in constants if value is None],
@@ -164,18 +169,18 @@ def covering(found: dict[Launch, None]) -> list[Launch]:
     return list(fullest.values())
 
 
-def main(arch: int, which: str) -> None:
+def main(arch: int, which: str, part: int = 0, parts: int = 1) -> None:
     start = time.monotonic()
     found: dict[Launch, None] = {}
     models = [f"efficientnet_b{number}" for number in range(8)]
     for dtype in DTYPES:
         for batch in (1, 16, 128, 256):
             found.update(dict.fromkeys(launches(models, batch, dtype, PROCESSORS[arch])))
-    chosen = list(found) if which == "all" else covering(found)
+    chosen = sorted(found if which == "all" else covering(found), key=lambda launch: name_of(launch[0]))[part::parts]
     for launch in chosen:
         print(json.dumps(compile_ahead(launch, arch)), flush=True)
     print(json.dumps({"compiled": len(chosen), "of": len(found), "seconds": round(time.monotonic() - start)}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

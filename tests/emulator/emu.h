@@ -10,8 +10,6 @@
 // Not seen: races between blocks of different clusters, overflow from one part of shared memory into another, the rounding of the
 // GPU's own expf and approximate functions, and that tensor cores truncate fp32 sums.
 #pragma once
-#include <ucontext.h>
-
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -27,6 +25,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "context.h"
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -54,7 +53,7 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   dim3 thread_index;
   unsigned rank = 0;   // in the cluster
   unsigned block = 0;  // likewise
@@ -69,7 +68,7 @@ struct Fiber {
   void* fake_stack = nullptr;
 };
 
-constexpr size_t kStack = 128 << 10;
+constexpr size_t kStack = 32 << 10;  // AddressSanitizer clears its shadow for each launch
 
 struct Block {
   dim3 index;
@@ -77,7 +76,7 @@ struct Block {
 };
 
 struct State {
-  ucontext_t main;
+  Context main;
   void* main_fake_stack = nullptr;
   const void* main_bottom = nullptr;
   size_t main_size = 0;
@@ -107,12 +106,12 @@ inline void to_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(f->wait == Wait::done ? nullptr : &f->fake_stack, state().main_bottom, state().main_size);
 #endif
-  swapcontext(&f->context, &state().main);
+  switch_context(f->context, state().main);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(state().current->fake_stack, &state().main_bottom, &state().main_size);
 #endif
 }
-inline void enter() {
+inline void enter() noexcept {  // what is thrown in a fiber ends the process, with its message
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &state().main_bottom, &state().main_size);
 #endif
@@ -126,7 +125,7 @@ inline void resume(Fiber& f) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&state().main_fake_stack, f.stack.get(), kStack);
 #endif
-  swapcontext(&state().main, &f.context);
+  switch_context(state().main, f.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(state().main_fake_stack, nullptr, nullptr);
 #endif
@@ -193,11 +192,7 @@ inline void run_cluster() {
   std::vector<size_t> running(s.blocks.size(), threads);
   size_t left = fibers.size();
   for (Fiber& f : fibers) {
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, enter, 0);
+    prepare_context(f.context, f.stack.get(), kStack, enter);
     f.groups.assign(1, {});
     f.arrivals = f.waits = 0;
     ready.push_back(f.rank);
