@@ -29,19 +29,25 @@ template <typename... Parts> void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_text(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
+// A tensor's shape for a message, written where the message is: a check that holds costs no string.
+struct ShapeText {
+  const Tensor& tensor;
+};
+inline std::ostream& operator<<(std::ostream& out, const ShapeText& text) {
+  out << "[";
+  for (int64_t i = 0; i < text.tensor.dim(); ++i) out << (i ? ", " : "") << text.tensor.size(i);
+  return out << "]";
 }
+inline ShapeText shape_text(const Tensor& t) { return {t}; }
 
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
   bool same = t.dim() == int64_t(shape.size());
   int64_t i = 0;
   for (const int64_t size : shape) same = same && t.size(i++) == size;
+  if (same) return;
   std::string expected;
   for (const int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
-  check(same, op, ": ", name, " has shape ", shape_text(t), ", expected [", expected, "]");
+  check(false, op, ": ", name, " has shape ", shape_text(t), ", expected [", expected, "]");
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {

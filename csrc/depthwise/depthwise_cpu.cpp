@@ -96,21 +96,20 @@ EFFNET_INLINE void add_taps(const ForwardParams& p, const Block<W, K>& block, co
   }
 }
 
-// Fetches some channels of one pixel of x after the other into a cache.
+// Fetches some channels of one pixel of x after the other into a cache, whole pixels at a time.
 struct Ahead {
   uintptr_t at;
-  int64_t left, lines, gap;  // lines to the end of those channels, all of them (0: fetches nothing), bytes to the next pixel's
+  int64_t lines, pixel;  // of those channels, kRun where pixels follow one another without a gap, 0: fetches nothing; bytes
+  int64_t owed = 0;      // lines that were asked for and not fetched
+  static constexpr int64_t kRun = INT64_MAX;
   template <int N, int kLevel> EFFNET_INLINE void fetch() {
-    if (left > N) {
+    if (lines == kRun) {
 #pragma GCC unroll 32
       for (int i = 0; i < N; ++i) __builtin_prefetch(reinterpret_cast<const void*>(at + i * 64), 0, kLevel);
-      at += N * 64, left -= N;
+      at += N * 64;
     } else if (lines) {
-#pragma GCC unroll 1
-      for (int i = 0; i < N; ++i, at += 64) {
-        __builtin_prefetch(reinterpret_cast<const void*>(at), 0, kLevel);
-        if (--left == 0) left = lines, at += gap;
-      }
+      for (owed += N; owed >= lines; owed -= lines, at += pixel)
+        for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(reinterpret_cast<const void*>(at + i * 64), 0, kLevel);
     }
   }
 };
@@ -118,8 +117,7 @@ struct Ahead {
 template <typename T> inline Ahead ahead_from(const ForwardParams& p, int64_t image, int row, int begin, int end) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p.x) + (image * p.x_image + row * p.x_row + begin) * sizeof(T);
   const int64_t bytes = int64_t(end - begin) * sizeof(T), pixel = p.x_pixel * sizeof(T);
-  const int64_t lines = bytes == pixel ? INT32_MAX : (bytes + 63) / 64;  // no gap: one run
-  return {at, lines, lines, pixel - lines * 64};
+  return {at, bytes == pixel ? Ahead::kRun : (bytes + 63) / 64, pixel};
 }
 
 // Whether what is left of a row is cut into steps of kMostColumns outputs from here on. A row of 18 or more is cut without rest.
