@@ -107,7 +107,7 @@ def compiled_module():
         return None
 
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={PYTHON_TARGET}"]
-    link = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL", "-s", "-ldl"]
+    link = ["-Wl,--as-needed", f"-Wl,--version-script={CSRC / 'exports.map'}", "-s", "-ldl"]
     sources = sorted(CSRC.rglob("*.cpp"))
     if root:
         cpp_extension.CUDA_HOME = root  # which torch does not look for where it is CPU-only
