@@ -94,6 +94,15 @@ def test_strided_views_and_other_dtypes_are_taken():
 
 
 @planned
+def test_autocast_changes_nothing():
+    """Neither the answer nor the plan that is kept."""
+    optimized, x = effnet_fast.optimize_for_inference(small()), torch.randn(2, 3, 40, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = optimized(x)
+    assert inside.dtype == torch.float32 and torch.equal(inside, optimized(x))
+
+
+@planned
 def test_threads_share_a_copy():
     """Of a net whose answers are kept by the caller: none is written over by a later call."""
     net = small()

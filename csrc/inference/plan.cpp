@@ -17,7 +17,7 @@ thread_local Plan* recording = nullptr;
 
 namespace {
 
-constexpr size_t kLine = 64, kHugePage = 2 << 20;
+constexpr size_t kLine = 64, kHugePage = 2 << 20, kChunk = 4 * kHugePage;  // of packed weights
 
 size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
@@ -56,8 +56,8 @@ void start(const squeeze_excite::GateParams& p) { squeeze_excite::gate_cpu(p); }
 void start(const pointwise::Params& p) { pointwise::conv_bn_act_cpu(p); }
 void start(const pool::Params& p) { pool::average_cpu(p); }
 
-// What only packing reads: the packed form holds it.
-template <typename P> void forget_parameters(P& p) { p.weight = p.norm_weight = p.norm_bias = p.norm_mean = p.norm_var = nullptr; }
+// The kernel's own packed_bytes, which a member of Plan would hide.
+template <typename P> size_t bytes_to_pack(const P& p) { return packed_bytes(p); }
 
 }  // namespace
 
@@ -77,38 +77,32 @@ Plan::~Plan() {
 }
 
 void* Plan::pack(size_t bytes) {
-  packed_.emplace_back(bytes);
+  const size_t lines = rounded_up(bytes, kLine);
+  if (lines > left_) {
+    left_ = std::max(lines, kChunk);
+    packed_.emplace_back(left_);
+    next_ = packed_.back().data();
+  }
+  char* const at = next_;
+  next_ += lines;
+  left_ -= lines;
   packed_bytes_ += bytes;
-  return packed_.back().data();
+  return at;
 }
 
 void* Plan::copy(const void* data, size_t bytes) { return data ? memcpy(pack(bytes), data, bytes) : nullptr; }
 
-void Plan::add(const conv::Params& given) {
-  conv::Params p = given;
-  void* packed = pack(conv::packed_bytes(p));
-  conv::pack_cpu(p, packed);
+template <typename P> void Plan::add_packed(P p) {
+  void* packed = pack(bytes_to_pack(p));
+  pack_cpu(p, packed);
   p.packed = packed;
-  forget_parameters(p);
+  p.weight = p.norm_weight = p.norm_bias = p.norm_mean = p.norm_var = nullptr;  // the packed form holds them
   add_step(p);
 }
 
-void Plan::add(const depthwise::ForwardParams& given) {
-  depthwise::ForwardParams p = given;
-  void* packed = pack(depthwise::packed_bytes(p));
-  depthwise::pack_cpu(p, packed);
-  p.packed = packed;
-  forget_parameters(p);
-  add_step(p);
-}
-
-void Plan::add(const pointwise::Params& given) {
-  pointwise::Params p = given;
-  p.packed = pack(pointwise::packed_bytes(p));
-  pointwise::pack_cpu(p, const_cast<void*>(p.packed));
-  forget_parameters(p);
-  add_step(p);
-}
+void Plan::add(const conv::Params& p) { add_packed(p); }
+void Plan::add(const depthwise::ForwardParams& p) { add_packed(p); }
+void Plan::add(const pointwise::Params& p) { add_packed(p); }
 
 void Plan::add(const squeeze_excite::GateParams& given) {
   squeeze_excite::GateParams p = given;

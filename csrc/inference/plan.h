@@ -88,6 +88,7 @@ class Plan {
   };
 
   template <typename P> void add_step(P p);
+  template <typename P> void add_packed(P p);
   void* pack(size_t bytes);
   void* copy(const void* data, size_t bytes);
   Use find(const void* data) const;
@@ -101,6 +102,8 @@ class Plan {
   std::vector<Value> values_;
   std::vector<std::vector<Use>> uses_;  // of each step's pointers
   std::vector<Memory> packed_;
+  char* next_ = nullptr;  // in the last of them, with so many bytes left
+  size_t left_ = 0;
   std::vector<size_t> result_bytes_;
   size_t arena_bytes_ = 0, packed_bytes_ = 0;
   mutable std::mutex mutex_;

@@ -26,7 +26,8 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
 
     On the CPU one native call runs the whole network, with its norms folded and its weights packed: an image a thread, or an image
     for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it. On
-    CUDA the copy's blocks run fused, as those of an accelerated model do. What comes later to the model does not change the copy.
+    CUDA the copy's blocks run fused, as those of an accelerated model do. What comes later to the model does not change the copy. A
+    hook that the model has is called where the copy is planned, and not again.
 
     Raises TypeError or ValueError, naming the argument, for what cannot be copied so.
     """
@@ -72,7 +73,7 @@ class InferenceModel(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
             what = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise ValueError(f"InferenceModel: x is {what}; a batch of images [N, C, H, W] of a floating type would do")
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the dtype is the copy's, whoever calls it
             x = x.to(self.dtype)
             if x.device.type != "cpu" or len(x) == 0:
                 return self.frozen(x)
