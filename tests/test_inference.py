@@ -94,6 +94,46 @@ def test_strided_views_and_other_dtypes_are_taken():
 
 
 @planned
+@pytest.mark.parametrize("classes", [392, 600, 650, 808])
+def test_class_counts_that_leave_an_odd_vector(classes):
+    net = small()
+    net.classifier = nn.Linear(1280, classes)
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+class Ending(nn.Module):
+    """A net, and something done to its features."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.net, self.end = small(), end
+
+    def forward(self, x):
+        return self.end(self.net.forward_features(x))
+
+
+@planned
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda y: nn.functional.hardswish(y, inplace=True),
+        lambda y: y.add_(1),
+        lambda y: y.flatten(2),
+        lambda y: y.permute(0, 2, 3, 1),
+        lambda y: (y, None)[0].mean((2, 3)).squeeze(),
+    ],
+    ids=["hardswish_", "add_", "flatten", "permute", "squeeze"],
+)
+def test_other_ends_are_right_or_run_block_by_block(end):
+    net = Ending(end).eval()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@planned
 def test_autocast_changes_nothing():
     """Neither the answer nor the plan that is kept."""
     optimized, x = effnet_fast.optimize_for_inference(small()), torch.randn(2, 3, 40, 40)

@@ -363,7 +363,8 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
   const int elements = (p.in_channels - 1) / kDepth<Element> + 1, slice_elements = slice_of(elements);
   const int slices = (elements - 1) / slice_elements + 1;
   const int groups = (vectors - 1) / std::max(2, kPacked / slice_elements / W) + 1;
-  const int most = std::min(vectors, (vectors - 1) / groups / 2 * 2 + 2);  // even: whole panels
+  const int group = (vectors - 1) / groups / 2 * 2 + 2;  // even: whole panels
+  const int most = std::min(vectors, group + 1);         // where one vector would be left over, it is a panel of three's
   const bool is_elements = sizeof(T) * kDepth<Element> == sizeof(Element) && p.in_channels % kDepth<Element> == 0;
   const bool can_gate = !p.packed || std::is_same_v<Element, float>;
   const bool into_weights = is_elements && can_gate && gates_weights(p, kDepth<Element>);
@@ -381,8 +382,10 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
   for (int64_t top = part.first_row, bottom; top < part.last_row; top = bottom) {
     const int64_t image = top / p.pixels;
     bottom = std::min({part.last_row, top + most_rows, into_weights ? (image + 1) * p.pixels : INT64_MAX});
-    for (int begin = 0; begin < vectors; begin += most) {
-      const int count = std::min(most, vectors - begin), first = part.first_channel + begin * W;
+    for (int begin = 0, count; begin < vectors; begin += count) {
+      count = std::min(group, vectors - begin);
+      if (vectors - begin - count == 1) ++count;
+      const int first = part.first_channel + begin * W;
       const int last = std::min(part.last_channel, first + count * W);
       const float* scale = p.packed ? given.scale + first : folded;
       const float* shift = p.packed ? given.shift + first : folded + most * W;

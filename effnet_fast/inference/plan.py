@@ -45,6 +45,10 @@ class NativePlan:
                 with Recording(image) as recording, ops.backend("native"):
                     leaves, self._tree = tree_flatten(model(image))
                     leaves = [recording.made_of(leaf) for leaf in leaves]
+                for leaf in leaves:
+                    form = torch.channels_last if isinstance(leaf, Tensor) and leaf.dim() == 4 else torch.contiguous_format
+                    if not (isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) and leaf.is_contiguous(memory_format=form)):
+                        raise Unplannable("a result is no batch of maps, channels_last, or of vectors")
                 self._results = [(leaf.shape[1:], leaf.dtype, leaf.dim() == 4) for leaf in leaves]
                 self.size = Size(*_OPS.plan_end(number, leaves))
             except RuntimeError as error:

@@ -104,7 +104,8 @@ class Recording(TorchDispatchMode):
             return tree_map(lambda made: self._keep(made, None), func(*args, **kwargs))
         if func in _REPLACED:
             return self._keep(_REPLACED[func](*args, **kwargs), None)
-        made = func(*args, **kwargs)
+        writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
+        made = None if writes else func(*args, **kwargs)
         if isinstance(made, Tensor) and self._follows(made):
             return made  # a view, or the same
         raise Unplannable(f"{func} is no kernel of ours")
