@@ -50,7 +50,7 @@ class Plan {
   void add(const pool::Params& p);
 
   // Ends the recording. `results` were computed by it.
-  // Throws std::runtime_error where a kernel read, or a result is, what none of the others wrote.
+  // Throws std::runtime_error where a result is not what a kernel wrote, as add does where a kernel reads what none wrote.
   void finish(const std::vector<Range>& results);
 
   // Of so many images, one after the other, and of their results. Any number of threads may run a plan at the same time.

@@ -140,7 +140,12 @@ def _norm(x, weight, bias, mean, var, *rest) -> Convolution | None:
 
 def _activation(name: str) -> Callable[..., Convolution | None]:
     def joined(x: Tensor | Convolution, *bounds: float) -> Convolution | None:
-        if not isinstance(x, Convolution) or x.weight is None or x.activation != "identity" or bounds not in ((), (0.0, 6.0)):
+        if (
+            not isinstance(x, Convolution)
+            or x.weight is None
+            or x.activation != "identity"
+            or bounds != ((0, 6) if name == "relu6" else ())
+        ):
             return None
         return x._replace(activation=name)
 
