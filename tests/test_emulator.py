@@ -299,6 +299,33 @@ def convolutions() -> list[Convolution]:
 CONVOLUTIONS = convolutions()
 
 
+# Stem, narrow, expanded, reduced, head, classes, and by how many elements images and results are misaligned.
+NETS = [
+    ((17, 13), 3, (7, 5, 9, 2, 11, 3, 1), "silu", torch.float32),
+    ((33, 30), 5, (16, 16, 96, 4, 40, 10, 0), "silu", torch.float32),
+    ((24, 41), 4, (24, 10, 63, 5, 33, 17, 1), "relu6", torch.float32),
+    ((1, 9), 1, (3, 3, 130, 1, 20, 5, 0), "relu", torch.float32),
+    ((20, 27), 7, (18, 12, 49, 6, 50, 13, 1), "silu", torch.bfloat16),
+    ((21, 18), 2, (9, 17, 81, 3, 25, 30, 0), "relu", torch.float16),
+    ((64, 600), 1, (8, 8, 40, 3, 16, 5, 0), "silu", torch.float32),  # rows of which few fit into the scratch
+]
+
+
+def test_inference_plan_cpu(width, modules):
+    """A net recorded and replayed gives what its kernels give one by one: three pairs of them are joined."""
+    calls = []
+    for size, images, channels, activation, dtype in NETS:
+        x = torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+        calls.append(("plan_cpu", (raw(x), channels, ACTIVATIONS[activation], DTYPES[dtype])))
+    outs = emulator.run(modules["sound"], calls, EMULATED_WIDTH=str(width))
+    for net, (planned, direct, steps) in zip(NETS, outs, strict=True):
+        made, expected = from_raw(planned, net[-1]), from_raw(direct, net[-1])
+        assert expected.isfinite().all() and steps == 15, net
+        assert len(expected) == 1 or expected.float().std(0).mean() > 0.02, net
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[net[-1]]
+        torch.testing.assert_close(made, expected, rtol=tolerance, atol=tolerance, msg=lambda told, net=net: f"{net}: {told}")
+
+
 def test_convolutions_cpu(width, modules):
     results = emulator.run(modules["sound"], [c.call() for c in CONVOLUTIONS], EMULATED_WIDTH=str(width))
     for convolution, result in zip(CONVOLUTIONS, results, strict=True):

@@ -54,6 +54,7 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   p.pixels = height * width;
   p.in_channels = int(in);
   p.out_channels = int(out);
+  p.y_row = out;
   p.activation = activation_of(kPointwise, activation);
   if (p.rows > 0) inference::call(p, pointwise::conv_bn_act_cpu);
 }

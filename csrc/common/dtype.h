@@ -13,6 +13,8 @@ namespace effnet_fast {
 
 enum class DType { fp32, bf16, fp16 };
 
+constexpr int64_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }  // in bytes
+
 struct bf16 {
   uint16_t bits;
 };

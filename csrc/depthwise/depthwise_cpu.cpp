@@ -36,14 +36,6 @@ template <int W, int K> struct Block {
   float scale[W], shift[W];
 };
 
-// One image's share of the work.
-struct Band {
-  int64_t image;
-  int first, last;  // output rows
-  int begin, end;   // channels
-  float* partial;   // [channels] or null
-};
-
 template <int W> EFFNET_INLINE int block_start(int channel, int channels) { return std::min(channel, channels - W); }
 
 // Blocks overlap where W does not divide the channels: the last one computes some of its neighbour's again.
@@ -169,9 +161,11 @@ template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const Forward
 template <int W, int K, int S, typename T>
 EFFNET_INLINE void band(const ForwardParams& p, const Band& b, bool more, const Block<W, K>* blocks, float* sums) {
   const int tile = std::max(1, (kTile / int(W * sizeof(T)) / p.width - K) / S);
-  const int count = (b.end - b.begin + W - 1) / W, together = tile < b.last - b.first ? count : kVectorsAhead;
-  const auto channel = [&](int i) { return std::min(b.begin + i * W, b.end); };
+  const int count = (b.last_channel - b.first_channel + W - 1) / W, together = tile < b.last - b.first ? count : kVectorsAhead;
+  const auto channel = [&](int i) { return std::min(b.first_channel + i * W, b.last_channel); };
+  const auto start = [&](int i) { return block_start<W>(b.first_channel + i * W, p.channels); };
   std::fill_n(sums, count * W, 0.f);
+  for (int i = 0; b.adds && i < count; ++i) memcpy(sums + i * W, b.partial + start(i), W * sizeof(float));
   for (int row = b.first; row < b.last; row += tile) {
     const int last = std::min(row + tile, b.last), below = (last - 1) * S - p.pad_top + K;
     for (int i = 0; i < count; i += together) {
@@ -180,21 +174,21 @@ EFFNET_INLINE void band(const ForwardParams& p, const Band& b, bool more, const 
       if (next < count)
         ahead = ahead_from<T>(p, b.image, std::max(row * S - p.pad_top, 0), channel(next), channel(next + together));
       else if (last < b.last || (more && last < p.out_height))
-        ahead = ahead_from<T>(p, b.image, below, b.begin, channel(together));
+        ahead = ahead_from<T>(p, b.image, below, b.first_channel, channel(together));
       else if (more)
-        ahead = ahead_from<T>(p, b.image + 1, 0, b.begin, channel(together));
+        ahead = ahead_from<T>(p, b.image + 1, 0, b.first_channel, channel(together));
       for (int j = i; j < std::min(next, count); ++j)
-        rows<W, K, S, T>(p, b.image, blocks[j], sums + j * W, block_start<W>(b.begin + j * W, p.channels), row, last, ahead);
+        rows<W, K, S, T>(p, b.image, blocks[j], sums + j * W, start(j), row, last, ahead);
     }
   }
-  if (!b.partial) return;
-  for (int i = 0; i < count; ++i) memcpy(b.partial + block_start<W>(b.begin + i * W, p.channels), sums + i * W, W * sizeof(float));
+  for (int i = 0; b.partial && i < count; ++i) memcpy(b.partial + start(i), sums + i * W, W * sizeof(float));
 }
 
 // A range of bands, numbered through the images, over one group of channels.
 struct Task {
   const ForwardParams* params;
-  int bands;  // of an image
+  const Band* band;  // the only one, or null
+  int bands;         // of an image
   int64_t first, last;
   int begin, end;  // channels; the first is a multiple of the vector's width
   void* packed;    // where they are packed to, and nothing else is done; or null
@@ -218,10 +212,11 @@ template <int W, int K, int S, typename T> EFFNET_INLINE void run_task(const Tas
     pack<W, K>(p, t.begin, t.end, made);
     blocks = made;
   }
+  if (t.band) return band<W, K, S, T>(p, *t.band, false, blocks, sums);
   for (int64_t i = t.first; i < t.last; ++i) {
     const int64_t image = i / t.bands, at = i % t.bands;
     const int first = int(at * p.out_height / t.bands), last = int((at + 1) * p.out_height / t.bands);
-    const Band b{image, first, last, t.begin, t.end, p.pieces ? p.partial + i * p.channels : nullptr};
+    const Band b{image, first, last, t.begin, t.end, p.pieces ? p.partial + i * p.channels : nullptr, false};
     band<W, K, S, T>(p, b, i + 1 < t.last, blocks, sums);
   }
 }
@@ -250,7 +245,13 @@ size_t packed_bytes(const ForwardParams& p) {
   return size_t((p.channels + width - 1) / width) * width * (p.kernel * p.kernel + 2) * sizeof(float);
 }
 
-void pack_cpu(const ForwardParams& p, void* packed) { run(Task{&p, 0, 0, 0, 0, p.channels, packed}, simd::width_for(p.channels)); }
+void pack_cpu(const ForwardParams& p, void* packed) {
+  run(Task{&p, nullptr, 0, 0, 0, 0, p.channels, packed}, simd::width_for(p.channels));
+}
+
+void band_cpu(const ForwardParams& p, const Band& band) {
+  run(Task{&p, &band, 0, 0, 0, band.first_channel, band.last_channel, nullptr}, simd::width_for(p.channels));
+}
 
 void forward_cpu(const ForwardParams& p) {
   const int bands = p.pieces ? p.pieces : std::max(1, p.out_height / kRowsPerBand);
@@ -266,7 +267,7 @@ void forward_cpu(const ForwardParams& p) {
     for (int64_t group = begin / items; group * items < end; ++group) {
       const auto channel = [&](int64_t g) { return g == groups ? p.channels : int(g * vectors / groups) * width; };
       const int64_t first = std::max<int64_t>(begin - group * items, 0), last = std::min(end - group * items, items);
-      run(Task{&p, bands, first, last, channel(group), channel(group + 1), nullptr}, width);
+      run(Task{&p, nullptr, bands, first, last, channel(group), channel(group + 1), nullptr}, width);
     }
   });
 }

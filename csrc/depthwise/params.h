@@ -30,7 +30,17 @@ struct ForwardParams {
   DType dtype, weight_dtype, norm_dtype;
 };
 
+// Some rows and channels of an image's output.
+struct Band {
+  int64_t image;
+  int first, last;                  // rows
+  int first_channel, last_channel;  // the first is a multiple of 16, the last 16 or more further, or they are all channels
+  float* partial;                   // [channels] or null: the sums of the rows
+  bool adds;                        // to what is in partial already
+};
+
 void forward_cpu(const ForwardParams& p);
+void band_cpu(const ForwardParams& p, const Band& band);  // by the calling thread
 size_t packed_bytes(const ForwardParams& p);
 void pack_cpu(const ForwardParams& p, void* packed);      // at a multiple of 64 bytes
 void forward_cuda(const ForwardParams& p, void* stream);  // on the current device; of alignments see forward.cuh

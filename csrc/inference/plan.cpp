@@ -17,11 +17,13 @@ thread_local Plan* recording = nullptr;
 
 namespace {
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kLine = 64, kHugePage = kLine, kChunk = 0;  // every overrun shows
+#else
 constexpr size_t kLine = 64, kHugePage = 2 << 20, kChunk = 4 * kHugePage;  // of packed weights
+#endif
 
 size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
-
-size_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
 
 // Calls f(pointer, bytes) for the pointers of a kernel's params to what flows through the network; bytes of what it writes there,
 // 0 where it reads.
@@ -50,11 +52,19 @@ template <typename F> void each_pointer(pool::Params& p, const F& f) {
   f(p.y, p.batch * p.channels * size_of(p.dtype));
 }
 
+template <typename F> void each_pointer(ExpandDepthwise& p, const F& f) {
+  f(p.expand.x, 0);
+  depthwise::ForwardParams& d = p.depthwise;
+  f(d.y, d.batch * d.out_height * d.out_width * d.channels * size_of(d.dtype));
+  f(d.partial, d.batch * d.pieces * d.channels * sizeof(float));
+}
+
 void start(const conv::Params& p) { conv::conv_cpu(p); }
 void start(const depthwise::ForwardParams& p) { depthwise::forward_cpu(p); }
 void start(const squeeze_excite::GateParams& p) { squeeze_excite::gate_cpu(p); }
 void start(const pointwise::Params& p) { pointwise::conv_bn_act_cpu(p); }
 void start(const pool::Params& p) { pool::average_cpu(p); }
+void start(const ExpandDepthwise& p) { expand_depthwise_cpu(p); }
 
 // The kernel's own packed_bytes, which a member of Plan would hide.
 template <typename P> size_t bytes_to_pack(const P& p) { return packed_bytes(p); }
@@ -145,6 +155,32 @@ template <typename P> void Plan::add_step(P p) {
   steps_.push_back(Step{p, {}});
 }
 
+// What is expanded for a depthwise convolution, and for nothing else, need not be stored: both become one step. Values keep the
+// numbers of the steps as they were, of which only the order matters.
+void Plan::join() {
+  std::vector<Step> steps;
+  std::vector<std::vector<Use>> uses;
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const auto* expand = std::get_if<pointwise::Params>(&steps_[i].params);
+    const auto* depthwise = i + 1 < steps_.size() ? std::get_if<depthwise::ForwardParams>(&steps_[i + 1].params) : nullptr;
+    if (expand && depthwise && can_join(*expand, *depthwise)) {
+      const Use x = uses_[i].front(), expanded = uses_[i].back();
+      Value& value = values_[expanded.value];
+      if (uses_[i + 1].front().value == expanded.value && value.needed == int(i + 1)) {
+        value.bytes = 0;
+        if (x.value >= 0) values_[x.value].needed = std::max(values_[x.value].needed, int(i + 1));
+        uses_[i + 1].front() = x;
+        steps_[i + 1].params = ExpandDepthwise{*expand, *depthwise};
+        continue;
+      }
+    }
+    steps.push_back(steps_[i]);
+    uses.push_back(uses_[i]);
+  }
+  steps_ = std::move(steps);
+  uses_ = std::move(uses);
+}
+
 // First fit, the largest first: each value at the lowest offset where it meets none that is needed at the same time.
 void Plan::place_values() {
   std::vector<Value*> order, placed;
@@ -177,6 +213,7 @@ void Plan::finish(const std::vector<Range>& results) {
     values_[use.value].needed = int(steps_.size());
     result_bytes_.push_back(results[i].bytes);
   }
+  join();
   place_values();
   for (size_t i = 0; i < steps_.size(); ++i)
     for (size_t k = 0; k < uses_[i].size(); ++k) {

@@ -2,7 +2,8 @@
 //
 // While a Plan records, the bindings hand it the params of each CPU kernel that they start. It copies and packs the weights. The
 // pointers to what flows through the network it turns into places: in the image, in one of the results, or in an arena, where
-// values that are not needed at the same time share memory. To run, it copies the params, puts pointers in and calls the kernels.
+// values that are not needed at the same time share memory. A pointwise convolution and the depthwise one after it become one step.
+// To run, it copies the params, puts pointers in and calls the kernels.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include "../pointwise/params.h"
 #include "../pool/params.h"
 #include "../squeeze_excite/params.h"
+#include "expand_depthwise.h"
 
 namespace effnet_fast::inference {
 
@@ -62,7 +64,8 @@ class Plan {
   size_t packed_bytes() const { return packed_bytes_; }  // of all weights
 
  private:
-  using Params = std::variant<conv::Params, depthwise::ForwardParams, squeeze_excite::GateParams, pointwise::Params, pool::Params>;
+  using Params = std::variant<conv::Params, depthwise::ForwardParams, squeeze_excite::GateParams, pointwise::Params, pool::Params,
+                              ExpandDepthwise>;
   enum class Where { nowhere, image, arena, result };
   struct Place {
     Where where = Where::nowhere;
@@ -92,6 +95,7 @@ class Plan {
   void* pack(size_t bytes);
   void* copy(const void* data, size_t bytes);
   Use find(const void* data) const;
+  void join();
   void place_values();
   void run_image(const char* image, char* arena, const std::vector<char*>& results) const;
   std::unique_ptr<Memory> acquire() const;

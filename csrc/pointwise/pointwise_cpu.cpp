@@ -4,10 +4,10 @@
 // A thread owns a rectangle of the output: a range of rows, a range of channels, or both (split_work). Vectors run along the
 // output channels. It packs the weights of a group of its channels, transposed, into scratch that stays in L2, and goes over its
 // rows kBlock at a time: each panel of up to three vectors of channels is multiplied with up to twelve rows in registers,
-// in_channels deep, then finished while it is in L1. What is multiplied are Elements: floats, or pairs of bf16 where the
-// processor has their dot products (bf16_pairs.h). Rows that are no Elements yet (fp16, bf16 elsewhere, an odd number of
-// channels) are converted into a block of scratch. The gate goes into the weights of each image, or, where an image has few
-// pixels, into that block.
+// in_channels deep, then the block is finished in L1: longer runs of SiLU than one of registers hide its latency. What is
+// multiplied are Elements: floats, or pairs of bf16 where the processor has their dot products (bf16_pairs.h). Rows that are no
+// Elements yet (fp16, bf16 elsewhere, an odd number of channels) are converted into a block of scratch. The gate goes into the
+// weights of each image, or, where an image has few pixels, into that block.
 //
 // An output costs in_channels multiply-adds; x is read once for each group of channels, y is written and the residual read once,
 // the weights are read once by every thread that shares their channels, and once an image if they take its gate. Rows of kFetched
@@ -28,7 +28,7 @@
 namespace effnet_fast::pointwise {
 namespace {
 
-constexpr int kBlock = 24;             // rows that a thread takes on at once: a multiple of every kernel's rows
+constexpr int kBlock = 48;             // rows that a thread takes on at once: a multiple of every kernel's rows
 constexpr int kChunk = 64;             // products added up before they join a total: a longer chain rounds worse than oneDNN
 constexpr int kSlice = 768;            // Elements of a row taken on at once, so that kPacked holds more than a panel
 constexpr int kPartialRows = 256;      // rows whose sums wait for the next slice
@@ -39,12 +39,11 @@ constexpr double kPackCost = 0.4;      // packing a weight,
 constexpr double kGateCost = 0.15;     // multiplying a gate into a packed one, and
 constexpr double kPrologueCost = 0.3;  // multiplying a gate into an input, in multiply-adds of a vector
 
-// The rectangle of the output that a thread owns.
-struct Part {
+// What a thread does.
+struct Task {
   const Params* params;
-  int64_t first_row, last_row;
-  int first_channel, last_channel;  // the first is that of a panel of the whole output
-  void* packed;                     // where the weights of all channels are packed to, and nothing else is done; or null
+  Part part;
+  void* packed;  // where the weights of all channels are packed to, and nothing else is done; or null
 };
 
 // Rows of the register tile of V vectors: as many as the registers hold.
@@ -211,67 +210,72 @@ template <typename Element> struct Panel {
   int channel;  // the first
 };
 
-// Norm, activation and residual of a tile, from that row of the output.
-template <int W, Activation activation, typename T, typename Element>
+// Norm, activation and residual of a tile of V vectors, from that row of the output.
+template <int W, int V, Activation activation, typename T, typename Element>
 EFFNET_INLINE void finish(const Params& p, const Panel<Element>& panel, const float* tile, int64_t row, int rows) {
   using namespace simd;
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < panel.vectors; ++v, tile += W) {
-      const int channel = panel.channel + v * W, channels = std::min(W, p.out_channels - channel);
-      const int64_t at = (row + r) * p.out_channels + channel;
-      const T* residual = p.residual ? static_cast<const T*>(p.residual) + at : nullptr;
-      T* y = static_cast<T*>(p.y) + at;
-      Float<W> value = load<W>(tile) * load<W>(panel.scale + v * W) + load<W>(panel.shift + v * W);
-      value = activate<W>(activation, value);
-      if (channels == W) {
-        if (residual) value += load<W>(residual);
-        store<W>(y, value);
-      } else {
-        T edge[W] = {};
-        if (residual) {
-          memcpy(edge, residual, channels * sizeof(T));
-          value += load<W>(edge);
-        }
-        store<W>(edge, value);
-        memcpy(y, edge, channels * sizeof(T));
-      }
+  T* y = static_cast<T*>(p.y) + row * p.y_row + panel.channel;
+  const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * p.out_channels + panel.channel : nullptr;
+  const int channels = std::min(V * W, p.out_channels - panel.channel);
+  Float<W> scale[V], shift[V];
+#pragma GCC unroll 3
+  for (int v = 0; v < V; ++v) {
+    scale[v] = load<W>(panel.scale + v * W);
+    shift[v] = load<W>(panel.shift + v * W);
+  }
+  for (int r = 0; r < rows; ++r, tile += V * W, y += p.y_row) {
+    Float<W> value[V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) value[v] = activate<W>(activation, load<W>(tile + v * W) * scale[v] + shift[v]);
+    T edge[V * W];
+    const bool whole = channels == V * W;
+    if (residual) {
+      if (!whole) memcpy(edge, residual, channels * sizeof(T));
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) value[v] += load<W>((whole ? residual : edge) + v * W);
+      residual += p.out_channels;
     }
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) store<W>((whole ? y : edge) + v * W, value[v]);
+    if (!whole) memcpy(y, edge, channels * sizeof(T));
   }
 }
 
-// Rows [row, row + rows) of the output, which come from x: the slice of its inputs that the panel holds the weights of. Between
-// slices the products wait in `partial`, [rows][panel.vectors * W].
+// Rows [row, row + rows) of the output, which come from x: the slice of its inputs that the panel of V vectors holds the weights
+// of. Between slices the products wait in `partial`, [rows][V * W].
+template <int W, int V, typename T, typename Element> EFFNET_INLINE void run_vectors(const Params& p, const Panel<Element>& panel,
+                                                                                     Rows<Element> x, const Slice& slice,
+                                                                                     int64_t row, int rows, float* partial) {
+  alignas(64) float made[kBlock * V * W];
+  const bool adds = slice.start > 0, finishes = slice.start + slice.depth == p.in_channels;
+  float* const tile = adds || !finishes ? partial : made;
+  for (int r = 0, taken; r < rows; r += taken, x.at += int64_t(taken) * x.pitch) {
+    for (int i = r; finishes && i < std::min(rows, r + kRows<W, V>); ++i)
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        const int channel = panel.channel + v * W;
+        // A tenth to a fifth of the time of outputs beyond L2.
+        __builtin_prefetch(static_cast<T*>(p.y) + (row + i) * p.y_row + channel, 1);
+        if (p.residual) __builtin_prefetch(static_cast<const T*>(p.residual) + (row + i) * p.out_channels + channel);
+      }
+    taken = multiply_some<W, V>(x, panel.weights, slice.elements, rows - r, adds, tile + r * V * W);
+  }
+  if (!finishes) return;
+  switch (p.activation) {
+    case Activation::silu: return finish<W, V, Activation::silu, T>(p, panel, tile, row, rows);
+    case Activation::relu: return finish<W, V, Activation::relu, T>(p, panel, tile, row, rows);
+    case Activation::relu6: return finish<W, V, Activation::relu6, T>(p, panel, tile, row, rows);
+    default: return finish<W, V, Activation::identity, T>(p, panel, tile, row, rows);
+  }
+}
+
 template <int W, typename T, typename Element> EFFNET_INLINE void run_panel(const Params& p, const Panel<Element>& panel,
-                                                                            Rows<Element> x, const Slice& slice, int64_t row,
+                                                                            const Rows<Element>& x, const Slice& slice, int64_t row,
                                                                             int rows, float* partial) {
-  alignas(64) float registers[kMostRows * 2 * W];
-  for (const int64_t last = row + rows; row < last;) {
-    const int left = int(last - row);
-    const bool adds = slice.start > 0, finishes = slice.start + slice.depth == p.in_channels;
-    float* tile = adds || !finishes ? partial : registers;
-    for (int r = 0; finishes && r < std::min(left, kMostRows); ++r)
-      for (int v = 0; v < panel.vectors; ++v) {
-        const int64_t at = (row + r) * p.out_channels + panel.channel + v * W;
-        __builtin_prefetch(static_cast<T*>(p.y) + at, 1);  // a tenth to a fifth of the time of outputs beyond L2
-        if (p.residual) __builtin_prefetch(static_cast<const T*>(p.residual) + at);
-      }
-    int taken = 0;
-    switch (panel.vectors) {
-      case 1: taken = multiply_some<W, 1>(x, panel.weights, slice.elements, left, adds, tile); break;
-      case 2: taken = multiply_some<W, 2>(x, panel.weights, slice.elements, left, adds, tile); break;
-      case 3: taken = multiply_some<W, 3>(x, panel.weights, slice.elements, left, adds, tile); break;
-    }
-    if (finishes) {
-      switch (p.activation) {
-        case Activation::silu: finish<W, Activation::silu, T>(p, panel, tile, row, taken); break;
-        case Activation::relu: finish<W, Activation::relu, T>(p, panel, tile, row, taken); break;
-        case Activation::relu6: finish<W, Activation::relu6, T>(p, panel, tile, row, taken); break;
-        default: finish<W, Activation::identity, T>(p, panel, tile, row, taken);
-      }
-    }
-    x.at += int64_t(taken) * x.pitch;
-    row += taken;
-    if (partial) partial += taken * panel.vectors * W;
+  switch (panel.vectors) {
+    case 1: return run_vectors<W, 1, T>(p, panel, x, slice, row, rows, partial);
+    case 2: return run_vectors<W, 2, T>(p, panel, x, slice, row, rows, partial);
+    case 3: return run_vectors<W, 3, T>(p, panel, x, slice, row, rows, partial);
   }
 }
 
@@ -357,8 +361,7 @@ template <int W, typename Element> EFFNET_INLINE void pack_all(const Params& p, 
   }
 }
 
-template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const Part& part) {
-  const Params& p = *part.params;
+template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const Params& p, const Part& part) {
   const int vectors = (part.last_channel - part.first_channel + W - 1) / W;
   const int elements = (p.in_channels - 1) / kDepth<Element> + 1, slice_elements = slice_of(elements);
   const int slices = (elements - 1) / slice_elements + 1;
@@ -373,7 +376,7 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
   const int64_t most_rows = std::min<int64_t>(slices == 1 ? INT64_MAX : kPartialRows, part.last_row - part.first_row);
   const size_t block_size = copies ? size_t(kBlock) * pitch : 0, partial_size = slices == 1 ? 0 : size_t(most_rows) * most * W;
   const size_t packed_size = packs ? size_t(most) * W * slice_elements : 0;
-  float* folded = scratch<Part>(size_t(most) * W * 2 + packed_size + block_size + partial_size);
+  float* folded = scratch<Task>(size_t(most) * W * 2 + packed_size + block_size + partial_size);
   float* partial = folded + 2 * most * W;
   Element *packed = reinterpret_cast<Element*>(partial + partial_size), *block = packed + packed_size;
   const Packed<W, Element> given = packed_at<W, Element>(p, p.packed);
@@ -433,9 +436,9 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
   }
 }
 
-template <int W, typename T, typename Element> EFFNET_INLINE void run_or_pack(const Part& part) {
-  if (part.packed) return pack_all<W, Element>(*part.params, part.packed);
-  run_part<W, T, Element>(part);
+template <int W, typename T, typename Element> EFFNET_INLINE void run_or_pack(const Task& t) {
+  if (t.packed) return pack_all<W, Element>(*t.params, t.packed);
+  run_part<W, T, Element>(*t.params, t.part);
 }
 
 bool has_pairs(const Params& p, int width) {
@@ -445,20 +448,20 @@ bool has_pairs(const Params& p, int width) {
   return false;
 }
 
-template <int W> EFFNET_INLINE void run_dtype(const Part& part) {
-  switch (part.params->dtype) {
-    case DType::fp32: return run_or_pack<W, float, float>(part);
-    case DType::fp16: return run_or_pack<W, fp16, float>(part);
+template <int W> EFFNET_INLINE void run_dtype(const Task& t) {
+  switch (t.params->dtype) {
+    case DType::fp32: return run_or_pack<W, float, float>(t);
+    case DType::fp16: return run_or_pack<W, fp16, float>(t);
     case DType::bf16: break;
   }
 #if defined(__x86_64__)
   if constexpr (W == 16)
-    if (has_pairs(*part.params, W)) return run_or_pack<W, bf16, Pair>(part);
+    if (has_pairs(*t.params, W)) return run_or_pack<W, bf16, Pair>(t);
 #endif
-  run_or_pack<W, bf16, float>(part);
+  run_or_pack<W, bf16, float>(t);
 }
 
-EFFNET_PER_ISA(run, (const Part& part), run_dtype, (part))
+EFFNET_PER_ISA(run, (const Task& t), run_dtype, (t))
 
 // Panels of two vectors, or three at the end where their number is odd.
 int64_t panels_of(int64_t vectors) { return std::max<int64_t>(1, vectors / 2); }
@@ -477,7 +480,7 @@ Split split_work(const Params& p, int threads) {
   const bool gates_rows = p.gate && !gates_weights(p, 1);
   const int64_t panels = panels_of(vectors);
   for (int64_t by_channels = 1; by_channels <= std::min<int64_t>(threads, panels); ++by_channels) {
-    const int64_t by_rows = std::min(threads / by_channels, (p.rows + kBlock / 2 - 1) / (kBlock / 2));
+    const int64_t by_rows = std::min(threads / by_channels, (p.rows + kMostRows - 1) / kMostRows);
     const double mine = std::min<double>(vectors, 2 * ((panels - 1) / by_channels + 1) + vectors % 2),
                  rows = double((p.rows - 1) / by_rows + 1);
     const double cost = mine * double(width) * (p.packed ? 0. : kPackCost) + rows * (mine + (gates_rows ? kPrologueCost : 0.));
@@ -497,7 +500,11 @@ size_t packed_bytes(const Params& p) {
   return channels * (2 + (p.in_channels - 1) / depth + 1) * sizeof(float);
 }
 
-void pack_cpu(const Params& p, void* packed) { run(Part{&p, 0, 0, 0, 0, packed}); }
+void pack_cpu(const Params& p, void* packed) { run(Task{&p, {}, packed}); }
+
+int panel_channels() { return 2 * simd::width(); }
+
+void part_cpu(const Params& p, const Part& part) { run(Task{&p, part, nullptr}); }
 
 void conv_bn_act_cpu(const Params& p) {
   const int64_t work = p.rows * p.in_channels * p.out_channels, width = simd::width();
@@ -508,9 +515,9 @@ void conv_bn_act_cpu(const Params& p) {
       const int64_t across = i % split.by_channels, down = i / split.by_channels;
       const auto row = [&](int64_t k) { return k == split.by_rows ? p.rows : p.rows * k / split.by_rows / 4 * 4; };
       const auto channel = [&](int64_t k) {
-        return k == split.by_channels ? p.out_channels : int(panels_of(vectors) * k / split.by_channels * 2 * width);
+        return k == split.by_channels ? p.out_channels : int(panels_of(vectors) * k / split.by_channels) * panel_channels();
       };
-      run(Part{&p, row(down), row(down + 1), channel(across), channel(across + 1), nullptr});
+      part_cpu(p, {row(down), row(down + 1), channel(across), channel(across + 1)});
     }
   });
 }

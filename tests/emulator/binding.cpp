@@ -103,6 +103,7 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
   p.gate = gates ? reinterpret_cast<const float*>(gates->data()) : nullptr;
   p.residual = residuals ? residuals->data() : nullptr;
   p.y = y.data();
+  p.y_row = p.out_channels;
   emulated::pointwise_cpu(p);
   py::array result(x.dtype(), {p.rows, int64_t(p.out_channels)});
   std::memcpy(result.mutable_data(), y.data(), result.nbytes());
@@ -199,9 +200,26 @@ py::array conv_cpu(const py::array& x, bool by_channel, const py::array& weight,
   return y;
 }
 
+// What the plan makes of images [N, 3, H, W], what its kernels do one by one, and the steps of the plan.
+std::tuple<py::array, py::array, size_t> plan_cpu(const py::array& x, const std::array<int, 7>& channels, int activation,
+                                                  int dtype) {
+  const auto [stem, narrow, expanded, reduced, head, classes, misalign] = channels;
+  const emulated::NetShape shape{int(x.shape(2)), int(x.shape(3)), stem, narrow, expanded, reduced, head,
+                                 classes,         activation,      dtype};
+  const Buffer images(x, misalign);
+  py::array planned(x.dtype(), {x.shape(0), py::ssize_t(classes)}), direct(x.dtype(), {x.shape(0), py::ssize_t(classes)});
+  const Buffer made(planned.nbytes(), misalign * x.itemsize());
+  std::memset(made.data(), 0xff, planned.nbytes());  // NaN
+  const size_t steps =
+      emulated::plan_cpu(shape, int(x.shape(0)), images.data(), made.data(), static_cast<char*>(direct.mutable_data()));
+  std::memcpy(planned.mutable_data(), made.data(), planned.nbytes());
+  return {planned, direct, steps};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
+  m.def("plan_cpu", &plan_cpu);
   m.def("squeeze_excite_gate", &squeeze_excite_gate);
   m.def("pointwise", &pointwise);
   m.def("depthwise", &depthwise);

@@ -39,6 +39,7 @@ KERNELS = {
     "squeeze_excite": ("squeeze_excite.cpp", ""),
     "conv_cpu": ("conv_cpu.cpp", "-O0"),
     "squeeze_excite_cpu": ("squeeze_excite_cpu.cpp", "-O0"),
+    "plan_cpu": ("plan_cpu.cpp", "-O0"),
 }
 
 

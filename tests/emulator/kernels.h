@@ -23,4 +23,12 @@ void pointwise_cpu(const effnet_fast::pointwise::Params& p);
 void depthwise_cpu(const effnet_fast::depthwise::ForwardParams& p);
 void conv_cpu(const effnet_fast::conv::Params& p);
 
+// A net of a stem, four blocks and a classifier, for images [3, height, width]. activation and dtype are numbers of their enums.
+struct NetShape {
+  int height, width, stem, channels, expanded, reduced, head, classes, activation, dtype;
+};
+
+// Runs csrc/inference/plan.cpp on so many images, and its kernels one by one. Both write [images, classes]. Returns the steps.
+size_t plan_cpu(const NetShape& shape, int images, const char* x, char* planned, char* direct);
+
 }  // namespace emulated

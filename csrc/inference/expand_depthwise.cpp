@@ -1,0 +1,104 @@
+// The expanded image, the largest of a block, is never stored: a thread computes a few channels of some of its rows into scratch
+// that stays in L2, and convolves them there.
+//
+// A thread owns panels of channels, each with a range of the squeeze's pieces. Rows that the next ones need again stay in the
+// scratch, so that only the first rows of a range are computed twice. x is read once for each panel, the weights once a thread.
+// What it costs is that of the two kernels without their traffic beyond L2.
+#include "expand_depthwise.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "../common/parallel.h"
+#include "../common/scratch.h"
+
+namespace effnet_fast::inference {
+namespace {
+
+constexpr int64_t kScratch = 192 << 10;  // bytes of the expanded rows
+constexpr int64_t kGrain = 1 << 19;      // multiply-adds worth a thread: waking a sleeping one costs about 30 us
+
+// Some channels of the expanded image's rows [first, last), which lie in scratch.
+class Rows {
+ public:
+  Rows(const ExpandDepthwise& p, int first_channel, int last_channel)
+      : p_(p), first_channel_(first_channel), last_channel_(last_channel), pixel_((last_channel - first_channel + 15) / 16 * 16) {
+    const depthwise::ForwardParams& d = p.depthwise;
+    const int64_t fitting = kScratch / (row() * size_of(d.dtype));
+    outputs_ = std::max(1, int(std::min<int64_t>(d.out_height, (fitting - d.kernel) / d.stride + 1)));
+    const int64_t most = std::min((outputs_ - 1) * d.stride + d.kernel, d.height);
+    scratch_ = reinterpret_cast<char*>(scratch<Rows>((most * row() * size_of(d.dtype) + 3) / 4));
+  }
+
+  // The depthwise convolution's output rows [first, last), which are those of a piece.
+  void convolve(int first, int last, float* partial) {
+    const depthwise::ForwardParams& d = p_.depthwise;
+    for (int begin = first; begin < last; begin += outputs_) {
+      const int end = std::min(begin + outputs_, last);
+      const int from = std::clamp(begin * d.stride - d.pad_top, 0, d.height);
+      expand(from, std::clamp((end - 1) * d.stride - d.pad_top + d.kernel, from, d.height));
+      depthwise::ForwardParams part = d;
+      part.x = at_image();
+      part.x_pixel = pixel_;
+      part.x_row = row();
+      depthwise::band_cpu(part, {0, begin, end, first_channel_, last_channel_, partial, partial && begin > first});
+    }
+  }
+
+ private:
+  int64_t row() const { return pixel_ * p_.depthwise.width; }
+
+  // Where the first channel of the image's first row would lie.
+  char* at_image() const {
+    const int64_t before = first_ * row() + first_channel_;
+    return reinterpret_cast<char*>(reinterpret_cast<intptr_t>(scratch_) - before * size_of(p_.depthwise.dtype));
+  }
+
+  // Has the rows [first, last) ready.
+  void expand(int first, int last) {
+    const int64_t bytes = row() * size_of(p_.depthwise.dtype);
+    const int kept = std::max(0, last_ - first);
+    if (kept > 0) memmove(scratch_, scratch_ + (first - first_) * bytes, kept * bytes);
+    first_ = first;
+    last_ = std::max(last, first + kept);
+    pointwise::Params part = p_.expand;
+    part.y = at_image();
+    part.y_row = pixel_;
+    const int64_t width = p_.depthwise.width;
+    if (first + kept < last) pointwise::part_cpu(part, {(first + kept) * width, last * width, first_channel_, last_channel_});
+  }
+
+  const ExpandDepthwise& p_;
+  const int first_channel_, last_channel_;
+  const int64_t pixel_;  // elements from one pixel to the next
+  int outputs_;          // rows of the result that are computed at once
+  int first_ = 0, last_ = 0;
+  char* scratch_;
+};
+
+}  // namespace
+
+bool can_join(const pointwise::Params& expand, const depthwise::ForwardParams& depthwise) {
+  return !expand.gate && !expand.residual && expand.rows == int64_t(depthwise.height) * depthwise.width &&
+         expand.out_channels == depthwise.channels && depthwise.batch == 1;
+}
+
+void expand_depthwise_cpu(const ExpandDepthwise& p) {
+  const depthwise::ForwardParams& d = p.depthwise;
+  const int panel = pointwise::panel_channels(), panels = std::max(1, d.channels / panel), pieces = std::max(1, d.pieces);
+  const int64_t work =
+      int64_t(d.height) * d.width * p.expand.in_channels + int64_t(d.out_height) * d.out_width * d.kernel * d.kernel;
+  parallel_for(int64_t(panels) * pieces, kGrain / (work * std::min(panel, d.channels) / pieces + 1) + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin, next; i < end; i = next) {
+                   const int64_t k = i / pieces;
+                   next = std::min(end, (k + 1) * pieces);
+                   Rows rows(p, int(k) * panel, k + 1 == panels ? d.channels : int(k + 1) * panel);
+                   for (int64_t piece = i % pieces; piece < i % pieces + next - i; ++piece)
+                     rows.convolve(int(piece * d.out_height / pieces), int((piece + 1) * d.out_height / pieces),
+                                   d.pieces ? d.partial + piece * d.channels : nullptr);
+                 }
+               });
+}
+
+}  // namespace effnet_fast::inference
