@@ -6,7 +6,7 @@
 #define NORM "Tensor? norm_weight, Tensor? norm_bias, Tensor norm_mean, Tensor norm_var, float norm_eps"
 static const char kSchemas[] =
     "conv_bn_act(Tensor x, Tensor weight, " NORM
-    ", Tensor? residual, int stride, SymInt[] padding, str activation) -> (Tensor y)\n"
+    ", Tensor? residual, int stride, SymInt[] padding, str activation, Tensor? pixels) -> (Tensor y)\n"
     "depthwise_conv_bn_act(Tensor x, Tensor weight, " NORM
     ", int stride, SymInt[] padding, str activation, SymInt pieces) -> (Tensor y, Tensor partial)\n"
     "pointwise_conv_bn_act(Tensor x, Tensor weight, " NORM

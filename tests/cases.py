@@ -70,6 +70,28 @@ def nasty() -> list[Case]:
     ]
 
 
+class Stem(NamedTuple):
+    """A stem over uint8 images, 3x3 with stride 2: N, C, H, W and K, and its padding (top, bottom, left, right)."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    out: int
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
+
+
+STEMS = [
+    Stem(2, 3, 33, 32, 32),
+    Stem(2, 3, 14, 9, 40, (0, 1, 0, 1)),
+    Stem(1, 3, 7, 47, 7, (2, 0, 1, 3)),
+    Stem(3, 1, 12, 13, 16, (0, 1, 1, 1)),
+    Stem(2, 4, 9, 6, 24),
+    Stem(1, 3, 1, 1, 13),
+    Stem(0, 3, 8, 8, 16),
+]
+
+
 class Pointwise(NamedTuple):
     """A pointwise convolution of a square image: C, K, its side, whether it has a gate (no activation follows then, else SiLU) and
     a residual."""

@@ -47,6 +47,27 @@ def conv(
     return y if residual is None else y + residual
 
 
+def uint8_images(images: int, channels: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+    """[N, C, H, W], random, with both ends of the range."""
+    x = torch.randint(-32, 288, (images, channels, height, width), generator=generator)
+    return x.clamp(0, 255).to(torch.uint8)
+
+
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]], dtype=torch.float64)
+
+
+def normalised(x: Tensor, dtype: torch.dtype = torch.float64, mean: Tensor = MEAN, std: Tensor = STD) -> Tensor:
+    """uint8 ``x`` [N, C, H, W] as a network is given it in ``dtype``: made in float32, or float64 where that is asked for."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, std = (t[: x.shape[1], None, None].to(x.device, compute) for t in (mean, std))
+    return ((x.to(compute) / 255 - mean) / std).to(dtype)
+
+
+def pixels(channels: int) -> Tensor:
+    """The same as scale and shift: [2, C] float32."""
+    return torch.stack([1 / (255 * STD), -MEAN / STD])[:, :channels].float()
+
+
 def gate(
     partial: Tensor,
     count: int,

@@ -32,7 +32,7 @@ def depthwise_arguments(case, dtype=torch.float32, activation="silu", pieces=2, 
 def conv_arguments(shape, out, kernel=3, stride=2, padding=(1, 1, 1, 1), dtype=torch.float32, activation="silu", residual=False):
     g = torch.Generator().manual_seed(shape[1] + out)
     x, weight = torch.randn(shape, generator=g).to(dtype), torch.randn(out, shape[1], kernel, kernel, generator=g)
-    arguments = [x, weight, *plain.norm(out, generator=g), None, stride, list(padding), activation]
+    arguments = [x, weight, *plain.norm(out, generator=g), None, stride, list(padding), activation, None]
     if residual:
         arguments[7] = torch.randn(CONV.reference(*arguments).shape, generator=g).to(dtype)
     return arguments
@@ -236,7 +236,7 @@ def test_depthwise_refuses(position, bad, message):
 def test_outputs_must_be_channels_last():
     arguments = depthwise_arguments(GOOD)
     y, partial = DEPTHWISE.native(*arguments)
-    with pytest.raises(RuntimeError, match="y must be channels_last in x's dtype"):
+    with pytest.raises(RuntimeError, match="y must be channels_last in the result's dtype"):
         DEPTHWISE.native_out(*arguments, y=y.contiguous(), partial=partial)
     with pytest.raises(RuntimeError, match="partial must be contiguous float32"):
         DEPTHWISE.native_out(*arguments, y=y, partial=partial.double())

@@ -242,12 +242,14 @@ class Convolution:
     by_channel: bool = False
     out: int | None = None
     pieces: int = 0
+    uint8: bool = False  # x, of a dense one
 
     def tensors(self) -> list:
         """x [N, C, H, W], weight, and the norm."""
         c = self.case
         g, channels = torch.Generator().manual_seed(c.channels + c.height), self.out or c.channels
-        x = torch.randn(c.images, c.channels, c.height, c.width, generator=g).to(self.dtype)
+        shape = c.images, c.channels, c.height, c.width
+        x = plain.uint8_images(*shape, g) if self.uint8 else torch.randn(shape, generator=g).to(self.dtype)
         weight = torch.randn(channels, c.channels if self.out else 1, c.kernel, c.kernel, generator=g)
         return [x, weight, plain.norm(channels, generator=g)]
 
@@ -260,14 +262,17 @@ class Convolution:
         x = raw(x.permute(0, 2, 3, 1))
         if self.out:
             tensors = x, self.by_channel, raw(weight), raw(torch.stack(norm[:4]))
-            return "conv_cpu", (*tensors, window, activation, dtype, self.misalign)
+            pixels = raw(plain.pixels(c.channels)) if self.uint8 else None
+            return "conv_cpu", (*tensors, window, activation, pixels, dtype, self.misalign)
         tensors = x, raw(weight[:, 0]), [raw(v) for v in norm[:4]]
         return "depthwise", (*tensors, norm.eps, window, activation, self.pieces, [dtype, 0, 0], 0, 0, self.misalign)
 
     def check(self, result) -> None:
         y = from_raw(result if self.out else result[0], self.dtype).permute(0, 3, 1, 2)
         arguments = self.case.stride, self.case.padding, 1 if self.out else self.case.channels, self.activation
-        assert_2x(y, plain.conv(*self.tensors(), *arguments), plain.conv(*plain.wide(self.tensors()), *arguments), str(self))
+        x, *others = self.tensors()
+        x, exact = (plain.normalised(x, self.dtype), plain.normalised(x)) if self.uint8 else (x, x.double())
+        assert_2x(y, plain.conv(x, *others, *arguments), plain.conv(exact, *plain.wide(others), *arguments), str(self))
         if self.pieces:
             partial = torch.from_numpy(result[1])
             assert_2x(partial.sum(1), y.float().sum((2, 3)), y.double().sum((2, 3)), str(self))
@@ -293,7 +298,8 @@ def convolutions() -> list[Convolution]:
     assert len(depthwise) >= len(hands)
     made = [Convolution(c, *hand, pieces=draw.randint(0, 5)) for c, hand in zip(depthwise, itertools.cycle(hands), strict=False)]
     hands = dealt(*options, (False, True))
-    return made + [Convolution(c, *hand, out=out) for (c, out), hand in zip(itertools.cycle(dense), hands, strict=False)]
+    made += [Convolution(c, *hand, out=out) for (c, out), hand in zip(itertools.cycle(dense), hands, strict=False)]
+    return made + [replace(convolution, uint8=True) for convolution in made[-len(hands) :: 2]]
 
 
 CONVOLUTIONS = convolutions()

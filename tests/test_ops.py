@@ -160,7 +160,7 @@ def example(op: str, dtype: torch.dtype, images: int) -> tuple:
         gate = torch.rand(images, 16, dtype=parameters)
         return x, torch.randn(16, 16, 1, 1).to(parameters), *n, gate, x.clone(), "identity"
     if op == "conv_bn_act":
-        return x, torch.randn(16, 16, 3, 3).to(parameters), *n, None, 2, [0, 1, 1, 1], "relu6"
+        return x, torch.randn(16, 16, 3, 3).to(parameters), *n, None, 2, [0, 1, 1, 1], "relu6", None
     reduce, expand = torch.randn(4, 16, 1, 1).to(parameters), torch.randn(16, 4, 1, 1).to(parameters)
     return torch.randn(images, 2, 16, dtype=parameters), 63, reduce, torch.randn(4).to(parameters), expand, None, "silu"
 
@@ -237,7 +237,15 @@ def good(op: str, device: str = "cpu") -> dict:
         "squeeze_excite_gate": {"partial": (2, 3, 16), "reduce_weight": (4, 16, 1, 1), "reduce_bias": 4}
         | {"expand_weight": (16, 4, 1, 1), "expand_bias": 16},
     }[op]
-    others = {"activation": "silu", "norm_eps": 1e-3, "stride": 2, "padding": [1, 1, 1, 1], "pieces": 1, "count": 64}
+    others = {
+        "activation": "silu",
+        "norm_eps": 1e-3,
+        "stride": 2,
+        "padding": [1, 1, 1, 1],
+        "pieces": 1,
+        "count": 64,
+        "pixels": None,
+    }
     names = [argument.name for argument in getattr(OPS, op).reference._schema.arguments]
     return {name: others[name] if name in others else torch.ones(sizes.get(name, 16), device=device) for name in names}
 

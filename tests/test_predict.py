@@ -11,8 +11,16 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from effnet_fast.inference import class_activation_maps, predict
-from effnet_fast.inference.images import check_images, find_images, prepare, read_image, resized_size, seen_box
+from effnet_fast.inference import class_activation_maps, optimize_for_inference, predict
+from effnet_fast.inference.images import (
+    check_images,
+    find_images,
+    prepare,
+    read_image,
+    resize_and_crop,
+    resized_size,
+    seen_box,
+)
 from effnet_fast.models import EfficientNet, create_model, efficientnet
 from effnet_fast.weights import Preprocessing
 
@@ -223,6 +231,26 @@ def test_batches_of_one_and_of_many_agree(photographs: list[Path]) -> None:
     assert list(predict(net, [], SMALL)) == []
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "preprocessing", [Preprocessing(64, 70, "squash", "bilinear", (0.3,), (0.2,)), SMALL], ids=["squash", "crop"]
+)
+def test_any_preprocessing_and_channels_as_the_plain_module(
+    photographs: list[Path], preprocessing: Preprocessing, channels: int
+) -> None:
+    """The copy that predict makes, and one that it is given."""
+    net = small_net(channels)
+    pixels = [resize_and_crop(read_image(path, channels), preprocessing) for path in photographs]
+    assert all(image.shape == (64, 64, channels) and image.dtype == np.uint8 for image in pixels)
+    x = torch.stack([torch.from_numpy(prepare(read_image(path, channels), preprocessing)) for path in photographs])
+    with torch.no_grad():
+        expected = net(x).softmax(1)
+    for model in (net, optimize_for_inference(net, preprocessing=preprocessing)):
+        for prediction, row in zip(predict(model, photographs, preprocessing, top=7, channels=channels), expected, strict=True):
+            for label in prediction.labels:
+                assert label.probability == pytest.approx(float(row[label.index]), rel=1e-4, abs=1e-6)
+
+
 def test_unreadable_files_are_left_out_or_raised(photographs: list[Path], tmp_path: Path) -> None:
     net, broken = small_net(), tmp_path / "broken.png"
     broken.write_bytes(photographs[0].read_bytes()[:200])
@@ -242,6 +270,8 @@ def test_predict_refuses(photographs: list[Path]) -> None:
     with pytest.raises(ValueError, match="training mode"):
         list(predict(net.train(), photographs, SMALL))
     net.eval()
+    with pytest.raises(ValueError, match=r"another mean or std; optimize_for_inference\(preprocessing=\) would do"):
+        list(predict(optimize_for_inference(net), photographs, Preprocessing(64, 72, mean=(0.5,) * 3)))
     net.classifier.bias.data[3] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         list(predict(net, photographs, SMALL))

@@ -43,7 +43,7 @@ DTYPES = {
     "autocast-bfloat16": (torch.bfloat16, torch.float32),
     "autocast-float16": (torch.float16, torch.float32),
 }
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TYPES = {torch.uint8: "*u8", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 Launch = tuple[Any, tuple[tuple[str, str], ...], tuple[tuple[str, Any], ...], int, int, int | None]
 
 
@@ -92,8 +92,10 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
         size = (config.resolution + 1) // 2
         x = image(3, config.resolution)
         stem = config.stem_channels
-        arguments = x, weight(stem, 3, 3, 3), *norm(stem), None, 2, [1, 1, 1, 1], "silu"
-        conv.launch(*arguments, y=image(stem, size))
+        pixels, decoded = torch.empty(2, 3, device="meta"), x.to(torch.uint8)
+        arguments = weight(stem, 3, 3, 3), *norm(stem), None, 2, [1, 1, 1, 1], "silu"
+        conv.launch(x, *arguments, None, y=image(stem, size))
+        conv.launch(decoded, *arguments, pixels, y=image(stem, size).to(weight_dtype))
         for block in config.blocks():
             wide, half = block.expanded_channels, block.kernel_size // 2
             if block.expands:

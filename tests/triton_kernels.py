@@ -14,6 +14,7 @@ from plain import DTYPES, VIEWS, norm, transposed, wide
 from plain import conv as plain_conv
 from test_ops import check_bad_input, check_every_tensor, check_parameters_in_double, having, outputs
 from tolerance import assert_2x
+from uint8 import check_refusals, check_stem
 
 import effnet_fast
 from effnet_fast import ops
@@ -152,6 +153,16 @@ def test_stem(shape, outputs, dtype):
             assert_2x(y, plain if residual is None else plain + residual, ref, view)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.STEMS, ids=str)
+def test_stem_of_uint8(case, dtype):
+    check_stem(case, dtype, "triton", DEVICE)
+
+
+def test_uint8_arguments_are_checked():
+    check_refusals("triton", DEVICE)
+
+
 def test_other_dense_convolutions_are_refused():
     x, n, n16 = rand(1, 16, 8, 8), norm_on_device(8), norm_on_device(16)
     args = {"stride": 1, "padding": (3,) * 4, "activation": "silu", "squeeze": True}
@@ -221,7 +232,7 @@ def example(op: str, dtype: torch.dtype) -> tuple:
     return {
         "depthwise_conv_bn_act": (x, rand(16, 1, 5, 5), *n, 2, [1, 2, 2, 2], "silu", 2),
         "pointwise_conv_bn_act": (x, rand(16, 16, 1, 1), *n, torch.rand(2, 16).to(DEVICE), x.clone(), "identity"),
-        "conv_bn_act": (x[:, :3], rand(16, 3, 3, 3), *n, None, 2, [0, 1, 1, 1], "relu6"),
+        "conv_bn_act": (x[:, :3], rand(16, 3, 3, 3), *n, None, 2, [0, 1, 1, 1], "relu6", None),
         "squeeze_excite_gate": (rand(2, 2, 16), 63, rand(4, 16, 1, 1), rand(4), rand(16, 4, 1, 1), None, "silu"),
     }[op]
 

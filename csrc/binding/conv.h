@@ -53,8 +53,8 @@ inline void advise_huge_pages(const Tensor& t) {
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 }
 
-inline Tensor empty_output(const Tensor& x, const ConvShape& s) {
-  Tensor y = torch::stable::empty({x.size(0), s.out_channels, s.out_height, s.out_width}, x.scalar_type(), std::nullopt, x.device(),
+inline Tensor empty_output(const Tensor& x, const ConvShape& s, ScalarType dtype) {
+  Tensor y = torch::stable::empty({x.size(0), s.out_channels, s.out_height, s.out_width}, dtype, std::nullopt, x.device(),
                                   std::nullopt, MemoryFormat::ChannelsLast);
   if (y.is_cpu()) advise_huge_pages(y);
   return y;
@@ -74,11 +74,11 @@ inline Tensor as_channels_last(const Tensor& t) {
   return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
 }
 
-inline void check_output(const char* op, const char* name, const Tensor& y, const Tensor& x, const ConvShape& s) {
+inline void check_output(const char* op, const char* name, const Tensor& y, const Tensor& x, const ConvShape& s, ScalarType dtype) {
   check_shape(op, name, y, {x.size(0), s.out_channels, s.out_height, s.out_width});
   check_same_device(op, name, y, x);
   check_apart(op, name, y, x);
-  check(y.scalar_type() == x.scalar_type() && is_channels_last(y), op, ": ", name, " must be channels_last in x's dtype");
+  check(y.scalar_type() == dtype && is_channels_last(y), op, ": ", name, " must be channels_last in the result's dtype");
 }
 
 // The weight and the norm as the kernels read them.
@@ -127,7 +127,7 @@ template <typename Params> void set_parameters(Params& p, const ConvTensors& t) 
 // What the params of all k x k convolutions hold. They point into the tensors, which must live as long.
 template <typename Params> Params conv_params(const char* op, const Tensor& x, const ConvTensors& t, int64_t stride,
                                               const std::vector<int64_t>& padding, const std::string& activation,
-                                              const ConvShape& shape, const Tensor& y) {
+                                              const ConvShape& shape, const Tensor& y, DType dtype) {
   Params p{};
   p.x = x.const_data_ptr();
   set_parameters(p, t);
@@ -146,7 +146,7 @@ template <typename Params> Params conv_params(const char* op, const Tensor& x, c
   p.pad_top = int(padding[0]);
   p.pad_left = int(padding[2]);
   p.activation = activation_of(op, activation);
-  p.dtype = dtype_of(op, "x", x);
+  p.dtype = dtype;
   return p;
 }
 

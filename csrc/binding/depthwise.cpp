@@ -19,7 +19,7 @@ template <typename Run> void write_depthwise(const Tensor& x, const Tensor& weig
   check(shape.kernel == 3 || shape.kernel == 5, kDepthwise, ": the kernel must be 3x3 or 5x5, got ", shape.kernel, "x",
         shape.kernel);
   check(stride == 1 || stride == 2, kDepthwise, ": stride must be 1 or 2, got ", stride);
-  check_output(kDepthwise, "y", y, x, shape);
+  check_output(kDepthwise, "y", y, x, shape, x.scalar_type());
   check(pieces >= 0, kDepthwise, ": pieces must not be negative, got ", pieces);
   check_shape(kDepthwise, "partial", partial, {x.size(0), pieces, x.size(1)});
   check_same_device(kDepthwise, "partial", partial, x);
@@ -28,7 +28,8 @@ template <typename Run> void write_depthwise(const Tensor& x, const Tensor& weig
 
   const Tensor input = x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
   const ConvTensors t = conv_tensors(kDepthwise, x, weight, norm);
-  auto p = conv_params<depthwise::ForwardParams>(kDepthwise, input, t, stride, padding, activation, shape, y);
+  auto p = conv_params<depthwise::ForwardParams>(kDepthwise, input, t, stride, padding, activation, shape, y,
+                                                 dtype_of(kDepthwise, "x", x));
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
   p.pieces = int(pieces);
   if (p.batch > 0) run(p, input, t.weight);
@@ -79,7 +80,7 @@ template <auto run> std::tuple<Tensor, Tensor> depthwise(const Tensor& x, const 
                                                          const Tensor& norm_var, double norm_eps, int64_t stride,
                                                          std::vector<int64_t> padding, const std::string& activation,
                                                          int64_t pieces) {
-  const Tensor y = empty_output(x, conv_shape(kDepthwise, x, weight, stride, padding));
+  const Tensor y = empty_output(x, conv_shape(kDepthwise, x, weight, stride, padding), x.scalar_type());
   check(pieces >= 0, kDepthwise, ": pieces must not be negative, got ", pieces);
   const Tensor partial = torch::stable::new_empty(x, {x.size(0), pieces, x.size(1)}, ScalarType::Float);
   write_depthwise(x, weight, {norm_weight, norm_bias, norm_mean, norm_var, norm_eps}, stride, padding, activation, pieces, y,

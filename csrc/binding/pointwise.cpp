@@ -22,7 +22,7 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
                    const OptionalTensor& residual, const std::string& activation, const Tensor& y) {
   const ConvShape shape = pointwise_shape(x, weight);
   const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = shape.out_channels;
-  check_output(kPointwise, "y", y, x, shape);
+  check_output(kPointwise, "y", y, x, shape, x.scalar_type());
   const auto checked = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) -> const Tensor& {
     check_shape(kPointwise, name, t, shape);
     check_same_device(kPointwise, name, t, x);
@@ -62,7 +62,7 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 Tensor pointwise_made(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                       const Tensor& norm_mean, const Tensor& norm_var, double norm_eps, const OptionalTensor& gate,
                       const OptionalTensor& residual, const std::string& activation) {
-  const Tensor y = empty_output(x, pointwise_shape(x, weight));
+  const Tensor y = empty_output(x, pointwise_shape(x, weight), x.scalar_type());
   pointwise_out(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation, y);
   return y;
 }

@@ -29,6 +29,7 @@ EFFNET_HOST_DEVICE float float_of_bits(uint32_t bits) {
 }
 
 EFFNET_HOST_DEVICE float to_float(float value) { return value; }
+EFFNET_HOST_DEVICE float to_float(uint8_t value) { return float(value); }
 EFFNET_HOST_DEVICE float to_float(bf16 value) { return float_of_bits(uint32_t(value.bits) << 16); }
 EFFNET_HOST_DEVICE float to_float(fp16 value) {
 #ifdef __CUDA_ARCH__

@@ -2,7 +2,8 @@
 // and residual on the CPU, channels_last out.
 //
 // A thread owns whole output rows. It first copies the k input rows under one to a buffer of floats with the padding around them,
-// as planes or, where x is channels_last, pixel by pixel: x is read in its own order, whatever its strides and type. Then kPixels
+// as planes or, where x is channels_last, pixel by pixel: x is read in its own order, whatever its strides and type. An x of bytes
+// is normalised on the way; weights cannot do that, since the padding is zeros around the normalised image. Then kPixels
 // neighbouring outputs of two vectors of channels are summed up in registers: k*k*in_channels multiply-adds for each, an input
 // loaded for two of them and a vector of weights for kPixels. For the stem these, 27 a vector, bind, with 18 instructions of SiLU.
 #include <algorithm>
@@ -31,6 +32,7 @@ struct Packed {
 struct Window {
   float* at;
   int row, channel, pixel;  // strides
+  float *scale, *shift;     // of bytes: for each value of an input row, in the window's order
 };
 
 struct Task {
@@ -70,9 +72,21 @@ void pack(const Params& p, int width, float* weight) {
   }
 }
 
+bool is_by_pixel(const Params& p) { return p.x_channel == 1 && p.x_pixel == p.in_channels; }
+
+void fill_scale_and_shift(const Params& p, const Window& window) {
+  const bool by_pixel = is_by_pixel(p);
+  for (int i = 0; i < p.width * p.in_channels; ++i) {
+    const int channel = by_pixel ? i % p.in_channels : i / p.width;
+    window.scale[i] = p.pixels[channel];
+    window.shift[i] = p.pixels[p.in_channels + channel];
+  }
+}
+
+// x is of type T: the params' dtype, or bytes.
 template <typename T> EFFNET_INLINE void copy_rows(const Params& p, int64_t image, int row, const Window& window) {
   const int start = row * p.stride - p.pad_top;
-  const bool by_pixel = p.x_channel == 1 && p.x_pixel == p.in_channels;
+  const bool by_pixel = is_by_pixel(p);
   const int runs = by_pixel ? 1 : p.in_channels, length = by_pixel ? p.width * p.in_channels : p.width;
   const int64_t step = by_pixel ? 1 : p.x_pixel;
   for (int r = 0; r < p.kernel; ++r) {
@@ -83,10 +97,17 @@ template <typename T> EFFNET_INLINE void copy_rows(const Params& p, int64_t imag
         continue;
       }
       const T* from = static_cast<const T*>(p.x) + image * p.x_image + c * p.x_channel + (start + r) * p.x_row;
+      const float *scale = window.scale + c * p.width, *shift = window.shift + c * p.width;
+      const auto value = [&](int64_t at, int i) {
+        if constexpr (std::is_same_v<T, uint8_t>)
+          return to_float(from[at]) * scale[i] + shift[i];
+        else
+          return to_float(from[at]);
+      };
       if (step == 1) {
-        for (int i = 0; i < length; ++i) to[i] = to_float(from[i]);
+        for (int i = 0; i < length; ++i) to[i] = value(i, i);
       } else {
-        for (int i = 0; i < length; ++i) to[i] = to_float(from[i * step]);
+        for (int i = 0; i < length; ++i) to[i] = value(i * step, i);
       }
     }
   }
@@ -142,15 +163,23 @@ template <int W, int N, typename T> EFFNET_INLINE void tile(const Params& p, con
 
 template <int W, typename T> EFFNET_INLINE void run_task(const Task& t) {
   const Params& p = *t.params;
-  const bool by_pixel = p.x_channel == 1 && p.x_pixel == p.in_channels;
+  const bool by_pixel = is_by_pixel(p);
   const int rounded = (p.out_width + kPixels - 1) / kPixels * kPixels;
   const int columns = std::max((rounded - 1) * stride_of(p) + p.kernel, p.pad_left + p.width);
-  Window window{nullptr, columns * p.in_channels, by_pixel ? 1 : columns, by_pixel ? p.in_channels : 1};
-  window.at = scratch<Window>(size_t(p.kernel) * window.row);
-  std::fill_n(window.at, p.kernel * window.row, 0.f);
+  Window window{nullptr, columns * p.in_channels, by_pixel ? 1 : columns, by_pixel ? p.in_channels : 1, nullptr, nullptr};
+  const size_t floats = size_t(p.kernel) * window.row, of_row = p.pixels ? size_t(p.width) * p.in_channels : 0;
+  window.at = scratch<Window>(floats + 2 * of_row);
+  std::fill_n(window.at, floats, 0.f);
+  window.scale = window.at + floats;
+  window.shift = window.scale + of_row;
+  if (p.pixels) fill_scale_and_shift(p, window);
   const int vectors = (p.channels + W - 1) / W;
   for (int64_t row = t.first; row < t.last; ++row) {
-    copy_rows<T>(p, row / p.out_height, int(row % p.out_height), window);
+    if (p.pixels) {
+      copy_rows<uint8_t>(p, row / p.out_height, int(row % p.out_height), window);
+    } else {
+      copy_rows<T>(p, row / p.out_height, int(row % p.out_height), window);
+    }
     for (int v = 0, both; v < vectors; v += both ? 2 : 1) {
       const float* weight = t.packed.weight + int64_t(v) * taps(p) * W;
       const float* norm = t.packed.norm + 2 * v * W;

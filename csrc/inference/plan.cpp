@@ -110,7 +110,11 @@ template <typename P> void Plan::add_packed(P p) {
   add_step(p);
 }
 
-void Plan::add(const conv::Params& p) { add_packed(p); }
+void Plan::add(const conv::Params& given) {
+  conv::Params p = given;
+  p.pixels = static_cast<const float*>(copy(p.pixels, 2 * p.in_channels * sizeof(float)));
+  add_packed(p);
+}
 void Plan::add(const depthwise::ForwardParams& p) { add_packed(p); }
 void Plan::add(const pointwise::Params& p) { add_packed(p); }
 

@@ -41,7 +41,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", metavar="FILE", help="class names, one a line (default: the checkpoint's own, else class indices)"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one (default)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one, each of torchrun's ranks its own (default)",
+    )
 
 
 def load_model(arguments: argparse.Namespace) -> Loaded:
@@ -113,7 +117,9 @@ def note_if_random(loaded: Loaded) -> None:
 def device_of(text: str) -> torch.device:
     """The device of a name, shown to work; ValueError otherwise."""
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         device = torch.device(text)
         torch.zeros(1, device=device).item()

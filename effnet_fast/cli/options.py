@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -21,6 +22,18 @@ def index(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 0")
     return int(text)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """(0, 4) from 0/4: which share, and of how many. From nothing: this rank's, as torchrun says."""
+    if not text:
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            raise argparse.ArgumentTypeError("RANK and WORLD_SIZE are not set, as torchrun does; --shard I/N would do without")
+        text = f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}"
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; 0/2 and 1/2 would do, or --shard alone, and last, under torchrun")
+    return int(found[1]), int(found[2])
 
 
 def amount(text: str) -> float:

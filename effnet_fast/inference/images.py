@@ -107,19 +107,24 @@ def seen_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
     return left * across, top * down, right * across, bottom * down
 
 
+def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """What the network sees of an RGB or greyscale image: [crop, crop, C] uint8, C being the image's."""
+    from PIL import Image
+
+    size = resized_size(image.size, preprocessing)
+    if size[0] * size[1] > _MAX_RESIZED_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels is too elongated to be resized to {size[0]} x {size[1]}")
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    image = image.resize(size, filters[preprocessing.interpolation]).crop(_crop_box(size, preprocessing.crop))
+    return np.atleast_3d(np.asarray(image))
+
+
 def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """An RGB or greyscale image as the network's input: [C, crop, crop] float32, C being the image's.
 
     Mean and std follow :meth:`Preprocessing.for_channels` where the image has other channels than they.
     """
-    from PIL import Image
-
-    size = resized_size(image.size, preprocessing)
-    if size[0] * size[1] > _MAX_RESIZED_PIXELS:
-        raise ValueError(f"prepare: {image.width} x {image.height} pixels is too elongated to be resized to {size[0]} x {size[1]}")
-    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-    image = image.resize(size, filters[preprocessing.interpolation]).crop(_crop_box(size, preprocessing.crop))
-    pixels = np.atleast_3d(np.asarray(image, dtype=np.float32)) / np.float32(255)
+    pixels = resize_and_crop(image, preprocessing).astype(np.float32) / np.float32(255)
     preprocessing = preprocessing.for_channels(pixels.shape[2])
     mean, std = np.array(preprocessing.mean, dtype=np.float32), np.array(preprocessing.std, dtype=np.float32)
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))

@@ -32,18 +32,20 @@ class Size(NamedTuple):
 class NativePlan:
     """``model``, which gives a tensor or several, for images of one shape, layout and dtype.
 
+    pixels, dtype   for uint8 images: what normalises them (:func:`effnet_fast.ops.conv_bn_act`), and in what the model computes
+
     Raises Unplannable where something in it is no kernel of ours.
     """
 
-    def __init__(self, model: nn.Module, image: Tensor) -> None:
+    def __init__(self, model: nn.Module, image: Tensor, pixels: Tensor, dtype: torch.dtype) -> None:
         if native.REASON is not None:
             raise Unplannable(native.REASON)
         with torch.no_grad():  # inference mode would hide what a composite operator is made of
             number = _OPS.plan_begin(image)
             self._free = weakref.finalize(self, _OPS.plan_free, number)
             try:
-                with Recording(image) as recording, ops.backend("native"):
-                    leaves, self._tree = tree_flatten(model(image))
+                with Recording(image, pixels, dtype) as recording, ops.backend("native"):
+                    leaves, self._tree = tree_flatten(model(recording.given))
                     leaves = [recording.made_of(leaf) for leaf in leaves]
                 for leaf in leaves:
                     form = torch.channels_last if isinstance(leaf, Tensor) and leaf.dim() == 4 else torch.contiguous_format

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.inference.images import prepare, read_image
+from effnet_fast.inference.images import read_image, resize_and_crop
+from effnet_fast.inference.optimize import InferenceModel, optimize_for_inference
+from effnet_fast.inference.pixels import scale_and_shift
 from effnet_fast.weights.preprocessing import Preprocessing
 
 _READERS = min(8, os.cpu_count() or 1)
@@ -48,38 +50,48 @@ def predict(
 ) -> Iterator[Prediction]:
     """Classify image files in order, ``batch`` at a time, on the model's device and in its dtype.
 
-    model       a classifier in eval mode: [N, channels, H, W] -> logits [N, K]
+    model       a classifier in eval mode, which :func:`optimize_for_inference` takes, or what that has made of one:
+                [N, channels, H, W] -> logits [N, K]
     top         labels for each image, at most K
     classes     K names
     unreadable  called with the error of a file that cannot be decoded, which is then left out; by default the error is raised
 
-    Threads decode the next batch while the network runs. Raises ValueError for a model in training mode, a wrong number of names,
-    and logits that are not finite.
+    Threads decode the next batch while the network's frozen copy runs, which is given the images as they are decoded. Raises
+    ValueError for a model in training mode, a copy that normalises by other numbers than ``preprocessing``, a wrong number of
+    names, and logits that are not finite.
     """
     if top < 1 or batch < 1:
         raise ValueError(f"predict: top is {top} and batch is {batch}; whole numbers >= 1 would do")
+    serving = _frozen(model, preprocessing)
 
     def load(path: Path) -> np.ndarray:
         image = read_image(path, channels)
         try:
-            return prepare(image, preprocessing)
+            return resize_and_crop(image, preprocessing)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     with ThreadPoolExecutor(_READERS) as pool:
         for files, images in _batches(pool, load, [Path(path) for path in paths], batch, unreadable):
-            labels = top_labels(class_probabilities(model, torch.from_numpy(np.stack(images))), top, classes)
+            x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+            labels = top_labels(class_probabilities(serving, x), top, classes)
             for file, best in zip(files, labels, strict=True):
                 yield Prediction(file, best)
 
 
-def class_probabilities(model: nn.Module, x: Tensor) -> Tensor:
-    """Prepared images [N, C, H, W] -> probabilities [N, K] float32 on the CPU."""
+def _frozen(model: nn.Module, preprocessing: Preprocessing) -> InferenceModel:
     if model.training:
         raise ValueError("predict: the model is in training mode; model.eval() would do")
-    like = next(model.parameters())
-    with torch.no_grad():
-        logits = model(x.to(like.device, like.dtype)).float().cpu()
+    if not isinstance(model, InferenceModel):
+        return optimize_for_inference(model, preprocessing=preprocessing)
+    if not torch.equal(model.pixels, scale_and_shift(model.frozen, preprocessing)):
+        raise ValueError("predict: the copy normalises by another mean or std; optimize_for_inference(preprocessing=) would do")
+    return model
+
+
+def class_probabilities(model: InferenceModel, x: Tensor) -> Tensor:
+    """uint8 images [N, C, H, W] -> probabilities [N, K] float32 on the CPU."""
+    logits = model(x.to(model.pixels.device)).float().cpu()
     if not logits.isfinite().all():
         raise ValueError("predict: the model gives logits that are not finite; its weights are damaged, or too large for its dtype")
     return logits.softmax(1)

@@ -26,21 +26,27 @@ class Unplannable(Exception):
 
 
 class Convolution(NamedTuple):
-    """One that has not been called yet: what follows may belong to it. Without a weight it is the padding before one."""
+    """One that has not been called yet: what follows may belong to it. Without a weight it is a uint8 image, or the padding before
+    a convolution."""
 
     x: Tensor
-    padding: tuple[int, int, int, int]  # top, bottom, left, right
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right
     weight: Tensor | None = None
     bias: Tensor | None = None
     stride: int = 1
     groups: int = 1
     norm: ops.Norm | None = None
     activation: str = "identity"
+    pixels: Tensor | None = None  # of a uint8 image
+
+    @property
+    def is_image(self) -> bool:
+        return self.pixels is not None and self.weight is None and not any(self.padding)
 
     def run(self) -> Tensor:
         """As an op of ours."""
         if self.weight is None:
-            raise Unplannable("zeros are added around what is no convolution's")
+            raise Unplannable("what is no convolution follows a uint8 image, or zeros around an image")
         channels = len(self.weight)
         norm = self.norm
         if norm is None:
@@ -49,23 +55,30 @@ class Convolution(NamedTuple):
         elif self.bias is not None:
             norm = norm._replace(mean=norm.mean - self.bias.to(norm.mean.dtype))
         window = {"stride": self.stride, "padding": self.padding, "activation": self.activation}
-        if self.groups == 1 and self.weight.shape[2:] == (1, 1) and self.stride == 1 and not any(self.padding):
+        pointwise = self.weight.shape[2:] == (1, 1) and self.stride == 1 and not any(self.padding)
+        if self.groups == 1 and pointwise and self.pixels is None:
             return ops.pointwise_conv_bn_act(self.x, self.weight, norm, activation=self.activation)
         if self.groups == 1:
-            return ops.conv_bn_act(self.x, self.weight, norm, **window)  # type: ignore[arg-type]
-        if self.groups == channels == self.x.shape[1]:
+            return ops.conv_bn_act(self.x, self.weight, norm, **window, pixels=self.pixels)  # type: ignore[arg-type]
+        if self.groups == channels == self.x.shape[1] and self.pixels is None:
             return ops.depthwise_conv_bn_act(self.x, self.weight, norm, squeeze=False, **window)[0]  # type: ignore[arg-type]
         raise Unplannable(f"a convolution of {self.groups} groups")
 
 
 class Recording(TorchDispatchMode):
-    """Follows what comes of ``image`` through a forward pass."""
+    """Follows what comes of ``given`` through a forward pass: of ``image``, or where that is uint8 of what stands for it.
 
-    def __init__(self, image: Tensor) -> None:
+    pixels, dtype   for a uint8 image: what normalises it (:func:`effnet_fast.ops.conv_bn_act`), and in what the network computes
+    """
+
+    def __init__(self, image: Tensor, pixels: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self._kept: list[Tensor] = []  # while they live, no other tensor has their storage
         self._made: dict[int, Tensor | Convolution | None] = {}  # by storage: what the ops made for it, if that is another tensor
-        self._keep(image, None)
+        if image.dtype == torch.uint8:
+            self.given = self._keep(torch.empty_like(image, dtype=dtype), Convolution(image, pixels=pixels))
+        else:
+            self.given = self._keep(image, None)
 
     def _keep(self, tensor: Tensor, made: Tensor | Convolution | None) -> Tensor:
         self._kept.append(tensor)
@@ -74,6 +87,10 @@ class Recording(TorchDispatchMode):
 
     def _follows(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self._made
+
+    def _pending(self, tensor: Any) -> Convolution | None:
+        made = self._made[tensor.untyped_storage()._cdata] if self._follows(tensor) else None
+        return made if isinstance(made, Convolution) else None
 
     def made_of(self, tensor: Any) -> Any:
         """``tensor``, or the one that the ops made in its place."""
@@ -90,13 +107,15 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if not any(map(self._follows, tree_flatten((args, kwargs))[0])):
             return func(*args, **kwargs)  # of weights alone: a constant
+        pending = self._pending(args[0]) if args else None
         if func in _JOINED and self._follows(args[0]):
-            before = self._made[args[0].untyped_storage()._cdata]
-            after = _JOINED[func](before if isinstance(before, Convolution) else self.made_of(args[0]), *args[1:], **kwargs)
+            after = _JOINED[func](pending or self.made_of(args[0]), *args[1:], **kwargs)
             if after is not None:
                 result = func(*args, **kwargs)
                 self._keep(result if isinstance(result, Tensor) else result[0], after)
                 return result
+        if func._schema.name == "effnet_fast::conv_bn_act" and pending is not None and pending.is_image:
+            args = pending.x, *args[1:-1], pending.pixels  # the stem of a net of ours takes the image as it is
         args, kwargs = tree_map(self.made_of, (args, kwargs))
         if func.namespace == "effnet_fast":
             if not func._overloadname.startswith("native"):
@@ -112,14 +131,15 @@ class Recording(TorchDispatchMode):
 
 
 def _pad(x: Tensor | Convolution, pad: list[int], value: float = 0) -> Convolution | None:
-    if isinstance(x, Convolution) or len(pad) != 4 or value != 0 or min(pad) < 0:
+    before = x if isinstance(x, Convolution) else Convolution(x)
+    if before.weight is not None or any(before.padding) or len(pad) != 4 or value != 0 or min(pad) < 0:
         return None
     left, right, top, bottom = pad
-    return Convolution(x, (top, bottom, left, right))
+    return before._replace(padding=(top, bottom, left, right))
 
 
 def _convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Convolution | None:
-    before = x if isinstance(x, Convolution) else Convolution(x, (0, 0, 0, 0))
+    before = x if isinstance(x, Convolution) else Convolution(x)
     if before.weight is not None:  # another convolution's result
         return None
     if weight.dim() != 4 or transposed or any(d != 1 for d in dilation) or stride[0] != stride[-1]:
@@ -175,7 +195,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution of images of one pixel."""
     if x.dim() != 2:
         raise Unplannable(f"a linear layer over {tuple(x.shape)}")
-    return Convolution(x[:, :, None, None], (0, 0, 0, 0), weight[:, :, None, None], bias).run()[:, :, 0, 0]
+    return Convolution(x[:, :, None, None], weight=weight[:, :, None, None], bias=bias).run()[:, :, 0, 0]
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

@@ -69,13 +69,13 @@ def conv_norm_act(
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def empty_output(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> Tensor:
-    """The fake of every convolution op's y: [N, K, H', W'], channels_last, in x's dtype."""
+def empty_output(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The fake of every convolution op's y: [N, K, H', W'], channels_last."""
     top, bottom, left, right = padding
     height = output_size(x.shape[2], weight.shape[2], stride, top, bottom)
     width = output_size(x.shape[3], weight.shape[3], stride, left, right)
     return torch.empty(
-        (x.shape[0], weight.shape[0], height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        (x.shape[0], weight.shape[0], height, width), dtype=dtype, device=x.device, memory_format=torch.channels_last
     )
 
 
@@ -155,14 +155,16 @@ def check_conv(
     padding: Sequence[int] = (0, 0, 0, 0),
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    pixels: Tensor | None = None,
 ) -> tuple[int, int]:
     """Refuse, by name, what a convolution op does not take, whatever the backend; return (H', W').
 
-    x         [N, C, H, W] of one of ``DTYPES``
+    x         [N, C, H, W] of one of ``DTYPES``, beside pixels uint8
     weight    [K, C, k, k], depthwise [C, 1, k, k], pointwise [K, C, 1, 1]: of any of them, whatever x's
     norm      weight, bias, mean and var, each [K]: of any of them, all of the same one
     gate      [N, C] fp32, or fp64 beside fp64 x
-    residual  [N, K, H', W'] of x's dtype
+    residual  [N, K, H', W'] of x's dtype, beside pixels of weight's
+    pixels    [2, C] fp32, or fp64 beside fp64 weight
 
     It comes before every kernel, and small kernels take 10 us: an attribute of a tensor costs 50 to 100 ns, and so does a call.
     """
@@ -179,8 +181,9 @@ def check_conv(
     images, channels, height, width = shape
     if channels < 1 or height < 1 or width < 1:
         raise ValueError(f"{op}: x is {tuple(shape)}; [N, C, H, W] with C, H and W >= 1 would do")
-    if dtype not in DTYPES:
-        raise TypeError(f"{op}: x is {dtype}; {either(DTYPES)} would do")
+    if dtype not in (DTYPES if pixels is None else (torch.uint8,)):
+        would_do = either(DTYPES) if pixels is None else "torch.uint8, beside pixels,"
+        raise TypeError(f"{op}: x is {dtype}; {would_do} would do")
 
     shape = weight.shape
     if len(shape) != 4 or 0 in shape:
@@ -214,6 +217,9 @@ def check_conv(
         if below < 0 or beside < 0:
             raise ValueError(f"{op}: kernel {rows}x{columns} is larger than the padded x, {height}x{width} and {tuple(padding)}")
         height, width = below // stride + 1, beside // stride + 1
+    if pixels is not None:
+        dtype = weight.dtype
+        check_tensor(op, "pixels", pixels, (2, channels), (accumulator(dtype),), device)
     if gate is not None:
         check_tensor(op, "gate", gate, (images, channels), (accumulator(dtype),), device)
     if residual is not None:

@@ -19,25 +19,25 @@ from effnet_fast.ops.library import NAMESPACE, implement
 REASON = None if importlib.util.find_spec("triton") is not None else "triton is not installed"
 #: Whether triton's own switch asks for its interpreter, which runs the kernels on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of x, in storage; partial sums are fp32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in storage; partial sums are fp32
 _DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-def can_run(x: Tensor) -> str | None:
-    """Why no Triton kernel takes this ``x``, or None."""
+def can_run(x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
+    """Why no Triton kernel takes this ``x``, or None; ``dtypes`` are those that the op's takes."""
     if REASON is not None:
         return REASON
     if x.device.type != _DEVICE:
         return f"x is on {x.device.type!r}; Triton {'interprets' if INTERPRETED else 'runs'} kernels on {_DEVICE!r}"
     if not INTERPRETED and (reason := gpu.why_no_triton(x.device.index)) is not None:
         return reason
-    return None if x.dtype in DTYPES else f"x is {x.dtype}; Triton's kernels have no such one"
+    return None if x.dtype in dtypes else f"x is {x.dtype}; Triton's kernels have no such one"
 
 
-def register(name: str, check: Callable[..., Any], allocate: Callable[..., Any]) -> None:
+def register(name: str, check: Callable[..., Any], allocate: Callable[..., Any], dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     """Implement ``name.triton`` and ``name.triton_out`` by ``launch(*args, **out)`` of the module ``triton`` in the op's folder.
 
-    ``check`` and ``allocate`` are those of :func:`effnet_fast.ops.library.define`.
+    ``check`` and ``allocate`` are those of :func:`effnet_fast.ops.library.define`; ``dtypes`` are those of the first argument.
     """
     overload = getattr(getattr(torch.ops, NAMESPACE), name).triton_out
     results = [argument.name for argument in overload._schema.arguments if argument.is_out]
@@ -47,8 +47,8 @@ def register(name: str, check: Callable[..., Any], allocate: Callable[..., Any])
 
     def check_all(first_argument: Tensor, *others: Any) -> None:
         check(first_argument, *others)
-        if first_argument.dtype not in DTYPES:
-            raise TypeError(f"{name}: {first} is {first_argument.dtype}; {either(DTYPES)} would do for Triton")
+        if first_argument.dtype not in dtypes:
+            raise TypeError(f"{name}: {first} is {first_argument.dtype}; {either(dtypes)} would do for Triton")
 
     def launch(args: tuple[Any, ...], out: dict[str, Tensor]) -> None:
         importlib.import_module(module).launch(*args, **out)

@@ -114,9 +114,9 @@ def vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
-def check_output(op: str, y: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """Refuse a ``y`` of an ``_out`` form that the kernel cannot write."""
-    check_tensor(op, "y", y, shape, (x.dtype,), x.device)
+def check_output(op: str, y: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Refuse a ``y`` of an ``_out`` form that the kernel cannot write; its dtype and device are to be those of ``like``."""
+    check_tensor(op, "y", y, shape, (like.dtype,), like.device)
     if not y.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"{op}: y has strides {y.stride()}; channels_last would do")
 

@@ -11,7 +11,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of 
 
 def raw(t: torch.Tensor) -> np.ndarray:
     t = t.contiguous()
-    return (t if t.dtype == torch.float32 else t.view(torch.uint16)).numpy()
+    return (t.view(torch.uint16) if t.dtype in (torch.bfloat16, torch.float16) else t).numpy()
 
 
 def from_raw(a: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

@@ -162,12 +162,13 @@ std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& w
 }
 
 // On the CPU; x is [N, H, W, C], by_channel: handed over as [N, C, H, W]; norm is [4, K]: weight, bias, mean, var; window is
-// stride, top, left, H', W'.
+// stride, top, left, H', W'; pixels are [2, C] beside an x of bytes.
 py::array conv_cpu(const py::array& x, bool by_channel, const py::array& weight, const py::array& norm,
-                   const std::array<int, 5>& window, int activation, int dtype, int misalign) {
-  const py::array stored =
+                   const std::array<int, 5>& window, int activation, const std::optional<py::array>& pixels, int dtype,
+                   int misalign) {
+  const py::array laid =
       by_channel ? py::array(py::module_::import("numpy").attr("ascontiguousarray")(x.attr("transpose")(0, 3, 1, 2))) : x;
-  const Buffer input(stored, misalign), taps(weight, misalign), vectors(norm, misalign);
+  const Buffer input(laid, misalign), taps(weight, misalign), vectors(norm, misalign);
   effnet_fast::conv::Params p{};
   p.batch = x.shape(0);
   p.height = int(x.shape(1));
@@ -181,6 +182,8 @@ py::array conv_cpu(const py::array& x, bool by_channel, const py::array& weight,
   p.dtype = DType(dtype);
   p.weight_dtype = p.norm_dtype = DType::fp32;
   p.x = input.data();
+  std::optional<Buffer> table;
+  if (pixels) p.pixels = reinterpret_cast<const float*>(table.emplace(*pixels, misalign).data());
   p.x_image = int64_t(p.height) * p.width * p.in_channels;
   p.x_channel = by_channel ? int64_t(p.height) * p.width : 1;
   p.x_row = by_channel ? p.width : p.width * p.in_channels;
@@ -191,7 +194,8 @@ py::array conv_cpu(const py::array& x, bool by_channel, const py::array& weight,
   p.norm_bias = rows + p.channels;
   p.norm_mean = rows + 2 * p.channels;
   p.norm_var = rows + 3 * p.channels;
-  py::array y(x.dtype(), std::vector<int64_t>{p.batch, p.out_height, p.out_width, p.channels});
+  const auto stored = py::dtype(p.dtype == DType::fp32 ? "f4" : "u2");
+  py::array y(stored, std::vector<int64_t>{p.batch, p.out_height, p.out_width, p.channels});
   const Buffer made(y.nbytes(), misalign * y.itemsize());
   std::memset(made.data(), 0xff, y.nbytes());  // NaN
   p.y = made.data();

@@ -33,7 +33,7 @@ def _check(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, str
 
 
 def _allocate(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, stride, padding, activation, pieces):
-    y = empty_output(x, weight, stride, padding)
+    y = empty_output(x, weight, stride, padding, x.dtype)
     return y, y.new_empty((x.shape[0], pieces, weight.shape[0]), dtype=accumulator(x.dtype))
 
 

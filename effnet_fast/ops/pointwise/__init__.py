@@ -20,7 +20,7 @@ def _check(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gat
 
 
 def _allocate(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation):
-    return empty_output(x, weight, 1, (0, 0, 0, 0))
+    return empty_output(x, weight, 1, (0, 0, 0, 0), x.dtype)
 
 
 def _flops(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:

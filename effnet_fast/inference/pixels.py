@@ -1,0 +1,44 @@
+"""uint8 images as a network's input: which layout they have, and what normalises them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_fast.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+
+
+def scale_and_shift(model: nn.Module, preprocessing: Preprocessing | None) -> Tensor:
+    """[2, C] float32, so that ``x * scale + shift`` of a channel is ``(x / 255 - mean) / std``, for the C channels of the first
+    convolution that the model has.
+
+    Mean and std are those of ``preprocessing``; without it those that the model carries, as ours and timm's do, or ImageNet's.
+    """
+    if preprocessing is None:
+        carried = getattr(model, "default_cfg", None)
+        carried = carried if isinstance(carried, dict) else {}
+        mean, std = carried.get("mean", IMAGENET_MEAN), carried.get("std", IMAGENET_STD)
+        preprocessing = Preprocessing(1, 1, mean=tuple(mean), std=tuple(std))
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    preprocessing = preprocessing.for_channels(stem.in_channels)
+    mean, std = torch.tensor([preprocessing.mean, preprocessing.std], dtype=torch.float64)
+    return torch.stack([1 / (255 * std), -mean / std]).float().to(stem.weight.device)
+
+
+def image_batch(x: Any, channels: int) -> Tensor:
+    """``x``, a batch of images of a floating type or uint8, as [N, C, H, W]: a view of uint8 images that are [N, H, W, C].
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(x, Tensor) and x.dim() == 4:
+        if x.is_floating_point() or (x.dtype == torch.uint8 and x.shape[1] == channels):
+            return x
+        if x.dtype == torch.uint8 and x.shape[3] == channels:
+            return x.permute(0, 3, 1, 2)
+    what = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    raise ValueError(
+        f"InferenceModel: x is {what}; a batch of images [N, {channels}, H, W] of a floating type, or of uint8 and then also"
+        f" [N, H, W, {channels}], would do"
+    )
