@@ -1,8 +1,9 @@
-"""What a forward pass does to an image, as calls of the native ops, which a plan records (csrc/inference/plan.h).
+"""What a forward pass does to an image, as calls of our ops.
 
 The fused blocks call those ops themselves. A convolution outside of them, with the padding before it and the norm and activation
-after it, becomes one; so do the mean and the linear layer of a classifier. A view moves no data. Anything else that touches what
-came of the image is :class:`Unplannable`.
+after it, is :class:`Joining`'s to make one op. :class:`Recording` is the strict form of it for the plan of native calls
+(csrc/inference/plan.h): there the mean and the linear layer of a classifier are ops too, a view moves no data, and anything else
+that touches what came of the image is :class:`Unplannable`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from effnet_fast import ops
+from effnet_fast.ops.common import activate_, empty_output
 
 _OPS = torch.ops.effnet_fast
 _ATEN = torch.ops.aten
@@ -37,6 +41,15 @@ class Convolution(NamedTuple):
     norm: ops.Norm | None = None
     activation: str = "identity"
 
+    def placeholder(self) -> Tensor:
+        """A tensor like the result, which has no memory."""
+        if self.weight is None:
+            y = torch.empty_like(self._replace(x=self.x.to("meta")).run_plain(), device=self.x.device)
+        else:
+            y = empty_output(self.x, self.weight, self.stride, self.padding)
+        y.untyped_storage().resize_(0)
+        return y
+
     def run(self) -> Tensor:
         """As an op of ours."""
         if self.weight is None:
@@ -44,7 +57,7 @@ class Convolution(NamedTuple):
         channels = len(self.weight)
         norm = self.norm
         if norm is None:
-            zeros = torch.zeros(channels)
+            zeros = torch.zeros(channels, device=self.weight.device)
             norm = ops.Norm(None, None if self.bias is None else self.bias.float(), zeros, zeros + 1, 0.0)
         elif self.bias is not None:
             norm = norm._replace(mean=norm.mean - self.bias.to(norm.mean.dtype))
@@ -53,57 +66,100 @@ class Convolution(NamedTuple):
             return ops.pointwise_conv_bn_act(self.x, self.weight, norm, activation=self.activation)
         if self.groups == 1:
             return ops.conv_bn_act(self.x, self.weight, norm, **window)  # type: ignore[arg-type]
-        if self.groups == channels == self.x.shape[1]:
-            return ops.depthwise_conv_bn_act(self.x, self.weight, norm, squeeze=False, **window)[0]  # type: ignore[arg-type]
-        raise Unplannable(f"a convolution of {self.groups} groups")
+        return ops.depthwise_conv_bn_act(self.x, self.weight, norm, squeeze=False, **window)[0]  # type: ignore[arg-type]
+
+    def run_plain(self) -> Tensor:
+        """By PyTorch's own operators, where it has no norm: there is little to join."""
+        top, bottom, left, right = self.padding
+        if self.weight is None:
+            return F.pad(self.x, (left, right, top, bottom))
+        even = (top, left) == (bottom, right)
+        x = self.x if even else F.pad(self.x, (left, right, top, bottom))
+        y = F.conv2d(x, self.weight, self.bias, self.stride, (top, left) if even else 0, groups=self.groups)
+        return activate_(y, self.activation).contiguous(memory_format=torch.channels_last)
 
 
-class Recording(TorchDispatchMode):
+class Joining(TorchDispatchMode):
+    """Runs each convolution that a norm follows as one op, with the padding and the activation around it. All else runs as it is.
+
+    What a convolution, norm or activation gives meanwhile is a placeholder. Whatever the op has made of it takes its place where
+    another operator reads it; results of the pass are to be mapped by :meth:`made_of`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._placeholders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what stands for them, made or to be made
+
+    def made_of(self, value: Any) -> Any:
+        """``value``, or the tensor that takes its place."""
+        made = self._placeholders.get(value) if isinstance(value, Tensor) else None
+        if isinstance(made, Convolution):
+            made = self._placeholders[value] = self.computed(made)
+        return value if made is None else made
+
+    def computed(self, convolution: Convolution) -> Tensor:
+        return convolution.run_plain() if convolution.norm is None else convolution.run()
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What :meth:`__torch_dispatch__` does with an operator that joins nothing, of tensors that are no placeholders."""
+        return func(*args, **kwargs)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _JOINED:
+            before = self._placeholders.get(args[0])
+            after = _JOINED[func](before if isinstance(before, Convolution) else self.made_of(args[0]), *args[1:], **kwargs)
+            if after is not None:
+                result = args[0] if func._schema.is_mutable else after.placeholder()
+                self._placeholders[result] = after
+                if after.activation != "identity":
+                    self.made_of(result)  # now: nothing more can belong to it
+                statistics = [result.new_empty(0) for _ in func._schema.returns[1:]]  # of a norm: none in evaluation
+                return (result, *statistics) if statistics else result
+        return self.run(func, *tree_map(self.made_of, (args, kwargs)))
+
+
+def run_joined(model: Callable[[Tensor], Any], x: Tensor, mode: Joining | None = None) -> Any:
+    """``model(x)`` under ``mode``, by default one that joins what it can."""
+    with (mode := mode or Joining()):
+        results = model(x)
+    return tree_map(mode.made_of, results)
+
+
+class Recording(Joining):
     """Follows what comes of ``image`` through a forward pass."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
         self._kept: list[Tensor] = []  # while they live, no other tensor has their storage
-        self._made: dict[int, Tensor | Convolution | None] = {}  # by storage: what the ops made for it, if that is another tensor
-        self._keep(image, None)
+        self._storages: set[int] = set()
+        self._keep(image)
 
-    def _keep(self, tensor: Tensor, made: Tensor | Convolution | None) -> Tensor:
+    def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor)
-        self._made[tensor.untyped_storage()._cdata] = made
+        self._storages.add(tensor.untyped_storage()._cdata)
         return tensor
 
     def _follows(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self._made
+        if not isinstance(tensor, Tensor):
+            return False
+        return tensor in self._placeholders or tensor.untyped_storage()._cdata in self._storages
 
-    def made_of(self, tensor: Any) -> Any:
-        """``tensor``, or the one that the ops made in its place."""
-        if not self._follows(tensor):
-            return tensor
-        made = self._made[tensor.untyped_storage()._cdata]
-        if isinstance(made, Convolution):
-            made = made.run()
-            self._keep(tensor, made)
-            self._keep(made, None)
-        return tensor if made is None else made
+    def computed(self, convolution: Convolution) -> Tensor:
+        return self._keep(convolution.run())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if not any(map(self._follows, tree_flatten((args, kwargs))[0])):
-            return func(*args, **kwargs)  # of weights alone: a constant
-        if func in _JOINED and self._follows(args[0]):
-            before = self._made[args[0].untyped_storage()._cdata]
-            after = _JOINED[func](before if isinstance(before, Convolution) else self.made_of(args[0]), *args[1:], **kwargs)
-            if after is not None:
-                result = func(*args, **kwargs)
-                self._keep(result if isinstance(result, Tensor) else result[0], after)
-                return result
-        args, kwargs = tree_map(self.made_of, (args, kwargs))
+            return func(*args, **(kwargs or {}))  # of weights alone: a constant
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "effnet_fast":
             if not func._overloadname.startswith("native"):
                 raise Unplannable(f"{func} runs on another backend than native")
-            return tree_map(lambda made: self._keep(made, None), func(*args, **kwargs))
+            return tree_map(self._keep, func(*args, **kwargs))
         if func in _REPLACED:
-            return self._keep(_REPLACED[func](*args, **kwargs), None)
+            return self._keep(_REPLACED[func](*args, **kwargs))
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         made = None if writes else func(*args, **kwargs)
         if isinstance(made, Tensor) and self._follows(made):
@@ -112,7 +168,7 @@ class Recording(TorchDispatchMode):
 
 
 def _pad(x: Tensor | Convolution, pad: list[int], value: float = 0) -> Convolution | None:
-    if isinstance(x, Convolution) or len(pad) != 4 or value != 0 or min(pad) < 0:
+    if isinstance(x, Convolution) or x.dim() != 4 or len(pad) != 4 or value != 0 or min(pad) < 0:
         return None
     left, right, top, bottom = pad
     return Convolution(x, (top, bottom, left, right))
@@ -123,6 +179,8 @@ def _convolution(x, weight, bias, stride, padding, dilation, transposed, output_
     if before.weight is not None:  # another convolution's result
         return None
     if weight.dim() != 4 or transposed or any(d != 1 for d in dilation) or stride[0] != stride[-1]:
+        return None
+    if groups != 1 and not groups == len(weight) == before.x.shape[1]:  # neither dense nor depthwise
         return None
     top, bottom, left, right = before.padding
     zeros = top + padding[0], bottom + padding[0], left + padding[-1], right + padding[-1]
@@ -156,6 +214,7 @@ _JOINED: dict[Any, Callable[..., Convolution | None]] = {
     _ATEN.constant_pad_nd.default: _pad,
     _ATEN.convolution.default: _convolution,
     _ATEN.native_batch_norm.default: _norm,
+    _ATEN.cudnn_batch_norm.default: _norm,
     _ATEN._native_batch_norm_legit_no_training.default: _norm,
     **{getattr(_ATEN, name).default: _activation(name) for name in ("silu", "relu")},
     **{getattr(_ATEN, f"{name}_").default: _activation(name) for name in ("silu", "relu")},
