@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_graphs import StandIn
 from test_inference import PEERS, planned, small
 from torch import nn
 
@@ -134,9 +136,10 @@ def test_memory_is_that_of_the_weights_and_the_plans(optimized):
 @planned
 @pytest.mark.parametrize("name", ["ours", "torchvision b0"])
 def test_each_layer_is_explained(name):
-    """The stem and the head too, of a peer's; the same before there is a plan and after, and without changing the answer."""
+    """The stem and the head too, of a peer's; the same before there is a plan and after, and without changing the answer. Block by
+    block another backend would be faster for so many images."""
     net = small() if name == "ours" else PEERS[name]().eval()
-    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40)
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(256, 3, 40, 40)
     rows = effnet_fast.explain(optimized, x)
     assert [rows[0].name, rows[-1].name] == ["stem", "head"] and len(rows) == 18
     assert [choice.op for choice in rows[0].ops] == ["conv_bn_act"]
@@ -153,3 +156,56 @@ def test_what_runs_block_by_block_is_explained_so():
     net.act2 = nn.Hardswish()
     rows = effnet_fast.explain(effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40))
     assert len(rows) == 18 and "an activation is Hardswish" in str(rows[-1])
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """A CPU's images take the way of a GPU's, to a pool that stands in for CUDA's. Tells whether the caller captures."""
+    caller = SimpleNamespace(captures=False)
+    monkeypatch.setattr(optimize.InferenceModel, "_on_cpu", optimize.InferenceModel._on_cuda)
+    monkeypatch.setattr(optimize, "CudaPool", lambda device: StandIn())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: caller.captures)
+    return caller
+
+
+@pytest.mark.parametrize("name", ["ours", "timm b0"])
+def test_graphs_of_a_copy(name, as_on_cuda):
+    """They are told, counted and explained; a copy makes its own; and in the caller's own capture there is none."""
+    net = small() if name == "ours" else PEERS[name]().eval()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40)
+    with torch.inference_mode():
+        made = optimized(x)
+    with torch.no_grad():
+        torch.testing.assert_close(made, net(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(optimized(x), made)
+    assert "2x3x40x40 NCHW torch.float32: a CUDA graph" in str(optimized)
+    assert optimized.memory().graphs == optimized.memory().static == x.nbytes + made.nbytes
+    rows = effnet_fast.explain(optimized, x)
+    assert [rows[0].name, rows[-1].name] == ["stem", "head"] and all(row.plain is None for row in rows)
+
+    other = copy.deepcopy(optimized)
+    as_on_cuda.captures = True
+    torch.testing.assert_close(other(x), made)
+    assert other.memory().graphs == 0
+    as_on_cuda.captures = False
+    other.warmup([(2, 3, 40, 40), (1, 3, 40, 40)])
+    assert len(str(other).splitlines()) == 4 and other.memory().graphs > optimized.memory().graphs
+    assert other(x[:0]).shape == (0, made.shape[1])
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_a_copy_without_memory_for_a_batch(cuda_graphs, as_on_cuda, monkeypatch):
+    """Runs in pieces, and without graphs too."""
+    net = small()
+    optimized, x = effnet_fast.optimize_for_inference(net, cuda_graphs=cuda_graphs), torch.randn(5, 3, 40, 40)
+    forward = optimized.frozen.forward
+
+    def scarce(x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(x)
+
+    monkeypatch.setattr(optimized.frozen, "forward", scarce)
+    with torch.no_grad(), pytest.warns(UserWarning, match="for 5 images of 3x40x40: 3 run at a time"):
+        torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+    assert str(optimized).count("a CUDA graph") == (2 if cuda_graphs else 0)
