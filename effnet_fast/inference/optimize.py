@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from effnet_fast import ops
+from effnet_fast.inference.graphs import GRAPHS, CudaPool, Graphs, InPieces
 from effnet_fast.inference.pixels import image_batch, scale_and_shift
 from effnet_fast.inference.plan import NativePlan
-from effnet_fast.inference.recording import Unplannable
+from effnet_fast.inference.recording import Recording, Unplannable, run_joined
 from effnet_fast.interop import accelerate
+from effnet_fast.ops.backends import is_tracing, tracing
 from effnet_fast.ops.conv.reference import normalised
 from effnet_fast.weights.preprocessing import Preprocessing
 
@@ -22,7 +27,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def optimize_for_inference(
-    model: nn.Module, dtype: torch.dtype | None = None, *, preprocessing: Preprocessing | None = None
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    preprocessing: Preprocessing | None = None,
+    cuda_graphs: bool = True,
 ) -> InferenceModel:
     """A frozen copy of ``model`` in evaluation mode, with the same call, for serving.
 
@@ -31,11 +40,13 @@ def optimize_for_inference(
     dtype          what it computes in, float32, bfloat16 or float16: by default the model's own
     preprocessing  its mean and std normalise uint8 images: by default the model's own where it carries them (ours, timm's), else
                    ImageNet's
+    cuda_graphs    on CUDA, capture the kernels of a pass as a CUDA graph; without, every call starts them one by one
 
     On the CPU one native call runs the whole network, with its norms folded and its weights packed: an image a thread, or an image
     for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it. On
-    CUDA the copy's blocks run fused, as those of an accelerated model do. What comes later to the model does not change the copy. A
-    hook that the model has is called where the copy is planned, and not again.
+    CUDA a graph is captured for each shape and layout of a batch, its size included, at the first call with it: pad odd batches, or
+    give :meth:`InferenceModel.warmup` the sizes. What comes later to the model does not change the copy. A hook that the model has
+    is called where the copy is planned or captured, and not again.
 
     Raises TypeError or ValueError, naming the argument, for what cannot be copied so.
     """
@@ -58,7 +69,25 @@ def optimize_for_inference(
     for module in frozen.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)  # norms stay as they are: every kernel folds them in float32
-    return InferenceModel(frozen, dtype, scale_and_shift(frozen, preprocessing))
+    return InferenceModel(frozen, dtype, scale_and_shift(frozen, preprocessing), cuda_graphs)
+
+
+class Memory(NamedTuple):
+    """Bytes that an :class:`InferenceModel` holds.
+
+    weights  of the frozen network
+    plans    of weights packed for the CPU
+    graphs   of the CUDA graphs' pool, ``static`` of them in the graphs' images and results
+    """
+
+    weights: int
+    plans: int
+    graphs: int
+    static: int
+
+    def __str__(self) -> str:
+        names = ("weights", "packed weights", "graphs", "their images and results")
+        return "holds " + ", ".join(f"{held / 1e6:.1f} MB of {name}" for name, held in zip(names, self, strict=True) if held)
 
 
 class InferenceModel(nn.Module):
@@ -67,18 +96,52 @@ class InferenceModel(nn.Module):
     It takes normalised images [N, C, H, W] of any floating type, or uint8 ones, [N, C, H, W] or [N, H, W, C], told apart by which
     has the network's channels (both: the former). The network's first convolution normalises those as it reads them.
 
-    Any number of threads may call it at the same time.
+    Any number of threads and CUDA streams may call it at the same time. Results are the caller's to keep. Where memory on CUDA does
+    not suffice for a batch it runs in smaller pieces, and a warning names the sizes. A copy, a pickle and a move to another device
+    leave plans and graphs behind, which are made anew. :func:`effnet_fast.explain` tells what runs in them.
     """
 
     pixels: Tensor
 
-    def __init__(self, frozen: nn.Module, dtype: torch.dtype, pixels: Tensor) -> None:
+    def __init__(self, frozen: nn.Module, dtype: torch.dtype, pixels: Tensor, cuda_graphs: bool = True) -> None:
         super().__init__()
-        self.frozen, self.dtype = frozen, dtype
+        self.frozen, self.dtype, self.cuda_graphs = frozen, dtype, cuda_graphs
         self.register_buffer("pixels", pixels, persistent=False)
+        super().train(False)
+        self._start()
+
+    def _start(self) -> None:
+        """Without plans and graphs, where the weights are now."""
+        self.device = next(self.frozen.parameters()).device
         self._plans: OrderedDict[tuple, NativePlan | str] = OrderedDict()
         self._lock = threading.Lock()
-        super().train(False)
+        self._run_joined = functools.partial(run_joined, self.frozen, pixels=self.pixels, dtype=self.dtype)
+        self._graphs = Graphs(self._run_joined, self.dtype, functools.partial(CudaPool, self.device))
+        self._in_pieces = InPieces(self._graphs if self.cuda_graphs else self._run_blocks, self._graphs.clear)
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("device", "_plans", "_lock", "_run_joined", "_graphs", "_in_pieces")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceModel:
+        changed = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if changed != self.dtype:
+            raise TypeError(
+                f"InferenceModel: it computes in {self.dtype} and cannot be made {changed};"
+                f" optimize_for_inference(model, {changed}) would do"
+            )
+        super()._apply(fn, recurse)
+        self._start()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self._start()
+        return result
 
     def train(self, mode: bool = True) -> InferenceModel:
         if mode:
@@ -86,18 +149,42 @@ class InferenceModel(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Any:
-        x = image_batch(x, self.pixels.shape[1])
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the dtype is the copy's, whoever calls it
-            x = x if x.dtype == torch.uint8 else x.to(self.dtype)
-            if x.device.type != "cpu" or len(x) == 0:
-                return self._block_by_block(x)
-            if not x.is_contiguous(memory_format=torch.channels_last):
-                x = x.contiguous()
-            plan = self._plan(x)
-            return self._block_by_block(x) if isinstance(plan, str) else plan(x)
+        x = self._checked(x)
+        # The dtype is the copy's, whoever calls it; and what is kept outlives the caller's inference mode.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if len(x) == 0:
+                return self._run_blocks(x)
+            return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
 
-    def _block_by_block(self, x: Tensor) -> Any:
-        return self.frozen(normalised(x, self.pixels, self.dtype) if x.dtype == torch.uint8 else x)
+    def _on_cuda(self, x: Tensor) -> Any:
+        if is_tracing() and self.cuda_graphs:  # a graph tells nothing
+            return self._run_joined(x if x.dtype == torch.uint8 else x.to(self.dtype))
+        return self._run_blocks(x) if torch.cuda.is_current_stream_capturing() else self._in_pieces(x)
+
+    def _on_cpu(self, x: Tensor) -> Any:
+        x = x if x.dtype == torch.uint8 else x.to(self.dtype)
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
+        plan = self._plan(x)
+        if isinstance(plan, str):
+            return self._run_blocks(x)
+        if is_tracing():  # a plan tells nothing
+            with ops.backend("native"):
+                return Recording(x, self.pixels, self.dtype).joined(self.frozen, x)
+        return plan(x)
+
+    def _run_blocks(self, x: Tensor) -> Any:
+        return self.frozen(normalised(x, self.pixels, self.dtype) if x.dtype == torch.uint8 else x.to(self.dtype))
+
+    def _checked(self, x: Any) -> Tensor:
+        x = image_batch(x, self.pixels.shape[1])
+        if x.device != self.device:
+            raise ValueError(
+                f"InferenceModel: x is on {x.device} and the weights on {self.device}; x.to({str(self.device)!r}) would do"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("InferenceModel: x asks for a gradient, which a frozen copy does not give; x.detach() would do")
+        return x
 
     def _plan(self, x: Tensor) -> NativePlan | str:
         """The plan for such images, made now if need be, or why there is none."""
@@ -108,7 +195,8 @@ class InferenceModel(nn.Module):
                 return self._plans[key]
             image = x[:1].clone(memory_format=torch.preserve_format)
             try:
-                plan: NativePlan | str = NativePlan(self.frozen, image, self.pixels, self.dtype)
+                with tracing():  # whoever traces a call is told what runs in it, and not twice
+                    plan: NativePlan | str = NativePlan(self.frozen, image, self.pixels, self.dtype)
             except Unplannable as reason:
                 plan = str(reason)
             self._plans[key] = plan
@@ -116,11 +204,50 @@ class InferenceModel(nn.Module):
                 self._plans.popitem(last=False)
             return plan
 
+    def warmup(
+        self,
+        shapes: Iterable[Sequence[int]],
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        """Plan or capture now what calls with such batches would first.
+
+        shapes         of batches, [N, C, H, W] each, at most 16
+        dtype          of their images: by default the copy's
+        memory_format  of their images, contiguous or channels_last
+
+        Do it before other threads use the GPU: a capture fails where another thread synchronizes all of the device meanwhile.
+        Raises ValueError, naming the shape, for one that the network does not take.
+        """
+        wanted = [tuple(shape) for shape in shapes]
+        for shape in wanted:
+            if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
+                raise ValueError(f"warmup: a shape is {shape}; four numbers > 0 (N, C, H, W) would do")
+        kept = min(PLANS, GRAPHS)
+        if len(wanted) > kept:
+            raise ValueError(f"warmup: there are {len(wanted)} shapes; {kept}, as many as are kept, would do")
+        for shape in wanted:
+            try:
+                images = torch.empty(shape, dtype=dtype or self.dtype, device=self.device, memory_format=memory_format)
+                self(images.zero_())
+            except (ValueError, TypeError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ValueError(f"warmup: the network does not take {shape}: {error}") from error
+
+    def memory(self) -> Memory:
+        weights = {t.data_ptr(): t.nbytes for t in (*self.parameters(), *self.buffers())}
+        with self._lock:
+            plans = sum(plan.size.packed_bytes for plan in self._plans.values() if isinstance(plan, NativePlan))
+        return Memory(sum(weights.values()), plans, self._graphs.bytes(), self._graphs.static_bytes())
+
     def __str__(self) -> str:
-        lines = [f"{type(self.frozen).__name__} for inference in {self.dtype}, {len(self._plans)} plans"]
-        for (dtype, shape, _), plan in self._plans.items():
+        with self._lock:
+            plans = list(self._plans.items())
+        lines = [f"{type(self.frozen).__name__} for inference in {self.dtype} on {self.device}, {len(plans)} plans"]
+        for (dtype, shape, _), plan in plans:
             told = f"run block by block: {plan}" if isinstance(plan, str) else str(plan)
             lines.append(f"  {'x'.join(map(str, shape))} of {dtype}: {told}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._graphs.lines(), f"  {self.memory()}"])
 
     __repr__ = __str__

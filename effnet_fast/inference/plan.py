@@ -44,9 +44,9 @@ class NativePlan:
             number = _OPS.plan_begin(image)
             self._free = weakref.finalize(self, _OPS.plan_free, number)
             try:
-                with Recording(image, pixels, dtype) as recording, ops.backend("native"):
-                    leaves, self._tree = tree_flatten(model(recording.given))
-                    leaves = [recording.made_of(leaf) for leaf in leaves]
+                recording = Recording(image, pixels, dtype)  # keeps what was recorded until the end
+                with ops.backend("native"):
+                    leaves, self._tree = tree_flatten(recording.joined(model, image))
                 for leaf in leaves:
                     form = torch.channels_last if isinstance(leaf, Tensor) and leaf.dim() == 4 else torch.contiguous_format
                     if not (isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) and leaf.is_contiguous(memory_format=form)):

@@ -1,8 +1,9 @@
-"""What a forward pass does to an image, as calls of the native ops, which a plan records (csrc/inference/plan.h).
+"""What a forward pass does to an image, as calls of our ops.
 
 The fused blocks call those ops themselves. A convolution outside of them, with the padding before it and the norm and activation
-after it, becomes one; so do the mean and the linear layer of a classifier. A view moves no data. Anything else that touches what
-came of the image is :class:`Unplannable`.
+after it, is :class:`Joining`'s to make one op. :class:`Recording` is the strict form of it for the plan of native calls
+(csrc/inference/plan.h): there the mean and the linear layer of a classifier are ops too, a view moves no data, and anything else
+that touches what came of the image is :class:`Unplannable`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from effnet_fast import ops
+from effnet_fast.ops.common import activate_, empty_output
+from effnet_fast.ops.conv.reference import normalised
 
 _OPS = torch.ops.effnet_fast
 _ATEN = torch.ops.aten
@@ -30,6 +35,7 @@ class Convolution(NamedTuple):
     a convolution."""
 
     x: Tensor
+    dtype: torch.dtype  # of the result, whatever that of an image
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -39,9 +45,27 @@ class Convolution(NamedTuple):
     activation: str = "identity"
     pixels: Tensor | None = None  # of a uint8 image
 
+    @classmethod
+    def of(cls, x: Tensor, **given: Any) -> Convolution:
+        return cls(x, x.dtype, **given)
+
     @property
     def is_image(self) -> bool:
         return self.pixels is not None and self.weight is None and not any(self.padding)
+
+    def placeholder(self) -> Tensor:
+        """A tensor like the result, which has no memory."""
+        if self.weight is None:
+            *outer, height, width = self.x.shape
+            top, bottom, left, right = self.padding
+            last = self.x.is_contiguous(memory_format=torch.channels_last)
+            form = torch.channels_last if last else torch.contiguous_format
+            shape = (*outer, height + top + bottom, width + left + right)
+            y = torch.empty(shape, dtype=self.dtype, device=self.x.device, memory_format=form)
+        else:
+            y = empty_output(self.x, self.weight, self.stride, self.padding, self.dtype)
+        y.untyped_storage().resize_(0)
+        return y
 
     def run(self) -> Tensor:
         """As an op of ours."""
@@ -50,7 +74,7 @@ class Convolution(NamedTuple):
         channels = len(self.weight)
         norm = self.norm
         if norm is None:
-            zeros = torch.zeros(channels)
+            zeros = torch.zeros(channels, device=self.weight.device)
             norm = ops.Norm(None, None if self.bias is None else self.bias.float(), zeros, zeros + 1, 0.0)
         elif self.bias is not None:
             norm = norm._replace(mean=norm.mean - self.bias.to(norm.mean.dtype))
@@ -60,69 +84,122 @@ class Convolution(NamedTuple):
             return ops.pointwise_conv_bn_act(self.x, self.weight, norm, activation=self.activation)
         if self.groups == 1:
             return ops.conv_bn_act(self.x, self.weight, norm, **window, pixels=self.pixels)  # type: ignore[arg-type]
-        if self.groups == channels == self.x.shape[1] and self.pixels is None:
-            return ops.depthwise_conv_bn_act(self.x, self.weight, norm, squeeze=False, **window)[0]  # type: ignore[arg-type]
-        raise Unplannable(f"a convolution of {self.groups} groups")
+        return ops.depthwise_conv_bn_act(self.image(), self.weight, norm, squeeze=False, **window)[0]  # type: ignore[arg-type]
+
+    def image(self) -> Tensor:
+        """``x``, normalised."""
+        return self.x if self.pixels is None else normalised(self.x, self.pixels, self.dtype)
+
+    def run_plain(self) -> Tensor:
+        """By PyTorch's own operators, where it has no norm: there is little to join."""
+        top, bottom, left, right = self.padding
+        even = (top, left) == (bottom, right) and self.weight is not None
+        x = self.image() if even or not any(self.padding) else F.pad(self.image(), (left, right, top, bottom))
+        if self.weight is None:
+            return x
+        y = F.conv2d(x, self.weight, self.bias, self.stride, (top, left) if even else 0, groups=self.groups)
+        return activate_(y, self.activation).contiguous(memory_format=torch.channels_last)
 
 
-class Recording(TorchDispatchMode):
-    """Follows what comes of ``given`` through a forward pass: of ``image``, or where that is uint8 of what stands for it.
+class Joining(TorchDispatchMode):
+    """Runs each convolution that a norm follows as one op, with the padding and the activation around it. All else runs as it is.
 
     pixels, dtype   for a uint8 image: what normalises it (:func:`effnet_fast.ops.conv_bn_act`), and in what the network computes
+
+    What a convolution, norm or activation gives meanwhile is a placeholder. Whatever the op has made of it takes its place where
+    another operator reads it; results of the pass are to be mapped by :meth:`made_of`.
     """
 
-    def __init__(self, image: Tensor, pixels: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, pixels: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self._kept: list[Tensor] = []  # while they live, no other tensor has their storage
-        self._made: dict[int, Tensor | Convolution | None] = {}  # by storage: what the ops made for it, if that is another tensor
-        if image.dtype == torch.uint8:
-            self.given = self._keep(torch.empty_like(image, dtype=dtype), Convolution(image, pixels=pixels))
-        else:
-            self.given = self._keep(image, None)
+        self._pixels, self._dtype = pixels, dtype
+        self._placeholders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what stands for them, made or to be made
 
-    def _keep(self, tensor: Tensor, made: Tensor | Convolution | None) -> Tensor:
-        self._kept.append(tensor)
-        self._made[tensor.untyped_storage()._cdata] = made
-        return tensor
-
-    def _follows(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self._made
-
-    def _pending(self, tensor: Any) -> Convolution | None:
-        made = self._made[tensor.untyped_storage()._cdata] if self._follows(tensor) else None
-        return made if isinstance(made, Convolution) else None
-
-    def made_of(self, tensor: Any) -> Any:
-        """``tensor``, or the one that the ops made in its place."""
-        if not self._follows(tensor):
-            return tensor
-        made = self._made[tensor.untyped_storage()._cdata]
+    def made_of(self, value: Any) -> Any:
+        """``value``, or the tensor that takes its place."""
+        made = self._placeholders.get(value) if isinstance(value, Tensor) else None
         if isinstance(made, Convolution):
-            made = made.run()
-            self._keep(tensor, made)
-            self._keep(made, None)
-        return tensor if made is None else made
+            made = self._placeholders[value] = self.computed(made)
+        return value if made is None else made
+
+    def computed(self, convolution: Convolution) -> Tensor:
+        return convolution.run_plain() if convolution.norm is None else convolution.run()
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What :meth:`__torch_dispatch__` does with an operator that joins nothing, of tensors that are no placeholders."""
+        return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not any(map(self._follows, tree_flatten((args, kwargs))[0])):
-            return func(*args, **kwargs)  # of weights alone: a constant
-        pending = self._pending(args[0]) if args else None
-        if func in _JOINED and self._follows(args[0]):
-            after = _JOINED[func](pending or self.made_of(args[0]), *args[1:], **kwargs)
+        before = self._placeholders.get(args[0]) if args and isinstance(args[0], Tensor) else None
+        before = before if isinstance(before, Convolution) else None
+        if func in _JOINED:
+            after = _JOINED[func](before, *args[1:], **kwargs) if before else None
+            after = after or _JOINED[func](Convolution.of(self.made_of(args[0])), *args[1:], **kwargs)
             if after is not None:
-                result = func(*args, **kwargs)
-                self._keep(result if isinstance(result, Tensor) else result[0], after)
-                return result
-        if func._schema.name == "effnet_fast::conv_bn_act" and pending is not None and pending.is_image:
-            args = pending.x, *args[1:-1], pending.pixels  # the stem of a net of ours takes the image as it is
-        args, kwargs = tree_map(self.made_of, (args, kwargs))
+                result = args[0] if func._schema.is_mutable else after.placeholder()
+                self._placeholders[result] = after
+                if after.activation != "identity":
+                    self.made_of(result)  # now: nothing more can belong to it
+                statistics = [result.new_empty(0) for _ in func._schema.returns[1:]]  # of a norm: none in evaluation
+                return (result, *statistics) if statistics else result
+        if func._schema.name == "effnet_fast::conv_bn_act" and before is not None and before.is_image:
+            args = before.x, *args[1:-1], before.pixels  # the stem of a net of ours takes the image as it is
+        return self.run(func, *tree_map(self.made_of, (args, kwargs)))
+
+    def joined(self, model: Callable[[Tensor], Any], image: Tensor) -> Any:
+        """``model(image)``; a uint8 image is normalised where the first convolution reads it."""
+        if image.dtype == torch.uint8:
+            assert self._dtype is not None
+            convolution = Convolution(image, self._dtype, pixels=self._pixels)
+            image = convolution.placeholder()
+            self._placeholders[image] = convolution
+        with self:
+            results = model(image)
+        return tree_map(self.made_of, results)
+
+
+def run_joined(
+    model: Callable[[Tensor], Any], image: Tensor, pixels: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Any:
+    """``model(image)``, with what can be joined joined."""
+    return Joining(pixels, dtype).joined(model, image)
+
+
+class Recording(Joining):
+    """Follows what comes of ``image`` through a forward pass."""
+
+    def __init__(self, image: Tensor, pixels: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(pixels, dtype)
+        self._kept: list[Tensor] = []  # while they live, no other tensor has their storage
+        self._storages: set[int] = set()
+        self._keep(image)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._kept.append(tensor)
+        self._storages.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    def _follows(self, tensor: Any) -> bool:
+        if not isinstance(tensor, Tensor):
+            return False
+        return tensor in self._placeholders or tensor.untyped_storage()._cdata in self._storages
+
+    def computed(self, convolution: Convolution) -> Tensor:
+        return self._keep(convolution.run())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(map(self._follows, tree_flatten((args, kwargs))[0])):
+            return func(*args, **(kwargs or {}))  # of weights alone: a constant
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "effnet_fast":
             if not func._overloadname.startswith("native"):
                 raise Unplannable(f"{func} runs on another backend than native")
-            return tree_map(lambda made: self._keep(made, None), func(*args, **kwargs))
+            return tree_map(self._keep, func(*args, **kwargs))
         if func in _REPLACED:
-            return self._keep(_REPLACED[func](*args, **kwargs), None)
+            return self._keep(_REPLACED[func](*args, **kwargs))
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         made = None if writes else func(*args, **kwargs)
         if isinstance(made, Tensor) and self._follows(made):
@@ -130,44 +207,43 @@ class Recording(TorchDispatchMode):
         raise Unplannable(f"{func} is no kernel of ours")
 
 
-def _pad(x: Tensor | Convolution, pad: list[int], value: float = 0) -> Convolution | None:
-    before = x if isinstance(x, Convolution) else Convolution(x)
-    if before.weight is not None or any(before.padding) or len(pad) != 4 or value != 0 or min(pad) < 0:
+# What follows is given what was there before: the result of a convolution that waits, or with no weight an image. It is None where
+# the operator does not belong to it.
+
+
+def _pad(before: Convolution, pad: list[int], value: float = 0) -> Convolution | None:
+    if before.weight is not None or any(before.padding) or before.x.dim() != 4 or len(pad) != 4 or value != 0 or min(pad) < 0:
         return None
     left, right, top, bottom = pad
     return before._replace(padding=(top, bottom, left, right))
 
 
-def _convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Convolution | None:
-    before = x if isinstance(x, Convolution) else Convolution(x)
-    if before.weight is not None:  # another convolution's result
+def _convolution(before, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Convolution | None:
+    if before.weight is not None or weight.dim() != 4 or transposed:
         return None
-    if weight.dim() != 4 or transposed or any(d != 1 for d in dilation) or stride[0] != stride[-1]:
+    if any(d != 1 for d in dilation) or stride[0] != stride[-1]:
+        return None
+    if groups != 1 and not groups == len(weight) == before.x.shape[1]:  # neither dense nor depthwise
         return None
     top, bottom, left, right = before.padding
     zeros = top + padding[0], bottom + padding[0], left + padding[-1], right + padding[-1]
     return before._replace(padding=zeros, weight=weight, bias=bias, stride=stride[0], groups=groups)
 
 
-def _norm(x, weight, bias, mean, var, *rest) -> Convolution | None:
+def _norm(before, weight, bias, mean, var, *rest) -> Convolution | None:
     """Of evaluation; ``rest`` is (training,) momentum, eps."""
-    if not isinstance(x, Convolution) or x.weight is None or x.norm is not None or x.activation != "identity":
+    if before.weight is None or before.norm is not None or before.activation != "identity":
         return None
     if len(rest) == 3 and rest[0]:
         return None
-    return x._replace(norm=ops.Norm(weight, bias, mean, var, rest[-1]))
+    return before._replace(norm=ops.Norm(weight, bias, mean, var, rest[-1]))
 
 
 def _activation(name: str) -> Callable[..., Convolution | None]:
-    def joined(x: Tensor | Convolution, *bounds: float) -> Convolution | None:
-        if (
-            not isinstance(x, Convolution)
-            or x.weight is None
-            or x.activation != "identity"
-            or bounds != ((0, 6) if name == "relu6" else ())
-        ):
+    def joined(before: Convolution, *bounds: float) -> Convolution | None:
+        if before.weight is None or before.activation != "identity" or bounds != ((0, 6) if name == "relu6" else ()):
             return None
-        return x._replace(activation=name)
+        return before._replace(activation=name)
 
     return joined
 
@@ -176,6 +252,7 @@ _JOINED: dict[Any, Callable[..., Convolution | None]] = {
     _ATEN.constant_pad_nd.default: _pad,
     _ATEN.convolution.default: _convolution,
     _ATEN.native_batch_norm.default: _norm,
+    _ATEN.cudnn_batch_norm.default: _norm,
     _ATEN._native_batch_norm_legit_no_training.default: _norm,
     **{getattr(_ATEN, name).default: _activation(name) for name in ("silu", "relu")},
     **{getattr(_ATEN, f"{name}_").default: _activation(name) for name in ("silu", "relu")},
@@ -195,7 +272,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution of images of one pixel."""
     if x.dim() != 2:
         raise Unplannable(f"a linear layer over {tuple(x.shape)}")
-    return Convolution(x[:, :, None, None], weight=weight[:, :, None, None], bias=bias).run()[:, :, 0, 0]
+    return Convolution.of(x[:, :, None, None], weight=weight[:, :, None, None], bias=bias).run()[:, :, 0, 0]
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

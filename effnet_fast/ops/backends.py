@@ -123,6 +123,11 @@ def tracing() -> Iterator[list[Choice | str]]:
         _STATE.trace = before
 
 
+def is_tracing() -> bool:
+    """Whether a :func:`tracing` collects what is chosen now."""
+    return _STATE.trace is not None
+
+
 def reasons(device: str = "cpu") -> dict[str, dict[str, str | None]]:
     """For each backend and op: None where a float32 tensor on ``device`` can run there, else why not."""
     probe: Any = _Probe(torch.float32, device)
