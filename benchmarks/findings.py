@@ -14,11 +14,10 @@ from effnet_fast.cli.table import table
 Results = dict[str, Any]
 Case = dict[str, Any]
 HEADER = ("what", "batch", "entrant", "cases", "us", "quartiles", "speed-up", "least", "of bound", "worst")
-RUNTIMES = ("ONNX Runtime", "OpenVINO")
 PEERS: dict[str, Callable[[str], bool]] = {  # by kind, from an entrant's name
-    "eager": lambda name: name.startswith(("eager", "timm")),
+    "eager": lambda name: name.startswith(("eager", "timm", "torchvision")),
     "torch.compile": lambda name: name.startswith("compile"),
-    "a runtime": lambda name: name in RUNTIMES,
+    "a runtime": lambda name: name.startswith(("ONNX Runtime", "OpenVINO")),
 }
 DRIFT = 0.1  # of a median: two passes of one entrant that differ by more are told
 NAMED = 12  # cases of a list, the worst first
@@ -65,10 +64,6 @@ def timed(case: Case) -> dict[str, dict[str, Any]]:
 
 def groups(results: Results) -> list[str]:
     return list(dict.fromkeys(case["group"] for case in results["cases"]))
-
-
-def is_ours(name: str) -> bool:
-    return name.startswith(("ours", "accelerated"))
 
 
 def summary(results: Results) -> str:

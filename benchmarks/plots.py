@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks import findings
-from benchmarks.findings import geomean, is_ours, timed
+from benchmarks.findings import geomean, timed
+from effnet_fast.benchmark.case import is_ours
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; ours are warm.
 _OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442")

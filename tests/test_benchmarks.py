@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import findings, kernels, models, parity, registry, report, run, training
-from benchmarks.case import Entrant
+from benchmarks import findings, kernels, parity, registry, report, run, training
 from effnet_fast import ops
-from effnet_fast.benchmark import calibrate, images, kernel_time, machine
+from effnet_fast.benchmark import calibrate, images, kernel_time, machine, nets
+from effnet_fast.benchmark.case import Entrant
 from effnet_fast.benchmark.roofline import H200, LEVELS, Launch, bound, launches, op_launches
 from effnet_fast.benchmark.timing import EventTimer, Lane, Refused, Replayed, copies, summarize
 from effnet_fast.models import FAMILY, create_model
@@ -468,7 +468,7 @@ def test_a_net_that_is_wrong_is_refused(tmp_path):
     torch.save({"state": {}, "images": x, "plain": plain, "reference": plain.double()}, case.weights)
     for constant in (1e-3, math.nan):
         with pytest.raises(Refused, match="off by"):
-            models.checked(case, lambda state, constant=constant: lambda x: torch.full((1, 1000), constant), False, 2.0)
+            nets.checked(case, lambda state, constant=constant: lambda x: torch.full((1, 1000), constant), 2.0)
 
 
 @pytest.mark.parametrize("batch", [16, 64])
@@ -489,8 +489,8 @@ def test_swapped_images_are_refused(tmp_path, batch):
     x = images(16, (224, 224))
     torch.save({"state": {}, "images": x, "plain": mean(x), "reference": mean(x.double())}, case.weights)
     with pytest.raises(Refused, match="off by"):
-        models.checked(case, lambda state: lambda x: mean(swapped(x)), False, 2.0)
-    assert models.checked(case, lambda state: mean, False, 2.0).sets >= 2
+        nets.checked(case, lambda state: lambda x: mean(swapped(x)), 2.0)
+    assert nets.checked(case, lambda state: mean, 2.0).sets >= 2
 
     case = replace(one_of("kernels", "pointwise c80-480 14x14 n1"), batch=batch)
     eager = kernels._EAGER[case.group]
