@@ -22,6 +22,7 @@ from effnet_fast.benchmark.tolerance import largest, why_wrong
 from effnet_fast.models import config_of
 from effnet_fast.weights import key_map
 
+NOT_INSTALLED = "is not installed"
 PEERS = ("torchvision", "compile", "onnxruntime", "openvino")
 _FORMATS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # OpenVINO's names
@@ -281,7 +282,7 @@ def installed(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
-        raise Skipped(f"{name} is not installed" if missing else f"{name} does not import: {error}") from error
+        raise Skipped(f"{name} {NOT_INSTALLED}" if missing else f"{name} does not import: {error}") from error
 
 
 def exported(case: Case, batch: int) -> Path:

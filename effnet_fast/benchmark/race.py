@@ -30,11 +30,13 @@ class Clock:
 def lanes_of(names: list[str], beside: Path) -> Iterator[dict[str, Lane]]:
     """A lane for each name and one for "weights". What they print goes to files beside ``beside``; empty ones are removed."""
     lanes = {name: Lane(beside.with_suffix(f".{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log")) for name in [*names, "weights"]}
+    patience = 0.0  # where the race is broken off
     try:
         yield lanes
+        patience = 3.0
     finally:
         for lane in lanes.values():
-            lane.stop()
+            lane.stop(patience)
             if lane.log.exists() and not lane.log.stat().st_size:
                 lane.log.unlink()
 

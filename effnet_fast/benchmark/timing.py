@@ -12,6 +12,7 @@ import gc
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 import traceback
@@ -204,7 +205,11 @@ class Lane:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, str(self.log)), daemon=False)
-        self.process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # an interrupt is this process's to handle
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def send(self, request: str, *arguments: Any) -> None:
@@ -229,11 +234,11 @@ class Lane:
         self.send(request, *arguments)
         return self.answer(timeout)
 
-    def stop(self) -> None:
-        """End the process, politely first, and what it started (compile workers)."""
+    def stop(self, patience: float = 3.0) -> None:
+        """End the process, politely for so many seconds, and what it started (compile workers)."""
         if self.process is not None:
             self.connection.close()
-            self.process.join(3)
+            self.process.join(patience)
         if self.process is not None and self.process.is_alive():
             try:
                 os.killpg(self.process.pid, 9)
