@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ BATCH = 3
 
 def wrong(case: Case):
     """A peer whose logits are all off by a hundredth."""
+    print("times 1.01")
     model = create_model(case.net).eval()
 
     def build(state):
@@ -73,10 +75,8 @@ def test_what_it_tells_and_writes(tmp_path, monkeypatch, capsys):
     assert len(re.findall(r"^wrong .* refused: off by ", told, re.M)) == 2
     assert "not installed: no_such_package; pip install 'effnet-fast[bench]' brings all peers" in told
     (logs,) = re.fullmatch(r"effnet-fast: note: what the entrants printed is in (\S+)\n", err).groups()
-    assert Path(logs).is_dir()
-    for log in Path(logs).iterdir():
-        log.unlink()
-    Path(logs).rmdir()
+    assert set(Path(logs, "bench.wrong.log").read_text().splitlines()) == {"times 1.01"}
+    shutil.rmtree(logs)
 
 
 BAD = [

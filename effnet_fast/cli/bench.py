@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             draw(results, arguments.plot)
         failed = any(entrant["status"] in ("failed", "refused") for _, entrant in _every(results))
     finally:
-        if failed:
+        if failed and any(logs.iterdir()):
             say("note", f"what the entrants printed is in {logs}")
         else:
             shutil.rmtree(logs)
