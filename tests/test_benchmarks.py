@@ -441,6 +441,21 @@ def test_what_a_file_of_timings_says():
     assert any(told.endswith("; and 2 more.") for told in findings.sentences(many))
 
 
+def test_targets_of_nets_are_against_the_fastest_peer():
+    """Of any kind, with a runtime's throughput; a net without one has none."""
+    peers = {"timm channels_last": 9.0, "OpenVINO": 6.0, "OpenVINO throughput": 4.2, "compile default": 5.0}
+    cases = [
+        a_case("b0 n16", "b0", 16, **{"ours": 5.0, "ours optimized": 4.0, **peers}),
+        a_case("b0 n1", "b0", 1, **{"ours optimized": 4.0, "ONNX Runtime": 4.4}),
+        a_case("b5 n1", "b5", 1, **{"ours optimized": 4.0}),
+    ]
+    results = {"suite": "model", "device": "cpu", "baseline": "timm channels_last", "cases": cases}
+    assert [told for told in findings.sentences(results) if told.startswith("Target")] == [
+        "Target met: b0, one image, 1 times the speed of the fastest peer: 1.10.",
+        "Target missed: b0, a large batch, 1.1 times the speed of the fastest peer: 1.05.",
+    ]
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="there is no git on PATH")
 def test_old_timings_are_noticed(tmp_path, monkeypatch):
     """Kernels that changed since the commit of the timings, or a commit that git does not know."""
