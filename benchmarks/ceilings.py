@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.run import write
 from effnet_fast.benchmark import machine
+from effnet_fast.benchmark.results import write
 from effnet_fast.benchmark.timing import EventTimer, GraphTimer, Summary, copies, summarize
 from effnet_fast.cli.table import table
 

@@ -92,7 +92,7 @@ part model-autotuned 140 "${run[@]}" --suite model --out "$work/model-autotuned-
   --only "$large: (ours|timm channels_last$|compile max)"
 part train 60 "${run[@]}" --suite train --out "$work/train-cuda.json" --only ': (?!compile max)'
 part ceilings 30 python3 -m benchmarks.ceilings --out "$work/ceilings.json"
-part model 100 "${run[@]}" --suite model --out "$work/model-cuda.json" --only ': (?!compile max|timm nchw)'
+part model 100 "${run[@]}" --suite model --out "$work/model-cuda.json" --only ': (?!compile max|timm nchw|torchvision)'
 part kernels-compiled 90 "${run[@]}" --suite kernels --out "$work/kernels-compiled-cuda.json" --nets b0,b5 --most 5 \
   --only "$large: (ours|eager channels_last|compile default)"
 

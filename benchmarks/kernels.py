@@ -16,16 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import DTYPES, Case
 from effnet_fast import ops
+from effnet_fast.benchmark.case import DTYPES, PEER_FACTOR, Case
 from effnet_fast.benchmark.machine import last_level_cache
 from effnet_fast.benchmark.timing import GraphTimer, HostTimer, Refused, Skipped, Timer, copies
 from effnet_fast.benchmark.tolerance import why_wrong
 from effnet_fast.ops import backends
 
-# A peer less accurate than plain PyTorch is timed all the same, which flatters it, not us: torch.compile's mean adds up one number
-# after another and was seen 18 times as far off as eager's.
-PEER_FACTOR = 32.0
 NUMBERS = 4096  # that a check wants: the largest error of a few is luck
 _BACKEND = contextlib.ExitStack()  # what this process has asked for
 _IMAGES = ("x", "partial", "gate", "residual")

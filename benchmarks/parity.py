@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import torch
 from torch import nn
 
 import effnet_fast
-from benchmarks.run import write
-from effnet_fast.benchmark import calibrate, images
+from effnet_fast.benchmark import calibrate, images, nets
 from effnet_fast.benchmark.machine import facts
+from effnet_fast.benchmark.results import write
 from effnet_fast.weights import key_map
 
 CASES = [
@@ -38,21 +37,9 @@ IMAGES = 8
 
 def peer_of(library: str, name: str, ours: nn.Module) -> nn.Module:
     """The peer's network with our weights."""
-    if library == "timm":
-        import timm
-
-        peer = timm.create_model(name)
-        peer.load_state_dict(ours.state_dict())
-        return peer.eval()
-    import torchvision
-
-    build: Callable[[], nn.Module] = getattr(torchvision.models, name.replace("v2_", "_v2_"))
-    peer = build()
-    names, state = key_map(ours.config, "torchvision"), ours.state_dict()
-    peer.load_state_dict({names[key]: value for key, value in state.items()})
-    for module in peer.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = ours.config.bn_eps
+    peer = {"timm": nets.timm_net, "torchvision": nets.torchvision_net}[library](name)
+    names = key_map(ours.config, library)
+    peer.load_state_dict({names[key]: value for key, value in ours.state_dict().items()})
     return peer.eval()
 
 

@@ -12,11 +12,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks import findings
-from benchmarks.findings import geomean, is_ours, timed
+from benchmarks.findings import geomean, timed
+from effnet_fast.benchmark.case import is_ours
+from effnet_fast.benchmark.plot import OURS, PEERS
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; ours are warm.
-_OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442")
-_PEERS = ("#0072B2", "#56B4E9", "#009E73", "#000000", "#999999", "#666699")
 _MARKS = "os^Dv<>P"
 
 
@@ -39,8 +38,8 @@ def _colours(told: dict[str, Any]) -> dict[str, str]:
     ours = [name for name in names if is_ours(name)]
     peers = [name for name in names if name not in ours]
     return {
-        **{name: _OURS[i % len(_OURS)] for i, name in enumerate(ours)},
-        **{name: _PEERS[i % len(_PEERS)] for i, name in enumerate(peers)},
+        **{name: OURS[i % len(OURS)] for i, name in enumerate(ours)},
+        **{name: PEERS[i % len(PEERS)] for i, name in enumerate(peers)},
     }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks import kernels, models, training
-from benchmarks.case import Case, Entrant
+from benchmarks import kernels, training
+from effnet_fast.benchmark import nets as whole_nets
+from effnet_fast.benchmark.case import Case, Entrant
 from effnet_fast.benchmark.roofline import Launch, op_launches
 from effnet_fast.models import FAMILY
 from effnet_fast.ops.backends import BACKENDS
@@ -30,10 +31,10 @@ def cases(
     nets = NETS[:1] if quick else nets
     if suite == "train":
         sizes = {"b0": 2} if quick else TRAIN[device]
-        return [Case(f"{net} n{sizes[net]}", net, (net,), sizes[net], dtype, device) for net in nets if net in sizes]
+        return [_net_case(net, sizes[net], dtype, device) for net in nets if net in sizes]
     if suite == "model":
         return [
-            Case(f"{net} n{batch}", net, (net,), batch, dtype, device)
+            _net_case(net, batch, dtype, device)
             for net in nets
             if net in LARGE[device]
             for batch in ((1,) if quick else (LARGE[device][net], 1))
@@ -54,9 +55,7 @@ def cases(
 
 def entrants(suite: str, device: str, quick: bool = False) -> list[Entrant]:
     """Who takes part. BASELINE names the one that speed-ups are told against."""
-    found = [*_ENTRANTS[suite], *_COMPILED[suite, device]]
-    if device == "cuda":
-        found += _GRAPHS[suite]
+    found = whole_nets.entrants(device) if suite == "model" else [*_ENTRANTS[suite], *_COMPILED[suite, device]]
     return [entrant for entrant in found if entrant.quick or not quick]
 
 
@@ -67,40 +66,21 @@ _ENTRANTS = {
         Entrant("eager channels_last", kernels.eager, ("channels_last",)),
         Entrant("eager nchw", kernels.eager, ("nchw",)),
     ],
-    "model": [
-        Entrant("ours", models.ours),
-        Entrant("accelerated timm", models.accelerated),
-        Entrant("ours optimized", models.optimized),
-        Entrant("timm channels_last", models.timm_eager, ("channels_last",)),
-        Entrant("timm nchw", models.timm_eager, ("nchw",), quick=False),
-    ],
     "train": [
         Entrant("ours", training.ours),
         Entrant("timm channels_last", training.timm_eager),
     ],
 }
-# Whole nets launched one kernel after another, and as CUDA graphs, which reduce-overhead and max-autotune make too: each call
-# copies its input and replays. Single kernels are always timed inside a graph.
-_GRAPHS: dict[str, list[Entrant]] = {
-    "kernels": [],
-    "train": [],
-    "model": [
-        Entrant("ours, graph", models.ours, (True,)),
-        Entrant("accelerated timm, graph", models.accelerated, (True,)),
-        Entrant("timm channels_last, graph", models.timm_eager, ("channels_last", True)),
-    ],
-}
 
 
 def _compiled(suite: str, name: str, options: dict[str, object], beside: bool = True) -> Entrant:
-    prepare = {"kernels": kernels.compiled, "model": models.timm_compiled, "train": training.timm_compiled}[suite]
+    prepare = {"kernels": kernels.compiled, "train": training.timm_compiled}[suite]
     # Every shape of eight nets compiled in each mode would take hours.
     nets = ("b0", "b5") if suite == "kernels" else None
     return Entrant(f"compile {name}", prepare, (options,), nets, beside, quick=False)
 
 
-# reduce-overhead is CUDA graphs: nothing on a CPU, and kernels are timed inside a graph already. Freezing is what a CPU gains most
-# from: it folds the norms and packs the weights.
+# reduce-overhead is CUDA graphs: nothing on a CPU, and kernels are timed inside a graph already.
 _COMPILED = {
     ("kernels", "cpu"): [
         _compiled("kernels", "default", {}),
@@ -110,18 +90,6 @@ _COMPILED = {
         _compiled("kernels", "default", {}),
         _compiled("kernels", "max-autotune", {"mode": "max-autotune-no-cudagraphs"}, beside=False),
     ],
-    ("model", "cpu"): [
-        Entrant("ONNX Runtime", models.onnxruntime, quick=False),
-        Entrant("OpenVINO", models.openvino, quick=False),
-        _compiled("model", "default", {}),
-        _compiled("model", "freezing", {"options": {"freezing": True}}),
-        _compiled("model", "max-autotune", {"options": {"freezing": True, "max_autotune": True}}, beside=False),
-    ],
-    ("model", "cuda"): [
-        _compiled("model", "default", {}),
-        _compiled("model", "reduce-overhead", {"mode": "reduce-overhead"}),
-        _compiled("model", "max-autotune", {"mode": "max-autotune"}, beside=False),
-    ],
     ("train", "cpu"): [_compiled("train", "default", {})],
     ("train", "cuda"): [
         _compiled("train", "default", {}),
@@ -129,6 +97,11 @@ _COMPILED = {
         _compiled("train", "max-autotune", {"mode": "max-autotune"}, beside=False),
     ],
 }
+
+
+def _net_case(net: str, batch: int, dtype: str, device: str) -> Case:
+    name = f"efficientnet_{net}"
+    return Case(f"{net} n{batch}", net, (net,), batch, dtype, device, net=name, size=FAMILY[name].resolution)
 
 
 def _chosen(launches: tuple[Launch, ...], most: int | None) -> list[Launch]:

@@ -9,46 +9,30 @@ skipped, one that crashes or hangs has failed; each with its reason in the JSON,
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import re
 import shlex
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import findings, models, registry, training
-from benchmarks.case import Case, Entrant
-from effnet_fast.benchmark import kernel_time, machine
-from effnet_fast.benchmark.roofline import Launch, Machine, bound, launches
-from effnet_fast.benchmark.timing import Answer, Lane, Summary, race
-from effnet_fast.models import FAMILY
+from benchmarks import findings, registry, training
+from effnet_fast.benchmark import kernel_time, machine, nets
+from effnet_fast.benchmark.case import Case, Entrant
+from effnet_fast.benchmark.race import Clock, lanes_of, outcomes
+from effnet_fast.benchmark.results import add_shares, net_facts, rates_facts, write
+from effnet_fast.benchmark.roofline import Machine
 
-PREPARE_SECONDS = 900.0  # a large net's max-autotune
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")  # written by tests/sass.py
-WRITERS = {"model": models.write_weights, "train": training.write_weights}
+WRITERS = {"model": nets.write_weights, "train": training.write_weights}
 # Rounds of a pass and seconds of a turn. On a GPU the graph of a kernel case runs for 2 ms, so a turn of three replays is 6.
 TURNS = {("kernels", "cpu"): (5, 0.06), ("kernels", "cuda"): (3, 0.006), ("model", "cuda"): (3, 0.1), ("train", "cuda"): (2, 0.3)}
-
-
-class Clock:
-    """How much of the ``seconds`` that the run may take is left."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-
-    @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,14 +99,7 @@ def run(
         "quick": quick,
         "command": command,
         "machine": facts,
-        "roofline": {
-            "name": rates.name,
-            "copy_bytes_s": rates.copy,
-            "dense_flop_s": rates.dense[dtype],
-            "lanes_s": rates.lanes,
-            "special_s": rates.special if math.isfinite(rates.special) else None,
-            "cache_bytes": machine.last_level_cache(device),
-        },
+        "roofline": rates_facts(rates, dtype, device),
         "model": model,
         "baseline": registry.BASELINE[suite],
         "cases": [],
@@ -130,91 +107,20 @@ def run(
     out.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(entrant.name for _, chosen in plan for entrant in chosen))
     turns = (1, 0.02) if quick else TURNS.get((suite, device), (4, 0.4))
-    with tempfile.TemporaryDirectory() as folder, _lanes(names, out) as lanes:
+    with tempfile.TemporaryDirectory() as folder, lanes_of(names, out) as lanes:
         for number, (case, chosen) in enumerate(plan, start=1):
             if suite != "kernels":  # a net has the same weights at every batch, its largest first; a training step its own images
                 file = case.nets[0] if suite == "model" else case.name.replace(" ", "-")
                 case = replace(case, weights=str(Path(folder, f"{file}.pt")))
             row = _case_facts(case, rates, suite)
-            row["entrants"] = _entrants(case, chosen, lanes, clock, turns, WRITERS.get(suite))
-            _add_shares(row, results["roofline"]["cache_bytes"])
+            row["entrants"] = outcomes(case, chosen, lanes, clock, turns, WRITERS.get(suite))
+            add_shares(row, results["roofline"]["cache_bytes"])
             if counts is not None:
                 _add_model(row, case, rates, counts)
             results["cases"].append(row)
             write(results, out)
             print(f"[{number:>{len(str(len(plan)))}}/{len(plan)}] {_line(row)}", flush=True)
     return results
-
-
-def write(results: dict[str, Any], out: Path) -> None:
-    """All of it or nothing."""
-    aside = out.with_suffix(".tmp")
-    aside.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(aside, out)
-
-
-@contextlib.contextmanager
-def _lanes(names: list[str], out: Path) -> Iterator[dict[str, Lane]]:
-    lanes = {name: Lane(out.with_suffix(f".{re.sub(r'[^a-z0-9]+', '-', name)}.log")) for name in [*names, "weights"]}
-    try:
-        yield lanes
-    finally:
-        for lane in lanes.values():
-            lane.stop()
-            if lane.log.exists() and not lane.log.stat().st_size:
-                lane.log.unlink()
-
-
-def _entrants(
-    case: Case,
-    chosen: list[Entrant],
-    lanes: dict[str, Lane],
-    clock: Clock,
-    turns: tuple[int, float],
-    write_weights: Callable[[Case], None] | None,
-) -> dict[str, dict[str, Any]]:
-    """Prepare all entrants, race those that are ready."""
-    answers: dict[str, Answer] = {}
-    for entrant in chosen:  # start the processes, all at once
-        lanes[entrant.name].send("release")
-    for entrant in chosen:
-        lanes[entrant.name].answer(120)
-    if write_weights is not None and not Path(case.weights).exists() and clock.left > 0:
-        made = lanes["weights"].ask(min(PREPARE_SECONDS, clock.left), "prepare", write_weights, case)
-        lanes["weights"].stop()
-        if made.status != "ok":
-            answers = {entrant.name: Answer(made.status, f"no weights to compare with: {made.value}") for entrant in chosen}
-    waiting = [entrant for entrant in chosen if entrant.name not in answers]
-    together = [entrant for entrant in waiting if entrant.beside] if case.device == "cuda" else []
-    for group in [together, *([entrant] for entrant in waiting if entrant not in together)]:
-        if clock.left <= 0:
-            answers |= {entrant.name: Answer("skipped", "no time was left") for entrant in group}
-            continue
-        for entrant in group:
-            lanes[entrant.name].send("prepare", entrant.prepare, case, *entrant.arguments)
-        for entrant in group:
-            answers[entrant.name] = lanes[entrant.name].answer(min(PREPARE_SECONDS, clock.left))
-    ready = {name: lanes[name] for name, answer in answers.items() if answer.status == "ok"}
-    raced = race(ready, *turns) if clock.left > 0 else dict.fromkeys(ready, Answer("skipped", "no time was left"))
-    for entrant in chosen:  # so that the next case finds the memory free
-        if lanes[entrant.name].process is not None:
-            lanes[entrant.name].ask(60, "release")
-    return {entrant.name: _outcome(answers[entrant.name], raced.get(entrant.name)) for entrant in chosen}
-
-
-def _outcome(prepared: Answer, raced: Answer | None) -> dict[str, Any]:
-    if raced is None or raced.status != "ok":
-        lost = raced or prepared
-        return {"status": lost.status, "reason": lost.value}
-    times: Summary = raced.value
-    return {
-        "status": "timed",
-        "median_us": times.median * 1e6,
-        "passes_us": [median * 1e6 for median in times.passes],
-        "quartiles_us": [quarter * 1e6 for quarter in times.quartiles],
-        "calls": times.calls,
-        **prepared.value,
-    }
 
 
 def _case_facts(case: Case, rates: Machine, suite: str) -> dict[str, Any]:
@@ -224,27 +130,10 @@ def _case_facts(case: Case, rates: Machine, suite: str) -> dict[str, Any]:
         limit = case.launch.bound(rates, case.dtype, case.batch)
         moved, flops = case.launch.bytes(case.dtype, case.batch), case.launch.flops(case.batch)
         return {**facts, "bytes": moved, "flops": flops, "bound_us": limit.seconds * 1e6, "binds": limit.binds}
-    config = FAMILY[f"efficientnet_{case.nets[0]}"]
-    rows: dict[str, tuple[Launch, ...]] = {level: launches(config, level, rates, case.dtype) for level in ("L2", "L3")}
-    limits = {level: bound(rows[level], rates, case.dtype, case.batch) * 1e6 for level in rows}
-    moved = sum(row.bytes(case.dtype, case.batch, vectors=False) for row in rows["L2"])
-    flops = sum(row.flops(case.batch) for row in rows["L2"])
+    of_net = net_facts(case, rates)
     if suite == "train":  # backward is two more forwards' worth of multiply-adds; there is no bound of its bytes
-        return {**facts, "bytes": None, "flops": 3 * flops, "bound_us": None, "binds": None}
-    return {**facts, "bytes": moved, "flops": flops, "bound_us": limits["L2"], "bound_L3_us": limits["L3"], "binds": "sum"}
-
-
-def _add_shares(row: dict[str, Any], cache: int) -> None:
-    """Rates, by an entrant's own bytes where it has some, as with partial sums; and over how many caches its inputs rotated."""
-    for entrant in row["entrants"].values():
-        if entrant["status"] == "timed":
-            seconds = entrant["median_us"] * 1e-6
-            entrant["gflop_s"] = row["flops"] / seconds / 1e9
-            if row["bound_us"] is not None:
-                entrant["gb_s"] = entrant.get("bytes", row["bytes"]) / seconds / 1e9
-                entrant["share_of_bound"] = row["bound_us"] / entrant["median_us"]
-            if "set_bytes" in entrant:
-                entrant["caches_rotated"] = entrant["sets"] * entrant["set_bytes"] / cache
+        return {**facts, "bytes": None, "flops": 3 * of_net["flops"], "bound_us": None, "binds": None}
+    return {**facts, **of_net}
 
 
 def _counts(suite: str, device: str, facts: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:

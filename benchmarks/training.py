@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import effnet_fast
-from benchmarks.case import DTYPES, Case
-from benchmarks.kernels import PEER_FACTOR
 from effnet_fast.benchmark import images
+from effnet_fast.benchmark.case import DTYPES, PEER_FACTOR, Case
 from effnet_fast.benchmark.machine import last_level_cache
 from effnet_fast.benchmark.timing import EventTimer, HostTimer, Refused, Timer, copies
 from effnet_fast.benchmark.tolerance import why_wrong
@@ -22,9 +21,9 @@ def write_weights(case: Case) -> None:
     """Write ``case.weights``: weights, images, labels, and the loss and the gradient of the stem that timm gets: in the dtype, and
     in float64 for float32, in float32 for half types."""
     torch.manual_seed(0)
-    state = effnet_fast.create_model(f"efficientnet_{case.nets[0]}").state_dict()
-    side = effnet_fast.models.FAMILY[f"efficientnet_{case.nets[0]}"].resolution
-    told: dict[str, Any] = {"state": state, "images": images(case.batch, (side, side)), "labels": torch.arange(case.batch) % 1000}
+    state = effnet_fast.create_model(case.net).state_dict()
+    x, labels = images(case.batch, (case.size, case.size)), torch.arange(case.batch) % 1000
+    told: dict[str, Any] = {"state": state, "images": x, "labels": labels}
     told["plain"] = _measured(_Step(case, _timm(case), told))
     exact = torch.float64 if case.dtype == "fp32" else torch.float32
     told["reference"] = _measured(_Step(case, _timm(case), told, exact))
@@ -33,7 +32,7 @@ def write_weights(case: Case) -> None:
 
 def ours(case: Case) -> Timer:
     """effnet_fast's own model."""
-    model = effnet_fast.create_model(f"efficientnet_{case.nets[0]}", drop_rate=0.0, drop_path_rate=0.0)  # timm's defaults
+    model = effnet_fast.create_model(case.net, drop_rate=0.0, drop_path_rate=0.0)  # timm's defaults
     return _checked(case, model, lambda model: model, 2.0)
 
 
@@ -101,4 +100,4 @@ def _checked(case: Case, model: nn.Module, wrap: Callable[[nn.Module], Callable[
 def _timm(case: Case) -> nn.Module:
     import timm
 
-    return timm.create_model(f"efficientnet_{case.nets[0]}")
+    return timm.create_model(case.net)

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import findings, kernels, models, parity, registry, report, run, training
-from benchmarks.case import Entrant
+from benchmarks import findings, kernels, parity, registry, report, run, training
 from effnet_fast import ops
-from effnet_fast.benchmark import calibrate, images, kernel_time, machine
+from effnet_fast.benchmark import calibrate, images, kernel_time, machine, nets
+from effnet_fast.benchmark.case import Entrant
 from effnet_fast.benchmark.roofline import H200, LEVELS, Launch, bound, launches, op_launches
 from effnet_fast.benchmark.timing import EventTimer, Lane, Refused, Replayed, copies, summarize
 from effnet_fast.models import FAMILY, create_model
@@ -441,6 +441,21 @@ def test_what_a_file_of_timings_says():
     assert any(told.endswith("; and 2 more.") for told in findings.sentences(many))
 
 
+def test_targets_of_nets_are_against_the_fastest_peer():
+    """Of any kind, with a runtime's throughput; a net without one has none."""
+    peers = {"timm channels_last": 9.0, "OpenVINO": 6.0, "OpenVINO throughput": 4.2, "compile default": 5.0}
+    cases = [
+        a_case("b0 n16", "b0", 16, **{"ours": 5.0, "ours optimized": 4.0, **peers}),
+        a_case("b0 n1", "b0", 1, **{"ours optimized": 4.0, "ONNX Runtime": 4.4}),
+        a_case("b5 n1", "b5", 1, **{"ours optimized": 4.0}),
+    ]
+    results = {"suite": "model", "device": "cpu", "baseline": "timm channels_last", "cases": cases}
+    assert [told for told in findings.sentences(results) if told.startswith("Target")] == [
+        "Target met: b0, one image, 1 times the speed of the fastest peer: 1.10.",
+        "Target missed: b0, a large batch, 1.1 times the speed of the fastest peer: 1.05.",
+    ]
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="there is no git on PATH")
 def test_old_timings_are_noticed(tmp_path, monkeypatch):
     """Kernels that changed since the commit of the timings, or a commit that git does not know."""
@@ -468,7 +483,7 @@ def test_a_net_that_is_wrong_is_refused(tmp_path):
     torch.save({"state": {}, "images": x, "plain": plain, "reference": plain.double()}, case.weights)
     for constant in (1e-3, math.nan):
         with pytest.raises(Refused, match="off by"):
-            models.checked(case, lambda state, constant=constant: lambda x: torch.full((1, 1000), constant), False, 2.0)
+            nets.checked(case, lambda state, constant=constant: lambda x: torch.full((1, 1000), constant), 2.0)
 
 
 @pytest.mark.parametrize("batch", [16, 64])
@@ -489,8 +504,8 @@ def test_swapped_images_are_refused(tmp_path, batch):
     x = images(16, (224, 224))
     torch.save({"state": {}, "images": x, "plain": mean(x), "reference": mean(x.double())}, case.weights)
     with pytest.raises(Refused, match="off by"):
-        models.checked(case, lambda state: lambda x: mean(swapped(x)), False, 2.0)
-    assert models.checked(case, lambda state: mean, False, 2.0).sets >= 2
+        nets.checked(case, lambda state: lambda x: mean(swapped(x)), 2.0)
+    assert nets.checked(case, lambda state: mean, 2.0).sets >= 2
 
     case = replace(one_of("kernels", "pointwise c80-480 14x14 n1"), batch=batch)
     eager = kernels._EAGER[case.group]

@@ -18,6 +18,7 @@ from effnet_fast.benchmark.roofline import H200, Machine
 from effnet_fast.ops import native
 
 COMMIT = "EFFNET_FAST_COMMIT"  # for a copy of the tree without its history
+_PACKAGES = ("torch", "triton", "timm", "torchvision", "onnxruntime", "openvino")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,7 +36,7 @@ def facts() -> dict[str, Any]:
         "compiled_module": native.REASON or f"loaded, {'with' if native.CUDA_KERNELS else 'without'} CUDA kernels",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "triton", "timm", "torchvision")},
+            **{name: version(name) for name in _PACKAGES},
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         },

@@ -7,9 +7,12 @@ other meet a different clock. So a :class:`Lane` is a process that prepares one 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 import traceback
@@ -202,7 +205,11 @@ class Lane:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, str(self.log)), daemon=False)
-        self.process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # an interrupt is this process's to handle
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def send(self, request: str, *arguments: Any) -> None:
@@ -227,11 +234,11 @@ class Lane:
         self.send(request, *arguments)
         return self.answer(timeout)
 
-    def stop(self) -> None:
-        """End the process, politely first, and what it started (compile workers)."""
+    def stop(self, patience: float = 3.0) -> None:
+        """End the process, politely for so many seconds, and what it started (compile workers)."""
         if self.process is not None:
             self.connection.close()
-            self.process.join(3)
+            self.process.join(patience)
         if self.process is not None and self.process.is_alive():
             try:
                 os.killpg(self.process.pid, 9)
@@ -241,20 +248,27 @@ class Lane:
         self.process = None
 
 
-def race(lanes: dict[str, Lane], rounds: int, seconds: float, timeout: float = 120.0) -> dict[str, Answer]:
-    """Two passes of ``rounds`` rounds over lanes that are prepared, ``seconds`` a turn: a :class:`Summary` each, or why not."""
+def race(
+    lanes: dict[str, Lane],
+    rounds: int,
+    seconds: float,
+    timeout: float = 600.0,
+    advance: Callable[[int], Any] = lambda turns: None,
+) -> dict[str, Answer]:
+    """Two passes of ``rounds`` rounds over lanes that are prepared, ``seconds`` a turn: a :class:`Summary` each, or why not.
+    ``advance`` is called with 1 after each turn."""
     passes: dict[str, list[list[float]]] = {name: [[], []] for name in lanes}
     lost: dict[str, Answer] = {}
     for number in range(2):
         for _ in range(rounds):
             for name, lane in lanes.items():
-                if name in lost:
-                    continue
-                answer = lane.ask(timeout, "burst", seconds)
-                if answer.status == "ok":
-                    passes[name][number] += answer.value
-                else:
-                    lost[name] = answer
+                if name not in lost:
+                    answer = lane.ask(timeout, "burst", seconds)
+                    if answer.status == "ok":
+                        passes[name][number] += answer.value
+                    else:
+                        lost[name] = answer
+                advance(1)
     return {name: lost.get(name) or Answer("ok", summarize(passes[name])) for name in lanes}
 
 
@@ -310,6 +324,33 @@ def _context_is_dead() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def held(device: str) -> int:
+    """Bytes of memory that this process has: on the CPU what is resident, on a GPU what PyTorch keeps of it."""
+    _give_back(device)
+    return torch.cuda.memory_reserved() if device == "cuda" else _resident("VmRSS")
+
+
+def peak(call: Callable[[], Any], device: str) -> int:
+    """Bytes of memory that this process has at most, as :func:`held` counts them, while ``call`` runs."""
+    _give_back(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_reserved()
+    _resident("VmRSS", reset=True)
+    call()
+    return _resident("VmHWM")
+
+
+def _give_back(device: str) -> None:
+    """Memory that is free goes back to where it came from: what a call needs of it is then counted as the call's."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 def _resident(field: str, reset: bool = False) -> int:

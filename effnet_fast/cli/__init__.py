@@ -19,11 +19,17 @@ COMMANDS = {
     "scale": "a network from the compound scaling law, or the largest one within a budget",
     "predict": "classify images",
     "cam": "where in an image the evidence for a class is",
+    "bench": "a network's speed beside every peer that is installed, each checked",
     "convert": "rewrite a checkpoint in the layout of timm, torchvision or lukemelas",
     "demo": "train, save, reload, predict and explain on real scanned digits, offline, in about two minutes",
 }
-# Modules that the extra "cli" brings, and the packages that have them.
-_EXTRA = {"PIL": "Pillow", "tqdm": "tqdm", "sklearn": "scikit-learn"}
+# Modules that an extra brings, the packages that have them, and the extra.
+_EXTRAS = {
+    "PIL": ("Pillow", "cli"),
+    "tqdm": ("tqdm", "cli"),
+    "sklearn": ("scikit-learn", "cli"),
+    "matplotlib": ("matplotlib", "bench"),
+}
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
@@ -64,10 +70,11 @@ def print_error(error: Exception) -> None:
     """One line on stderr."""
     text = str(error)
     if isinstance(error, ModuleNotFoundError):
-        package = _EXTRA.get((error.name or "").split(".")[0])
-        if package is None:
+        found = _EXTRAS.get((error.name or "").split(".")[0])
+        if found is None:
             raise error
-        text = f"this needs {package}: pip install 'effnet-fast[cli]' would do"
+        package, extra = found
+        text = f"this needs {package}: pip install 'effnet-fast[{extra}]' would do"
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     say("error", text or type(error).__name__)

@@ -13,12 +13,16 @@ from effnet_fast.cli.table import si, table
 # Optional packages, and what wants them.
 _OPTIONAL = {
     "Pillow": "predict, cam, demo",
-    "tqdm": "predict, demo",
+    "tqdm": "predict, bench, demo",
     "scikit-learn": "demo",
     "safetensors": ".safetensors checkpoints",
     "huggingface_hub": "pretrained weights",
-    "timm": "accelerate: its models",
-    "torchvision": "accelerate: its models",
+    "timm": "accelerate: its models; bench",
+    "torchvision": "accelerate: its models; bench",
+    "onnxscript": "bench: the next two",
+    "onnxruntime": "bench",
+    "openvino": "bench",
+    "matplotlib": "bench --plot",
 }
 
 

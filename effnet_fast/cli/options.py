@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _QUANTITY = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
@@ -34,6 +36,33 @@ def shard(text: str) -> tuple[int, int]:
     if not found or int(found[1]) >= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is no share; 0/2 and 1/2 would do, or --shard alone, and last, under torchrun")
     return int(found[1]), int(found[2])
+
+
+def listed(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Several of what ``one`` reads, with commas; each once."""
+    return lambda text: list(dict.fromkeys(one(part) for part in text.split(",")))
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """One of the words."""
+
+    def word(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(words)}")
+        return text
+
+    return word
+
+
+def seconds(text: str) -> float:
+    """A number > 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds > 0")
+    return value
 
 
 def amount(text: str) -> float:

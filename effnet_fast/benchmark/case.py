@@ -12,16 +12,20 @@ from effnet_fast.benchmark.timing import Timer
 
 CHECKED = 16  # images of a batch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# A peer less accurate than plain PyTorch is timed all the same, which flatters it, not us: torch.compile's mean adds up one number
+# after another and was seen 18 times as far off as eager's.
+PEER_FACTOR = 32.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one shape, or one net at its own resolution: ``batch`` images of ``dtype`` on ``device``.
+    """One op on one shape, or one net: ``batch`` images of ``dtype`` on ``device``.
 
-    group    the op, or the net: what the report's lines are about
-    nets     those that have this shape, or the net itself
-    launch   the op's launch, for the kernel suite
-    weights  a file with the net's weights and its float64 answer, for the model suite; written before entrants are prepared
+    group      the op, or the net: what the report's lines are about
+    nets       those that have this shape, or the net itself
+    launch     the op's launch, of an op
+    net, size  the name in effnet_fast.models and the side of the images, of a net
+    weights    a file with the net's weights and the right answer; written before entrants are prepared
     """
 
     name: str
@@ -31,6 +35,8 @@ class Case:
     dtype: str
     device: str
     launch: Launch | None = None
+    net: str = ""
+    size: int = 0
     weights: str = ""
 
     @property
@@ -52,6 +58,8 @@ class Entrant:
     nets    the nets on whose cases it runs, None for all: compiling every shape of eight nets would take hours
     beside  on a GPU it may be prepared while others are: it compiles and chooses nothing by timing it, as autotuning does
     quick   whether it also runs with --quick
+    least   images of the smallest batch that it takes
+    peer    what it is of, as ``effnet-fast bench --peers`` has it; "" for ours and eager PyTorch
     """
 
     name: str
@@ -60,6 +68,13 @@ class Entrant:
     nets: tuple[str, ...] | None = None
     beside: bool = False
     quick: bool = True
+    least: int = 1
+    peer: str = ""
 
     def takes(self, case: Case) -> bool:
-        return self.nets is None or any(net in self.nets for net in case.nets)
+        return case.batch >= self.least and (self.nets is None or any(net in self.nets for net in case.nets))
+
+
+def is_ours(name: str) -> bool:
+    """Of an entrant, by its name: as files of timings tell."""
+    return name.startswith(("ours", "accelerated"))
