@@ -1,9 +1,10 @@
 // The expanded image, the largest of a block, is never stored: a thread computes a few channels of some of its rows into scratch
 // that stays in L2, and convolves them there.
 //
-// A thread owns panels of channels, each with a range of the squeeze's pieces. Rows that the next ones need again stay in the
-// scratch, so that only the first rows of a range are computed twice. x is read once for each panel, the weights once a thread.
-// What it costs is that of the two kernels without their traffic beyond L2.
+// A thread owns a range of the squeeze's pieces, all channels of it, as it does in the pointwise convolutions around: what it reads
+// it has mostly written itself. Where rows are few, so that those which two ranges need would be too many, a thread owns panels of
+// channels of all rows. It goes through its rows panel by panel; rows that the next ones need again stay in the scratch. x is read
+// once for each panel. What it costs is that of the two kernels without the traffic of what is between them.
 #include "expand_depthwise.h"
 
 #include <algorithm>
@@ -16,6 +17,7 @@ namespace effnet_fast::inference {
 namespace {
 
 constexpr int64_t kScratch = 192 << 10;  // bytes of the expanded rows
+constexpr int kLeastRows = 12;           // for each that is computed twice
 constexpr int64_t kGrain = 1 << 19;      // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 
 // Some channels of the expanded image's rows [first, last), which lie in scratch.
@@ -86,19 +88,19 @@ bool can_join(const pointwise::Params& expand, const depthwise::ForwardParams& d
 void expand_depthwise_cpu(const ExpandDepthwise& p) {
   const depthwise::ForwardParams& d = p.depthwise;
   const int panel = pointwise::panel_channels(), panels = std::max(1, d.channels / panel), pieces = std::max(1, d.pieces);
-  const int64_t work =
-      int64_t(d.height) * d.width * p.expand.in_channels + int64_t(d.out_height) * d.out_width * d.kernel * d.kernel;
-  parallel_for(int64_t(panels) * pieces, kGrain / (work * std::min(panel, d.channels) / pieces + 1) + 1,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin, next; i < end; i = next) {
-                   const int64_t k = i / pieces;
-                   next = std::min(end, (k + 1) * pieces);
-                   Rows rows(p, int(k) * panel, k + 1 == panels ? d.channels : int(k + 1) * panel);
-                   for (int64_t piece = i % pieces; piece < i % pieces + next - i; ++piece)
-                     rows.convolve(int(piece * d.out_height / pieces), int((piece + 1) * d.out_height / pieces),
-                                   d.pieces ? d.partial + piece * d.channels : nullptr);
-                 }
-               });
+  const int threads = thread_count(), again = (threads - 1) * (d.kernel - d.stride);  // rows that are computed twice
+  const int ranges = pieces >= threads && again * kLeastRows <= d.height ? threads : 1;
+  const int64_t pixels = int64_t(d.height) * d.width, outputs = int64_t(d.out_height) * d.out_width;
+  const int64_t work = (pixels * p.expand.in_channels + outputs * d.kernel * d.kernel) * std::min(panel, d.channels) / ranges;
+  parallel_for(int64_t(ranges) * panels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int range = int(i / panels), k = int(i % panels);
+      Rows rows(p, k * panel, k + 1 == panels ? d.channels : (k + 1) * panel);
+      for (int piece = range * pieces / ranges; piece < (range + 1) * pieces / ranges; ++piece)
+        rows.convolve(piece * d.out_height / pieces, (piece + 1) * d.out_height / pieces,
+                      d.pieces ? d.partial + int64_t(piece) * d.channels : nullptr);
+    }
+  });
 }
 
 }  // namespace effnet_fast::inference
