@@ -14,9 +14,10 @@ static const char kSchemas[] =
     "squeeze_excite_gate(Tensor partial, SymInt count, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight,"
     " Tensor? expand_bias, str activation) -> (Tensor gate)\n"
     "global_average_pool(Tensor x) -> (Tensor y)\n"
-    "plan_begin(Tensor image) -> int\n"
+    "plan_begin(Tensor image, int like) -> int\n"
     "plan_end(int plan, Tensor[] results) -> int[]\n"
     "plan_run(int plan, Tensor images, Tensor[] results) -> ()\n"
+    "plan_held(int plan) -> int\n"
     "plan_free(int plan) -> ()";
 
 // The text of a macro's value, which may have commas.

@@ -17,6 +17,7 @@ from torch import nn
 import effnet_fast
 from effnet_fast.benchmark import calibrate
 from effnet_fast.inference import optimize
+from effnet_fast.inference.plan import NativePlan
 from effnet_fast.models import create_model
 from effnet_fast.ops import native
 
@@ -103,6 +104,16 @@ def test_class_counts_that_leave_an_odd_vector(classes):
         torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
 
 
+@planned
+def test_two_convolutions_in_a_row_are_two_kernels():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1, bias=False), small()).eval()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+    assert "one native call" in str(optimized)
+
+
 class Ending(nn.Module):
     """A net, and something done to its features."""
 
@@ -186,6 +197,42 @@ def test_the_plan_that_was_not_used_for_longest_goes(monkeypatch):
     for size in (32, 33, 32, 34):
         optimized(torch.randn(1, 3, size, 32))
     assert "2 plans" in str(optimized) and "3x33x32" not in str(optimized)
+
+
+@planned
+def test_plans_of_one_copy_share_their_weights():
+    optimized = effnet_fast.optimize_for_inference(small())
+    held = []
+    for size in (40, 32, 33, 36, 39):
+        optimized(torch.randn(1, 3, size, size))
+        held.append(optimized.memory().plans)
+    assert held == held[:1] * 5 and held[0] > 16e6
+
+
+@planned
+def test_a_plan_that_gives_another_result_is_not_used(monkeypatch):
+    run = NativePlan.__call__
+    monkeypatch.setattr(NativePlan, "__call__", lambda plan, images: run(plan, images) + 1)
+    net = small()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+    assert "block by block: its plan gives another result" in str(optimized)
+
+
+@planned
+def test_the_number_of_threads_may_change_between_calls():
+    net = small()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(5, 3, 64, 48)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7, 1):
+            torch.set_num_threads(threads)
+            results += [optimized(x), torch.cat([optimized(image[None]) for image in x])]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_what_cannot_be_planned_runs_block_by_block():

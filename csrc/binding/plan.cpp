@@ -1,5 +1,5 @@
-// effnet_fast::plan_begin, plan_end, plan_run and plan_free: a network's kernels on the CPU, recorded and replayed. The schemas are
-// in effnet_fast/inference. A plan is known by a number, under which this file keeps it.
+// effnet_fast::plan_begin, plan_end, plan_run, plan_held and plan_free: a network's kernels on the CPU, recorded and replayed. The
+// schemas are in effnet_fast/inference. A plan is known by a number, under which this file keeps it.
 #include "../inference/plan.h"
 
 #include <unordered_map>
@@ -30,10 +30,11 @@ std::vector<inference::Range> ranges_of(const std::vector<Tensor>& tensors) {
   return ranges;
 }
 
-int64_t begin(const Tensor& image) {
+int64_t begin(const Tensor& image, int64_t like) {
   check(!inference::recording, kPlan, ": this thread is recording one already");
   check(image.dim() == 4 && image.size(0) == 1, kPlan, ": image has shape ", shape_text(image), ", expected [1, C, H, W]");
-  auto plan = std::make_shared<inference::Plan>(range_of(image));
+  auto store = like ? plan_of(like)->store() : std::make_shared<inference::Store>();
+  auto plan = std::make_shared<inference::Plan>(range_of(image), std::move(store));
   const std::lock_guard<std::mutex> lock(mutex);
   plans[++last] = std::move(plan);
   return last;
@@ -50,6 +51,8 @@ void run(int64_t number, const Tensor& images, std::vector<Tensor> results) {
   plan_of(number)->run(images.size(0), range_of(images), ranges_of(results));
 }
 
+int64_t held(int64_t number) { return int64_t(plan_of(number)->store()->bytes()); }
+
 void free_plan(int64_t number) {
   const std::lock_guard<std::mutex> lock(mutex);
   plans.erase(number);
@@ -60,7 +63,10 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("plan_end", TORCH_BOX(&end));
   m.impl("plan_run", TORCH_BOX(&run));
 }
-STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CompositeExplicitAutograd, m) { m.impl("plan_free", TORCH_BOX(&free_plan)); }
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CompositeExplicitAutograd, m) {
+  m.impl("plan_held", TORCH_BOX(&held));
+  m.impl("plan_free", TORCH_BOX(&free_plan));
+}
 
 }  // namespace
 }  // namespace effnet_fast::binding

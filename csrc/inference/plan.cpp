@@ -1,13 +1,10 @@
 #include "plan.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../common/parallel.h"
 
@@ -16,14 +13,6 @@ namespace effnet_fast::inference {
 thread_local Plan* recording = nullptr;
 
 namespace {
-
-#ifdef __SANITIZE_ADDRESS__
-constexpr size_t kLine = 64, kHugePage = kLine, kChunk = 0;  // every overrun shows
-#else
-constexpr size_t kLine = 64, kHugePage = 2 << 20, kChunk = 4 * kHugePage;  // of packed weights
-#endif
-
-size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
 // Calls f(pointer, bytes) for the pointers of a kernel's params to what flows through the network; bytes of what it writes there,
 // 0 where it reads.
@@ -71,41 +60,22 @@ template <typename P> size_t bytes_to_pack(const P& p) { return packed_bytes(p);
 
 }  // namespace
 
-Memory::Memory(size_t bytes) {
-  bytes = rounded_up(std::max<size_t>(bytes, 1), kHugePage);
-  data_.reset(static_cast<char*>(std::aligned_alloc(kHugePage, bytes)));
-  if (!data_) throw std::bad_alloc();
-  madvise(data_.get(), bytes, MADV_HUGEPAGE);
-}
-
-void Memory::Free::operator()(char* p) const { std::free(p); }
-
-Plan::Plan(Range image) : image_(image) { recording = this; }
+Plan::Plan(Range image, std::shared_ptr<Store> store) : image_(image), store_(std::move(store)) { recording = this; }
 
 Plan::~Plan() {
   if (recording == this) recording = nullptr;
 }
 
-void* Plan::pack(size_t bytes) {
-  const size_t lines = rounded_up(bytes, kLine);
-  if (lines > left_) {
-    left_ = std::max(lines, kChunk);
-    packed_.emplace_back(left_);
-    next_ = packed_.back().data();
-  }
-  char* const at = next_;
-  next_ += lines;
-  left_ -= lines;
+const void* Plan::copy(const void* data, size_t bytes) {
+  if (!data) return nullptr;
   packed_bytes_ += bytes;
-  return at;
+  return store_->keep(bytes, [&](void* to) { memcpy(to, data, bytes); });
 }
 
-void* Plan::copy(const void* data, size_t bytes) { return data ? memcpy(pack(bytes), data, bytes) : nullptr; }
-
 template <typename P> void Plan::add_packed(P p) {
-  void* packed = pack(bytes_to_pack(p));
-  pack_cpu(p, packed);
-  p.packed = packed;
+  const size_t bytes = bytes_to_pack(p);
+  packed_bytes_ += bytes;
+  p.packed = store_->keep(bytes, [&](void* to) { pack_cpu(p, to); });
   p.weight = p.norm_weight = p.norm_bias = p.norm_mean = p.norm_var = nullptr;  // the packed form holds them
   add_step(p);
 }
@@ -256,36 +226,19 @@ void Plan::run_image(const char* image, char* arena, const std::vector<char*>& r
         step.params);
 }
 
-std::unique_ptr<Memory> Plan::acquire() const {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!arenas_.empty()) {
-      auto arena = std::move(arenas_.back());
-      arenas_.pop_back();
-      return arena;
-    }
-  }
-  return std::make_unique<Memory>(arena_bytes_);
-}
-
-void Plan::release(std::unique_ptr<Memory> arena) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  arenas_.push_back(std::move(arena));
-}
-
 void Plan::run(int64_t images, Range image, const std::vector<Range>& results) const {
   bool fits = image.bytes == images * image_.bytes && results.size() == result_bytes_.size();
   for (size_t i = 0; fits && i < results.size(); ++i) fits = results[i].bytes == images * result_bytes_[i];
   if (!fits || recording == this) throw std::runtime_error("inference plan: images or results are not like those recorded");
   const auto range = [&](int64_t begin, int64_t end) {
-    auto arena = acquire();
+    auto arena = store_->acquire(arena_bytes_);
     std::vector<char*> at(results.size());
     for (int64_t i = begin; i < end; ++i) {
       for (size_t k = 0; k < results.size(); ++k)
         at[k] = static_cast<char*>(const_cast<void*>(results[k].data)) + i * result_bytes_[k];
       run_image(static_cast<const char*>(image.data) + i * image_.bytes, arena->data(), at);
     }
-    release(std::move(arena));
+    store_->release(std::move(arena));
   };
   // An image a thread, as long as there is one for each; the threads share the others.
   const int64_t threads = thread_count(), alone = threads > 1 ? images / threads * threads : 0;

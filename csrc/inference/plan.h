@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <variant>
 #include <vector>
 
@@ -18,21 +17,9 @@
 #include "../pool/params.h"
 #include "../squeeze_excite/params.h"
 #include "expand_depthwise.h"
+#include "store.h"
 
 namespace effnet_fast::inference {
-
-// Memory at a multiple of 2 MB, in huge pages where the system has them.
-class Memory {
- public:
-  explicit Memory(size_t bytes);
-  char* data() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(char* p) const;
-  };
-  std::unique_ptr<char, Free> data_;
-};
 
 struct Range {
   const void* data;
@@ -41,8 +28,8 @@ struct Range {
 
 class Plan {
  public:
-  // Starts to record in this thread. `image` is what the network is given.
-  explicit Plan(Range image);
+  // Starts to record in this thread. `image` is what the network is given; `store` that of the network's other plans.
+  Plan(Range image, std::shared_ptr<Store> store);
   ~Plan();
 
   void add(const conv::Params& p);
@@ -62,6 +49,7 @@ class Plan {
   size_t steps() const { return steps_.size(); }
   size_t arena_bytes() const { return arena_bytes_; }    // of an image that is being computed
   size_t packed_bytes() const { return packed_bytes_; }  // of all weights
+  const std::shared_ptr<Store>& store() const { return store_; }
 
  private:
   using Params = std::variant<conv::Params, depthwise::ForwardParams, squeeze_excite::GateParams, pointwise::Params, pool::Params,
@@ -92,26 +80,19 @@ class Plan {
 
   template <typename P> void add_step(P p);
   template <typename P> void add_packed(P p);
-  void* pack(size_t bytes);
-  void* copy(const void* data, size_t bytes);
+  const void* copy(const void* data, size_t bytes);
   Use find(const void* data) const;
   void join();
   void place_values();
   void run_image(const char* image, char* arena, const std::vector<char*>& results) const;
-  std::unique_ptr<Memory> acquire() const;
-  void release(std::unique_ptr<Memory> arena) const;
 
   Range image_;
   std::vector<Step> steps_;
   std::vector<Value> values_;
   std::vector<std::vector<Use>> uses_;  // of each step's pointers
-  std::vector<Memory> packed_;
-  char* next_ = nullptr;  // in the last of them, with so many bytes left
-  size_t left_ = 0;
   std::vector<size_t> result_bytes_;
   size_t arena_bytes_ = 0, packed_bytes_ = 0;
-  mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<Memory>> arenas_;  // that nobody uses now
+  const std::shared_ptr<Store> store_;
 };
 
 // The plan that this thread records, or null.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from effnet_fast import ops
 from effnet_fast.inference.graphs import GRAPHS, CudaPool, Graphs, InPieces
@@ -24,6 +25,8 @@ from effnet_fast.weights.preprocessing import Preprocessing
 
 PLANS = 16  # that a copy keeps: image shapes and layouts, the least recently used goes first
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# By how much of its largest value a result may be off because a plan rounds otherwise: what is recorded wrongly is off by far more.
+AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
 def optimize_for_inference(
@@ -76,7 +79,7 @@ class Memory(NamedTuple):
     """Bytes that an :class:`InferenceModel` holds.
 
     weights  of the frozen network
-    plans    of weights packed for the CPU
+    plans    of weights packed for the CPU, and of what flows between kernels there
     graphs   of the CUDA graphs' pool, ``static`` of them in the graphs' images and results
     """
 
@@ -86,7 +89,7 @@ class Memory(NamedTuple):
     static: int
 
     def __str__(self) -> str:
-        names = ("weights", "packed weights", "graphs", "their images and results")
+        names = ("weights", "plans", "graphs", "their images and results")
         return "holds " + ", ".join(f"{held / 1e6:.1f} MB of {name}" for name, held in zip(names, self, strict=True) if held)
 
 
@@ -195,8 +198,11 @@ class InferenceModel(nn.Module):
                 return self._plans[key]
             image = x[:1].clone(memory_format=torch.preserve_format)
             try:
+                like = next((plan for plan in self._plans.values() if isinstance(plan, NativePlan)), None)
                 with tracing():  # whoever traces a call is told what runs in it, and not twice
-                    plan: NativePlan | str = NativePlan(self.frozen, image, self.pixels, self.dtype)
+                    made = NativePlan(self.frozen, image, self.pixels, self.dtype, like)
+                    agree = _agree(made(image), self._run_blocks(image))
+                plan: NativePlan | str = made if agree else "its plan gives another result than its blocks do"
             except Unplannable as reason:
                 plan = str(reason)
             self._plans[key] = plan
@@ -238,7 +244,7 @@ class InferenceModel(nn.Module):
     def memory(self) -> Memory:
         weights = {t.data_ptr(): t.nbytes for t in (*self.parameters(), *self.buffers())}
         with self._lock:
-            plans = sum(plan.size.packed_bytes for plan in self._plans.values() if isinstance(plan, NativePlan))
+            plans = next((plan.held() for plan in self._plans.values() if isinstance(plan, NativePlan)), 0)
         return Memory(sum(weights.values()), plans, self._graphs.bytes(), self._graphs.static_bytes())
 
     def __str__(self) -> str:
@@ -251,3 +257,11 @@ class InferenceModel(nn.Module):
         return "\n".join([*lines, *self._graphs.lines(), f"  {self.memory()}"])
 
     __repr__ = __str__
+
+
+def _agree(made: Any, expected: Any) -> bool:
+    """Whether two results of a network are the same but for rounding."""
+    for a, b in zip(tree_flatten(made)[0], tree_flatten(expected)[0], strict=True):
+        if a.shape != b.shape or (a - b).abs().nan_to_num().max() > AGREES[b.dtype] * b.abs().nan_to_num().max():
+            return False
+    return True

@@ -14,9 +14,10 @@ from effnet_fast.inference.recording import Recording, Unplannable
 from effnet_fast.ops import native
 from effnet_fast.ops.library import define_native
 
-define_native("plan_begin(Tensor image) -> int")
+define_native("plan_begin(Tensor image, int like) -> int")
 define_native("plan_end(int plan, Tensor[] results) -> int[]")
 define_native("plan_run(int plan, Tensor images, Tensor[] results) -> ()")
+define_native("plan_held(int plan) -> int")
 define_native("plan_free(int plan) -> ()")
 _OPS = torch.ops.effnet_fast
 
@@ -32,17 +33,18 @@ class Size(NamedTuple):
 class NativePlan:
     """``model``, which gives a tensor or several, for images of one shape, layout and dtype.
 
+    like            another plan of the model: both share the packed weights, and the memory that they work in
     pixels, dtype   for uint8 images: what normalises them (:func:`effnet_fast.ops.conv_bn_act`), and in what the model computes
 
     Raises Unplannable where something in it is no kernel of ours.
     """
 
-    def __init__(self, model: nn.Module, image: Tensor, pixels: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, image: Tensor, pixels: Tensor, dtype: torch.dtype, like: NativePlan | None = None) -> None:
         if native.REASON is not None:
             raise Unplannable(native.REASON)
         with torch.no_grad():  # inference mode would hide what a composite operator is made of
-            number = _OPS.plan_begin(image)
-            self._free = weakref.finalize(self, _OPS.plan_free, number)
+            self._number: int = _OPS.plan_begin(image, like._number if like else 0)
+            self._free = weakref.finalize(self, _OPS.plan_free, self._number)
             try:
                 recording = Recording(image, pixels, dtype)  # keeps what was recorded until the end
                 with ops.backend("native"):
@@ -52,14 +54,17 @@ class NativePlan:
                     if not (isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) and leaf.is_contiguous(memory_format=form)):
                         raise Unplannable("a result is no batch of maps, channels_last, or of vectors")
                 self._results = [(leaf.shape[1:], leaf.dtype, leaf.dim() == 4) for leaf in leaves]
-                self.size = Size(*_OPS.plan_end(number, leaves))
+                self.size = Size(*_OPS.plan_end(self._number, leaves))
             except RuntimeError as error:
                 self._free()
                 raise Unplannable(str(error)) from error
             except BaseException:
                 self._free()
                 raise
-        self._number = number
+
+    def held(self) -> int:
+        """Bytes of memory of this plan and of those that share with it."""
+        return _OPS.plan_held(self._number)
 
     def __str__(self) -> str:
         steps, arena, packed = self.size

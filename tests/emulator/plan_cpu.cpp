@@ -7,6 +7,7 @@
 
 #include "inference/expand_depthwise.cpp"
 #include "inference/plan.cpp"
+#include "inference/store.cpp"
 #include "kernels.h"
 #include "pool/pool_cpu.cpp"
 
@@ -185,11 +186,19 @@ class Net {
 
 size_t emulated::plan_cpu(const NetShape& s, int images, const char* x, char* planned, char* direct) {
   const size_t size = size_of(DType(s.dtype)), image = size * 3 * s.height * s.width, result = size * s.classes;
-  inference::Plan plan({x, image});
-  Net recorded(s);
-  const char* const made = recorded.run(x);
-  plan.finish({{made, result}});
-  plan.run(images, {x, images * image}, {{planned, images * result}});
+  const auto store = std::make_shared<inference::Store>();
+  const auto run = [&] {
+    inference::Plan plan({x, image}, store);
+    Net recorded(s);
+    const char* const made = recorded.run(x);
+    plan.finish({{made, result}});
+    memset(planned, 0xff, images * result);
+    plan.run(images, {x, images * image}, {{planned, images * result}});
+    return plan.steps();
+  };
+  run();
+  const size_t held = store->bytes(), steps = run();
+  if (store->bytes() != held) throw std::runtime_error("a second plan of the same net keeps its weights again");
   for (int i = 0; i < images; ++i) memcpy(direct + i * result, Net(s).run(x + i * image), result);
-  return plan.steps();
+  return steps;
 }

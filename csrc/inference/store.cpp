@@ -1,0 +1,82 @@
+#include "store.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string_view>
+#include <utility>
+
+namespace effnet_fast::inference {
+namespace {
+
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kHugePage = kLine, kChunk = 0;  // every overrun shows
+#else
+constexpr size_t kHugePage = 2 << 20, kChunk = 4 * kHugePage;  // of packed weights
+#endif
+
+}  // namespace
+
+Memory::Memory(size_t bytes) : bytes_(rounded_up(std::max<size_t>(bytes, 1), kHugePage)) {
+  data_.reset(static_cast<char*>(std::aligned_alloc(kHugePage, bytes_)));
+  if (!data_) throw std::bad_alloc();
+  madvise(data_.get(), bytes_, MADV_HUGEPAGE);
+}
+
+void Memory::Free::operator()(char* p) const { std::free(p); }
+
+const void* Store::keep(size_t bytes, const std::function<void(void*)>& fill) {
+  const size_t lines = rounded_up(bytes, kLine);
+  const std::unique_ptr<char, Memory::Free> packed(static_cast<char*>(std::aligned_alloc(kLine, lines)));
+  if (!packed) throw std::bad_alloc();
+  memset(packed.get(), 0, lines);  // what fill leaves out would differ
+  fill(packed.get());
+  const size_t hash = std::hash<std::string_view>()({packed.get(), bytes});
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (auto [at, last] = kept_.equal_range(hash); at != last; ++at)
+    if (at->second.second == bytes && memcmp(at->second.first, packed.get(), bytes) == 0) return at->second.first;
+  if (lines > left_) {
+    chunks_.emplace_back(std::max(lines, kChunk));
+    next_ = chunks_.back().data();
+    left_ = chunks_.back().bytes();
+    held_ += left_;
+  }
+  const char* const kept = static_cast<const char*>(memcpy(next_, packed.get(), bytes));
+  kept_.insert({hash, {kept, bytes}});
+  next_ += lines;
+  left_ -= lines;
+  return kept;
+}
+
+std::unique_ptr<Memory> Store::acquire(size_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t i = 0; i < free_.size(); ++i)
+    if (free_[i]->bytes() >= bytes) {
+      std::swap(free_[i], free_.back());
+      auto memory = std::move(free_.back());
+      free_.pop_back();
+      return memory;
+    }
+  if (!free_.empty()) {  // too small: a larger one takes its place
+    held_ -= free_.back()->bytes();
+    free_.pop_back();
+  }
+  auto memory = std::make_unique<Memory>(bytes);
+  held_ += memory->bytes();
+  return memory;
+}
+
+void Store::release(std::unique_ptr<Memory> memory) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  free_.push_back(std::move(memory));
+}
+
+size_t Store::bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return held_;
+}
+
+}  // namespace effnet_fast::inference
