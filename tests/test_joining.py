@@ -53,6 +53,31 @@ def test_a_joined_pass_gives_the_nets_answer(name, backend):
     assert chosen[0] == "conv_bn_act" and chosen[-1] == "pointwise_conv_bn_act"
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "timm tf_b0", "torchvision b0"])
+def test_an_image_of_bytes_is_normalised_by_the_stem(name, backend, layout):
+    """Its value is what the net gives for the normalised image, and no other operator reads it."""
+    torch.manual_seed(0)
+    net = calibrate((PEERS[name]() if name in PEERS else create_model(name)).eval(), (47, 66))
+    image = torch.randint(0, 256, (2, 3, 47, 66), dtype=torch.uint8)
+    image = image.contiguous(memory_format=torch.channels_last) if layout == "nhwc" else image
+    pixels = torch.tensor([[0.02, 0.017, 0.015], [-2.1, -2.0, -1.8]])
+    x = image * pixels[0, :, None, None] + pixels[1, :, None, None]
+    plain, exact = net(x), net.double()(image * pixels[0, :, None, None].double() + pixels[1, :, None, None])
+    effnet_fast.accelerate(net.float())
+    with ops.backend(backend) if backend else torch.no_grad():
+        assert_2x(run_joined(net, image, pixels, torch.float32), plain, exact)
+
+
+def test_bytes_that_no_convolution_reads_first_are_normalised():
+    image = torch.randint(0, 256, (2, 3, 6, 6), dtype=torch.uint8)
+    pixels = torch.tensor([[0.02, 0.017, 0.015], [-2.1, -2.0, -1.8]])
+    x = image * pixels[0, :, None, None] + pixels[1, :, None, None]
+    for passed in (lambda x: x * 2, lambda x: F.pad(x, (1, 2, 3, 0)) + 1, lambda x: x.mean((2, 3))):
+        torch.testing.assert_close(run_joined(passed, image, pixels, torch.float32), passed(x))
+
+
 def test_nothing_is_computed_in_vain():
     """A stem's and a head's convolution, norm and activation are not run before they are run as one."""
     net = PEERS["timm b0"]().eval()
