@@ -21,7 +21,7 @@ from tolerance import assert_2x
 import effnet_fast
 from effnet_fast.benchmark import calibrate, images
 from effnet_fast.inference import graphs
-from effnet_fast.inference.graphs import CudaPool, Graph, Graphs, InPieces
+from effnet_fast.inference.graphs import CudaPool, Graph, Graphs, InPieces, Uncapturable
 from effnet_fast.inference.recording import run_joined
 from effnet_fast.models import create_model
 
@@ -100,6 +100,23 @@ def test_a_replay_gives_the_nets_answer(name, dtype, device):
     replayed(torch.randn_like(x))
     for made, expected, truth in zip(leaves(replayed(x)), plain, exact, strict=True):
         assert_2x(made, expected, truth, name)
+
+
+def test_what_cannot_be_captured_runs_without_a_graph(monkeypatch):
+    """And is not tried again: each attempt costs memory for good."""
+    tried = []
+
+    class Refusing(StandIn):
+        def capture(self, run, x, key):
+            tried.append(key)
+            raise Uncapturable("it waits for the GPU")
+
+    graphs = Graphs(lambda x: x * 2, torch.float32, Refusing)
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.warns(UserWarning, match="2x3x4x4 NCHW torch.float32 runs without a CUDA graph .* it waits for the GPU"):
+        assert torch.equal(graphs(x), x * 2)
+    assert torch.equal(graphs(x.double()), x * 2)
+    assert len(tried) == 1 and "it waits for the GPU" in graphs.lines()[0] and graphs.static_bytes() == 0
 
 
 class Cuda:

@@ -16,7 +16,7 @@ from torch import nn
 
 import effnet_fast
 from effnet_fast.benchmark import calibrate
-from effnet_fast.inference import optimize
+from effnet_fast.inference import InferenceModel, optimize
 from effnet_fast.inference.plan import NativePlan
 from effnet_fast.models import create_model
 from effnet_fast.ops import native
@@ -102,6 +102,52 @@ def test_class_counts_that_leave_an_odd_vector(classes):
     optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@planned
+def test_weights_that_are_loaded_into_what_holds_a_copy_are_used():
+    holder, other = nn.Sequential(effnet_fast.optimize_for_inference(small())), small(1)
+    x = torch.randn(2, 3, 40, 40)
+    holder(x)
+    holder.load_state_dict({f"0.frozen.{name}": value for name, value in other.state_dict().items()})
+    with torch.no_grad():
+        torch.testing.assert_close(holder(x), other(x), rtol=1e-4, atol=1e-4)
+
+
+@planned
+def test_others_are_served_while_a_plan_is_made(monkeypatch):
+    optimized = effnet_fast.optimize_for_inference(small())
+    known, new = torch.randn(1, 3, 40, 40), torch.randn(1, 3, 48, 40)
+    optimized(known)
+    begun, goes_on = threading.Event(), threading.Event()
+    make = InferenceModel._make_plan
+
+    def slow(model, image):
+        begun.set()
+        assert goes_on.wait(60)
+        return make(model, image)
+
+    monkeypatch.setattr(InferenceModel, "_make_plan", slow)
+    threads = [threading.Thread(target=optimized, args=(new,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(60)
+    optimized(known)
+    assert str(optimized).count("one native call") == 1
+    goes_on.set()
+    for thread in threads:
+        thread.join()
+    assert str(optimized).count("one native call") == 2
+
+
+@planned
+def test_a_classifier_without_bias_is_planned():
+    net = small()
+    net.classifier = nn.Linear(1280, 7, bias=False)
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+    assert "one native call" in str(optimized)
 
 
 @planned

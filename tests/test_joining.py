@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from test_inference import OURS, PEERS, leaves
@@ -76,6 +77,36 @@ def test_bytes_that_no_convolution_reads_first_are_normalised():
     x = image * pixels[0, :, None, None] + pixels[1, :, None, None]
     for passed in (lambda x: x * 2, lambda x: F.pad(x, (1, 2, 3, 0)) + 1, lambda x: x.mean((2, 3))):
         torch.testing.assert_close(run_joined(passed, image, pixels, torch.float32), passed(x))
+
+
+@pytest.mark.parametrize("write", [F.relu_, lambda x: x.add_(1), lambda x: x[:, :1].mul_(2)], ids=["relu_", "add_", "view"])
+def test_a_convolution_reads_its_input_before_that_is_written(write):
+    net = PASSES["dense"]
+
+    def written(x):
+        x = x.sin()
+        y = F.conv2d(x, torch.ones(4, 8, 3, 3))
+        write(x)
+        return F.batch_norm(y, torch.zeros(4), torch.ones(4)), net(x)
+
+    x = torch.randn(2, 8, 12, 12)
+    for made, expected in zip(run_joined(written, x), written(x), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["conv_stem", "bn1", "conv_head", "bn2"])
+def test_what_a_hook_keeps_can_be_read(where):
+    """Though the pass has joined it with what follows."""
+    net, kept = calibrate(timm.create_model("efficientnet_b0").eval(), (40, 40)), []
+    net.get_submodule(where).register_forward_hook(lambda module, x, y: kept.append(y))
+    x = torch.randn(1, 3, 40, 40)
+    net(x)
+    effnet_fast.accelerate(net)
+    run_joined(net, x)
+    effnet_fast.optimize_for_inference(net)(x)
+    expected, joined = kept[0], kept[1]
+    assert len(kept) >= 2 and all(y.sum().isfinite() for y in kept)
+    torch.testing.assert_close(joined, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_is_computed_in_vain():

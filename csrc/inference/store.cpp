@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -20,31 +21,51 @@ constexpr size_t kHugePage = 2 << 20, kChunk = 4 * kHugePage;  // of packed weig
 
 }  // namespace
 
-Memory::Memory(size_t bytes) : bytes_(rounded_up(std::max<size_t>(bytes, 1), kHugePage)) {
-  data_.reset(static_cast<char*>(std::aligned_alloc(kHugePage, bytes_)));
+#ifdef __SANITIZE_ADDRESS__
+Memory::Memory(size_t bytes) : bytes_(rounded_up(std::max<size_t>(bytes, 1), kLine)), data_(nullptr, {bytes_}) {
+  data_.reset(static_cast<char*>(std::aligned_alloc(kLine, bytes_)));
   if (!data_) throw std::bad_alloc();
-  madvise(data_.get(), bytes_, MADV_HUGEPAGE);
 }
 
 void Memory::Free::operator()(char* p) const { std::free(p); }
+#else
+Memory::Memory(size_t bytes) : bytes_(rounded_up(std::max<size_t>(bytes, 1), kHugePage)), data_(nullptr, {bytes_}) {
+  const size_t mapped = bytes_ + kHugePage;
+  void* const at = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (at == MAP_FAILED) throw std::bad_alloc();
+  char* const begin = static_cast<char*>(at);
+  const size_t before = rounded_up(reinterpret_cast<uintptr_t>(at), kHugePage) - reinterpret_cast<uintptr_t>(at);
+  if (before > 0) munmap(begin, before);
+  if (before < kHugePage) munmap(begin + before + bytes_, kHugePage - before);
+  madvise(begin + before, bytes_, MADV_HUGEPAGE);
+  data_.reset(begin + before);
+}
+
+void Memory::Free::operator()(char* p) const { munmap(p, bytes); }
+#endif
 
 const void* Store::keep(size_t bytes, const std::function<void(void*)>& fill) {
-  const size_t lines = rounded_up(bytes, kLine);
-  const std::unique_ptr<char, Memory::Free> packed(static_cast<char*>(std::aligned_alloc(kLine, lines)));
-  if (!packed) throw std::bad_alloc();
-  memset(packed.get(), 0, lines);  // what fill leaves out would differ
-  fill(packed.get());
-  const size_t hash = std::hash<std::string_view>()({packed.get(), bytes});
   const std::lock_guard<std::mutex> lock(mutex_);
+  const size_t lines = rounded_up(bytes, kLine);
+  if (!packed_ || packed_->bytes() < lines) {
+    held_ -= packed_ ? packed_->bytes() : 0;
+    packed_.reset();
+    packed_ = std::make_unique<Memory>(lines);
+    held_ += packed_->bytes();
+  }
+  char* const packed = packed_->data();
+  memset(packed, 0, lines);  // what fill leaves out would differ
+  fill(packed);
+  const size_t hash = std::hash<std::string_view>()({packed, bytes});
   for (auto [at, last] = kept_.equal_range(hash); at != last; ++at)
-    if (at->second.second == bytes && memcmp(at->second.first, packed.get(), bytes) == 0) return at->second.first;
+    if (at->second.second == bytes && memcmp(at->second.first, packed, bytes) == 0) return at->second.first;
   if (lines > left_) {
     chunks_.emplace_back(std::max(lines, kChunk));
     next_ = chunks_.back().data();
     left_ = chunks_.back().bytes();
     held_ += left_;
   }
-  const char* const kept = static_cast<const char*>(memcpy(next_, packed.get(), bytes));
+  const char* const kept = static_cast<const char*>(memcpy(next_, packed, bytes));
   kept_.insert({hash, {kept, bytes}});
   next_ += lines;
   left_ -= lines;

@@ -80,7 +80,8 @@ def last_level_cache(device: str) -> int:
 def measure(device: str, dtype: str) -> Machine:
     """This machine's copy bandwidth (bytes read and written, four caches large) and its rate of a large square matrix product.
 
-    A CPU's rate of multiply-adds is that of the fp32 product too, which the same units do; its exponentials are not counted.
+    A CPU's rate of multiply-adds is that of the fp32 product too, which the same units do, as they do half types that torch has no
+    fast product of; its exponentials are not counted.
     On a GPU the vector and special-function rates are multiprocessors x lanes x the highest clock: for a GPU with Hopper's.
     """
     size = 2 << 30 if device == "cuda" else 4 * last_level_cache(device)
@@ -89,7 +90,8 @@ def measure(device: str, dtype: str) -> Machine:
     copy = 2 * size / _best(lambda: target.copy_(source), device)
     dense = _product(device, dtype)
     if device == "cpu":
-        return Machine(cpu_model(), copy, {dtype: dense}, lanes=(dense if dtype == "fp32" else _product(device, "fp32")) / 2)
+        floats = dense if dtype == "fp32" else _product(device, "fp32")
+        return Machine(cpu_model(), copy, {dtype: max(dense, floats)}, lanes=floats / 2)
     properties, told = torch.cuda.get_device_properties(0), _smi("clocks.max.sm")
     clock, processors = float(told.split()[0]) * 1e6 if told else H200.clock, properties.multi_processor_count
     lanes, special = 128 * processors * clock, 16 * processors * clock

@@ -140,7 +140,7 @@ def onnxruntime(case: Case, throughput: bool = False) -> Timer:
     """The net, exported to ONNX, by ONNX Runtime on as many threads as torch has: all on one call, or for ``throughput`` each on
     one image at a time."""
     if case.dtype != "fp32":
-        raise Skipped("takes part in fp32 alone: on the CPU it has no bf16 convolution")
+        raise Skipped(f"takes part in fp32 alone: on the CPU it has no convolution of {case.dtype}")
     runtime, threads = installed("onnxruntime"), torch.get_num_threads()
 
     def build(state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:

@@ -26,7 +26,7 @@ def write(results: dict[str, Any], out: Path) -> None:
 @contextmanager
 def whole(out: Path) -> Iterator[Path]:
     """A path to write to, which becomes ``out`` when it is written."""
-    aside = out.with_suffix(".tmp")
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         yield aside
         os.replace(aside, out)

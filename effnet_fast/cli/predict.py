@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 from effnet_fast.cli import BAD_INPUT, print_error
 from effnet_fast.cli.model import add_model_arguments, load_model, note_if_random
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     share, shares = arguments.shard
     images = find_images(arguments.images)[share::shares]
-    check_images(arguments.images)
+    check_images([path for path in map(Path, arguments.images) if path in images])  # those found in directories are not named
     loaded = load_model(arguments)
     model, preprocessing, classes, _ = loaded
     damaged: list[Exception] = []

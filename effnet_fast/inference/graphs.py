@@ -26,6 +26,10 @@ _CAPTURING = threading.Lock()  # torch allows one capture in a process
 Run = Callable[[Tensor], Any]
 
 
+class Uncapturable(Exception):
+    """Why a pass cannot be a CUDA graph: something in it waits for the GPU, say."""
+
+
 class Key(NamedTuple):
     """What a graph is captured for: images lie in its memory as NCHW or channels_last, whatever the caller's strides."""
 
@@ -57,13 +61,20 @@ class Pool(Protocol):
     """Memory for graphs, and the order of their turns on it."""
 
     def capture(self, run: Run, x: Tensor, key: Key) -> Graph:
-        """``run`` as a graph for images like ``x``. It raises what ``run`` raises, and OutOfMemoryError."""
+        """``run`` as a graph for images like ``x``. It raises what ``run`` raises, OutOfMemoryError, and Uncapturable."""
 
     def turn(self) -> AbstractContextManager[None]:
         """What the current stream is given inside comes after all turns before this one."""
 
     def bytes(self) -> int:
         """That it holds of the device's memory."""
+
+
+def _forget_workspaces() -> None:
+    """cuBLAS keeps one for each stream: a capture is to make its own, in its own pool, and to leave none behind."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # as torch's own graphs of compiled code do
+    if clear is not None:
+        clear()
 
 
 class CudaPool:
@@ -87,6 +98,7 @@ class CudaPool:
         caller = torch.cuda.current_stream(self._device)
         with _CAPTURING, torch.cuda.stream(self._stream), self.turn():
             self._stream.wait_stream(caller)
+            _forget_workspaces()
             torch.cuda.empty_cache()  # inside a pool the allocator does not do it when memory runs out
             try:
                 # The warm-up takes from the pool all that the capture will want. So it is here that memory runs out, which torch
@@ -98,8 +110,15 @@ class CudaPool:
                 caller.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may go on allocating: only what this thread does can spoil the capture.
-            with torch.cuda.graph(graph, self._pool.id, self._stream, "thread_local"):  # type: ignore[arg-type]
-                results = run(static)
+            try:
+                with torch.cuda.graph(graph, self._pool.id, self._stream, "thread_local"):  # type: ignore[arg-type]
+                    results = run(static)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise Uncapturable(f"{type(error).__name__}: {error}") from error
+            finally:
+                _forget_workspaces()
         return Graph(static, results, graph.replay)
 
     def bytes(self) -> int:
@@ -117,8 +136,8 @@ class Graphs:
 
     def __init__(self, run: Run, dtype: torch.dtype, pool: Callable[[], Pool]) -> None:
         self._run, self._dtype, self._make_pool = run, dtype, pool
+        self._graphs: OrderedDict[Key, Graph | str] = OrderedDict()  # or why there is none; they go before their pool
         self._pool: Pool | None = None
-        self._graphs: OrderedDict[Key, Graph] = OrderedDict()
         self._lock = threading.Lock()
 
     def key(self, x: Tensor) -> Key:
@@ -131,11 +150,19 @@ class Graphs:
         key = self.key(x)
         with self._lock:
             pool = self._pool = self._pool or self._make_pool()
-            graph = self._graphs.get(key) or pool.capture(self._run, x, key)
+            graph = self._graphs.get(key)
+            if graph is None:
+                try:
+                    graph = pool.capture(self._run, x, key)
+                except Uncapturable as reason:
+                    graph = str(reason)
+                    warnings.warn(f"{key} runs without a CUDA graph from now on: {graph}", stacklevel=2)
             self._graphs[key] = graph
             self._graphs.move_to_end(key)
             while len(self._graphs) > GRAPHS:
                 self._graphs.popitem(last=False)
+            if isinstance(graph, str):
+                return self._run(key.stored(x))
             with pool.turn():
                 graph.x.copy_(x)
                 graph.replay()
@@ -150,7 +177,7 @@ class Graphs:
     def static_bytes(self) -> int:
         """Of all graphs' images and results, which are part of :meth:`bytes`."""
         with self._lock:
-            return sum(graph.static_bytes() for graph in self._graphs.values())
+            return sum(graph.static_bytes() for graph in self._graphs.values() if isinstance(graph, Graph))
 
     def bytes(self) -> int:
         with self._lock:
@@ -158,7 +185,8 @@ class Graphs:
 
     def lines(self) -> list[str]:
         with self._lock:
-            return [f"  {key}: a CUDA graph" for key in self._graphs]
+            graphs = self._graphs.items()
+            return [f"  {key}: {graph if isinstance(graph, str) else 'a CUDA graph'}" for key, graph in graphs]
 
 
 class InPieces:

@@ -7,6 +7,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from effnet_fast import ops
 from effnet_fast.inference.graphs import GRAPHS, CudaPool, Graphs, InPieces
-from effnet_fast.inference.pixels import image_batch, scale_and_shift
+from effnet_fast.inference.pixels import image_batch, mean_and_std, scale_and_shift
 from effnet_fast.inference.plan import NativePlan
 from effnet_fast.inference.recording import Recording, Unplannable, run_joined
 from effnet_fast.interop import accelerate
@@ -115,8 +116,10 @@ class InferenceModel(nn.Module):
 
     def _start(self) -> None:
         """Without plans and graphs, where the weights are now."""
+        if graphs := self.__dict__.get("_graphs"):
+            graphs.clear()
         self.device = next(self.frozen.parameters()).device
-        self._plans: OrderedDict[tuple, NativePlan | str] = OrderedDict()
+        self._plans: OrderedDict[tuple, Future[NativePlan | str]] = OrderedDict()
         self._lock = threading.Lock()
         self._run_joined = functools.partial(run_joined, self.frozen, pixels=self.pixels, dtype=self.dtype)
         self._graphs = Graphs(self._run_joined, self.dtype, functools.partial(CudaPool, self.device))
@@ -141,10 +144,9 @@ class InferenceModel(nn.Module):
         self._start()
         return self
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().load_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # called wherever this module is within one that is loaded
+        super()._load_from_state_dict(*args, **kwargs)
         self._start()
-        return result
 
     def train(self, mode: bool = True) -> InferenceModel:
         if mode:
@@ -190,25 +192,37 @@ class InferenceModel(nn.Module):
         return x
 
     def _plan(self, x: Tensor) -> NativePlan | str:
-        """The plan for such images, made now if need be, or why there is none."""
+        """The plan for such images, made now if need be, or why there is none. Others run theirs meanwhile."""
         key = x.dtype, x.shape[1:], x.stride()[1:]
         with self._lock:
-            if key in self._plans:
-                self._plans.move_to_end(key)
-                return self._plans[key]
-            image = x[:1].clone(memory_format=torch.preserve_format)
-            try:
-                like = next((plan for plan in self._plans.values() if isinstance(plan, NativePlan)), None)
-                with tracing():  # whoever traces a call is told what runs in it, and not twice
-                    made = NativePlan(self.frozen, image, self.pixels, self.dtype, like)
-                    agree = _agree(made(image), self._run_blocks(image))
-                plan: NativePlan | str = made if agree else "its plan gives another result than its blocks do"
-            except Unplannable as reason:
-                plan = str(reason)
-            self._plans[key] = plan
+            waited = self._plans.get(key)
+            future = self._plans[key] = waited or Future()
+            self._plans.move_to_end(key)
             while len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
-            return plan
+        if waited is None:
+            try:
+                future.set_result(self._make_plan(x[:1].clone(memory_format=torch.preserve_format)))
+            except BaseException as error:
+                with self._lock:
+                    self._plans.pop(key, None)
+                future.set_exception(error)
+        return future.result()
+
+    def _make_plan(self, image: Tensor) -> NativePlan | str:
+        like = next((plan for _, plan in self._made_plans() if isinstance(plan, NativePlan)), None)
+        try:
+            with tracing():  # whoever traces a call is told what runs in it, and not twice
+                plan = NativePlan(self.frozen, image, self.pixels, self.dtype, like)
+                agree = _agree(plan(image), self._run_blocks(image))
+        except Unplannable as reason:
+            return str(reason)
+        return plan if agree else "its plan gives another result than its blocks do"
+
+    def _made_plans(self) -> list[tuple[tuple, NativePlan | str]]:
+        with self._lock:
+            futures = list(self._plans.items())
+        return [(key, future.result()) for key, future in futures if future.done() and future.exception() is None]
 
     def warmup(
         self,
@@ -243,18 +257,17 @@ class InferenceModel(nn.Module):
 
     def memory(self) -> Memory:
         weights = {t.data_ptr(): t.nbytes for t in (*self.parameters(), *self.buffers())}
-        with self._lock:
-            plans = next((plan.held() for plan in self._plans.values() if isinstance(plan, NativePlan)), 0)
+        plans = next((plan.held() for _, plan in self._made_plans() if isinstance(plan, NativePlan)), 0)
         return Memory(sum(weights.values()), plans, self._graphs.bytes(), self._graphs.static_bytes())
 
     def __str__(self) -> str:
-        with self._lock:
-            plans = list(self._plans.items())
+        plans = self._made_plans()
         lines = [f"{type(self.frozen).__name__} for inference in {self.dtype} on {self.device}, {len(plans)} plans"]
         for (dtype, shape, _), plan in plans:
             told = f"run block by block: {plan}" if isinstance(plan, str) else str(plan)
             lines.append(f"  {'x'.join(map(str, shape))} of {dtype}: {told}")
-        return "\n".join([*lines, *self._graphs.lines(), f"  {self.memory()}"])
+        lines += [*self._graphs.lines(), f"  uint8 images: {mean_and_std(self.pixels)}", f"  {self.memory()}"]
+        return "\n".join(lines)
 
     __repr__ = __str__
 

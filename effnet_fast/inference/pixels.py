@@ -14,17 +14,26 @@ def scale_and_shift(model: nn.Module, preprocessing: Preprocessing | None) -> Te
     """[2, C] float32, so that ``x * scale + shift`` of a channel is ``(x / 255 - mean) / std``, for the C channels of the first
     convolution that the model has.
 
-    Mean and std are those of ``preprocessing``; without it those that the model carries, as ours and timm's do, or ImageNet's.
+    Mean and std are those of ``preprocessing``; without it those that the model or one within it carries, as ours and timm's do, or
+    ImageNet's: torchvision's nets carry none, and its efficientnet_v2_l wants others.
     """
     if preprocessing is None:
-        carried = getattr(model, "default_cfg", None)
-        carried = carried if isinstance(carried, dict) else {}
+        configs = (getattr(module, "default_cfg", None) for module in model.modules())
+        carried = next((config for config in configs if isinstance(config, dict)), {})
         mean, std = carried.get("mean", IMAGENET_MEAN), carried.get("std", IMAGENET_STD)
         preprocessing = Preprocessing(1, 1, mean=tuple(mean), std=tuple(std))
     stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     preprocessing = preprocessing.for_channels(stem.in_channels)
     mean, std = torch.tensor([preprocessing.mean, preprocessing.std], dtype=torch.float64)
     return torch.stack([1 / (255 * std), -mean / std]).float().to(stem.weight.device)
+
+
+def mean_and_std(pixels: Tensor) -> str:
+    """What :func:`scale_and_shift` came from."""
+    scale, shift = pixels.double().cpu()
+    std = 1 / (255 * scale)
+    told = (" ".join(f"{value:.3g}" for value in values.tolist()) for values in (-shift * std, std))
+    return "mean {}, deviation {}".format(*told)
 
 
 def image_batch(x: Any, channels: int) -> Tensor:

@@ -131,6 +131,8 @@ class Joining(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            self._make_readers_of(args[0])
         before = self._placeholders.get(args[0]) if args and isinstance(args[0], Tensor) else None
         before = before if isinstance(before, Convolution) else None
         if func in _JOINED:
@@ -147,6 +149,21 @@ class Joining(TorchDispatchMode):
             args = before.x, *args[1:-1], before.pixels  # the stem of a net of ours takes the image as it is
         return self.run(func, *tree_map(self.made_of, (args, kwargs)))
 
+    def _make_readers_of(self, written: Any) -> None:
+        """Compute what waits to read the memory of a tensor that is about to be written."""
+        if isinstance(written, Tensor) and written not in self._placeholders:
+            memory = written.untyped_storage()._cdata
+            for placeholder, made in list(self._placeholders.items()):
+                if isinstance(made, Convolution) and made.x.untyped_storage()._cdata == memory:
+                    self.made_of(placeholder)
+
+    def _fill_placeholders(self) -> None:
+        """Give those that somebody has kept what they stand for."""
+        for placeholder, made in list(self._placeholders.items()):
+            if isinstance(made, Convolution):
+                made = made.run_plain() if made.norm is None else made.run()
+            placeholder.set_(made)
+
     def joined(self, model: Callable[[Tensor], Any], image: Tensor) -> Any:
         """``model(image)``; a uint8 image is normalised where the first convolution reads it."""
         if image.dtype == torch.uint8:
@@ -156,7 +173,10 @@ class Joining(TorchDispatchMode):
             self._placeholders[image] = convolution
         with self:
             results = model(image)
-        return tree_map(self.made_of, results)
+        results = tree_map(self.made_of, results)
+        del image
+        self._fill_placeholders()
+        return results
 
 
 def run_joined(
@@ -281,7 +301,12 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: f
     return _linear(x, weight.t(), bias)
 
 
+def _mm(x: Tensor, weight: Tensor) -> Tensor:
+    return _linear(x, weight.t())
+
+
 _REPLACED: dict[Any, Callable[..., Tensor]] = {
+    _ATEN.mm.default: _mm,
     _ATEN.mean.dim: _mean,
     _ATEN.linear.default: _linear,
     _ATEN.addmm.default: _addmm,
