@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,9 +86,7 @@ class Tally:
 
 
 @torch.no_grad()
-def cases(
-    model: InferenceModel, sizes: tuple[tuple[int, int], ...] = SIZES, batches: tuple[int, ...] = BATCHES
-) -> tuple[list[Case], str | None]:
+def cases(model: InferenceModel, sizes: Sequence[tuple[int, int]], batches: Sequence[int]) -> tuple[list[Case], str | None]:
     """Every size, form and batch; and why the answers of ``model``, which is NET in float32, are wrong even alone, or None."""
     plain = nets.plain_net(NET).eval()
     plain.load_state_dict(model.frozen.state_dict())
@@ -117,7 +115,7 @@ def soak(
     batches: list[Case],
     threads: int,
     duration: float,
-    interval: float = INTERVAL,
+    interval: float,
     advance: Callable[[float], Any] = lambda seconds: None,
 ) -> dict[str, Any]:
     """``duration`` seconds of it, JSON-ready; the first of ``batches`` come most often. ``advance`` is told how many are over."""
@@ -148,6 +146,7 @@ def soak(
         "plans": {"kept": kept, "made": plans.made, "evicted": plans.made - alive, "alive": alive},
         "growth": grown,
         "passed": not tally.wrong and max(grown.values()) <= GROWTH and plans.made > alive and alive <= kept,
+        "warm_up_s": WARM_UP * duration,
         "interval_s": interval,
         "memory_bytes": samples,
     }
@@ -247,12 +246,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     model = effnet_fast.optimize_for_inference(calibrate(effnet_fast.create_model(NET)).to(options.device))
-    batches, wrong = cases(model)
+    batches, wrong = cases(model, SIZES, BATCHES)
     if wrong is not None:
         print(f"soak: an answer is wrong even alone: {wrong}", file=sys.stderr)
         return 1
     with tqdm(total=options.seconds, unit="s", disable=None) as bar:
-        told = soak(model, batches, options.threads, options.seconds, advance=bar.update)
+        told = soak(model, batches, options.threads, options.seconds, INTERVAL, bar.update)
     results = {
         "suite": "soak",
         "device": options.device,
