@@ -1,8 +1,10 @@
-"""Plots of one file of timings: speed-ups as bars, and every case under the roofline. Needs matplotlib (the ``bench`` extra)."""
+"""Plots of one file of results: speed-ups as bars and every case under the roofline, of timings; memory over time, of a soak. Needs
+matplotlib (the ``bench`` extra)."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,22 @@ _MARKS = "os^Dv<>P"
 
 
 def draw(results: Path) -> list[Path]:
-    """Write ``NAME-speed.png`` and ``NAME-roofline.png`` beside ``NAME.json``. They hold its digest, by which they are told from
-    those of other timings."""
-    told = json.loads(results.read_text())
-    made = []
-    for name, plot in (("speed", _speed), ("roofline", _roofline)):
-        figure = plot(told)
-        path = results.with_name(f"{results.stem}-{name}.png")
-        figure.savefig(path, dpi=110, metadata={"Source": findings.digest(results)})
-        plt.close(figure)
-        made.append(path)
-    return made
+    """Write ``NAME-speed.png`` and ``NAME-roofline.png`` beside ``NAME.json``."""
+    return [_written(results, "speed", _speed), _written(results, "roofline", _roofline)]
+
+
+def draw_memory(results: Path) -> Path:
+    """Write ``NAME-memory.png`` beside ``NAME.json``, of a soak."""
+    return _written(results, "memory", _memory)
+
+
+def _written(results: Path, name: str, plot: Callable[[dict[str, Any]], Any]) -> Path:
+    """The plot beside the file. It holds the file's digest, by which it is told from those of other results."""
+    figure = plot(json.loads(results.read_text()))
+    path = results.with_name(f"{results.stem}-{name}.png")
+    figure.savefig(path, dpi=110, metadata={"Source": findings.digest(results)})
+    plt.close(figure)
+    return path
 
 
 def _colours(told: dict[str, Any]) -> dict[str, str]:
@@ -128,4 +135,19 @@ def _roofline(told: dict[str, Any]) -> Any:
         axes.plot([], [], _MARKS[number % len(_MARKS)], color="grey", mfc="none", label=_short(group))
     axes.plot([], [], " ", label="filled: large batch, open: one image")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _memory(told: dict[str, Any]) -> Any:
+    """Memory over time; before the line is the warm-up."""
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for (name, series), colour in zip(told["memory_bytes"].items(), OURS, strict=False):
+        seconds = [told["interval_s"] * (number + 1) for number in range(len(series))]
+        axes.plot(seconds, [value / 1e6 for value in series], color=colour, label=name)
+    axes.axvline(told["warm_up_s"], color="black", lw=0.8, ls=":")
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="s", ylabel="MB")
+    axes.set_title(_title(told), fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
     return figure

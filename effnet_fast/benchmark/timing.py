@@ -75,9 +75,9 @@ class HostTimer:
     def __init__(self, step: Step, sets: int) -> None:
         self.step, self.sets, self.turn = step, sets, 0
         self.facts: dict[str, Any] = {}
-        before = _resident("VmRSS", reset=True)
+        before = resident("VmRSS", reset=True)
         step(0)
-        self.peak_bytes = max(0, _resident("VmHWM") - before)
+        self.peak_bytes = max(0, resident("VmHWM") - before)
 
     def burst(self, seconds: float) -> list[float]:
         """Seconds of each call, for about ``seconds`` and at least three calls."""
@@ -329,7 +329,7 @@ def _context_is_dead() -> bool:
 def held(device: str) -> int:
     """Bytes of memory that this process has: on the CPU what is resident, on a GPU what PyTorch keeps of it."""
     _give_back(device)
-    return torch.cuda.memory_reserved() if device == "cuda" else _resident("VmRSS")
+    return torch.cuda.memory_reserved() if device == "cuda" else resident("VmRSS")
 
 
 def peak(call: Callable[[], Any], device: str) -> int:
@@ -339,9 +339,9 @@ def peak(call: Callable[[], Any], device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_reserved()
-    _resident("VmRSS", reset=True)
+    resident("VmRSS", reset=True)
     call()
-    return _resident("VmHWM")
+    return resident("VmHWM")
 
 
 def _give_back(device: str) -> None:
@@ -353,7 +353,7 @@ def _give_back(device: str) -> None:
         trim(0)
 
 
-def _resident(field: str, reset: bool = False) -> int:
+def resident(field: str, reset: bool = False) -> int:
     """Bytes of this process in memory, now ("VmRSS") or at most since the last reset ("VmHWM"); 0 where Linux does not tell."""
     try:
         if reset:
