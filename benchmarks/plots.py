@@ -76,6 +76,7 @@ def _speed(told: dict[str, Any]) -> Any:
     axes.set_yscale("log", base=2)
     width = 0.86 / max(1, len(colours))
     present = [[name for name in colours if name in speeds] for speeds in groups.values()]
+    used: set[str] = set()
     for name, colour in colours.items():
         places: list[float] = []
         heights: list[float] = []
@@ -88,7 +89,9 @@ def _speed(told: dict[str, Any]) -> Any:
                 errors[0].append(max(0.0, heights[-1] - min(speeds[name])))  # of one speed a last digit may be lost
                 errors[1].append(max(0.0, max(speeds[name]) - heights[-1]))
         spread = {"yerr": errors, "error_kw": {"lw": 0.8, "capsize": 2}} if any(map(any, errors)) else {}
-        axes.bar(places, [height - 1 for height in heights], width * 0.92, bottom=1, color=colour, label=name, **spread)
+        style = {"color": colour, "edgecolor": "white", "lw": 0, "hatch": "////" if colour in used else None}
+        used.add(colour)  # there are more entrants than colours that can be told apart
+        axes.bar(places, [height - 1 for height in heights], width * 0.92, bottom=1, label=name, **style, **spread)
     axes.axhline(1.0, color="black", lw=0.8)
     axes.yaxis.set_major_formatter("{x:g}")
     low, high = axes.get_ylim()
