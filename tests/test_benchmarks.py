@@ -43,7 +43,7 @@ def test_parity_measures_what_it_says(tmp_path, monkeypatch):
     assert results["cases"][0].keys() == committed["cases"][0].keys() and results["machine"].keys() == committed["machine"].keys()
     for case in results["cases"]:
         assert 0 < case["ours_from_float64"] < 1e-4 * case["largest_logit"]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_comparison_of_untouched_nets_would_be_vacuous():
@@ -179,7 +179,7 @@ def test_kernel_suite(tmp_path):
     only = "depthwise.*(native|eager channels_last|wrong|crash)|pointwise.*eager channels_last"
     returned = run.run("kernels", cases, entrants, out, only=only, quick=True)
     results = json.loads(out.read_text())
-    assert results == json.loads(json.dumps(returned)) and not list(tmp_path.glob("*.tmp"))
+    assert results == json.loads(json.dumps(returned)) and not list(tmp_path.glob(".*"))
     facts = results["machine"]
     assert facts["date"] and facts["commit"] and facts["cpu"] and facts["versions"]["torch"] == torch.__version__
     assert results["roofline"]["copy_bytes_s"] > 1e8 and results["roofline"]["dense_flop_s"] > 1e8

@@ -46,7 +46,7 @@ def test_errors_are_written_and_told(tmp_path, capsys):
         assert 0 < case["error"] < 0.1 * case["largest_logit"] and case["passed"]
         assert f"{case['error']:.2e}" in printed
     assert all(case["of_plain"] == 1 for case in results["cases"] if case["form"] == "plain")
-    assert "NO" not in printed and not list(tmp_path.glob("*.tmp"))
+    assert "NO" not in printed and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("by", [1e-3, math.nan])
@@ -208,3 +208,12 @@ def test_graphs_are_followed():
     assert wrong is None and results["wrong"] == 0
     assert results["plans"]["kept"] == results["plans"]["alive"] == 16 and results["plans"]["evicted"] > 0
     assert results["memory_bytes"].keys() == {"resident", "CUDA"}
+
+
+def test_the_committed_proofs_hold():
+    """Of README's words on them."""
+    proven, soaked = told(RESULTS / "errors-cpu.json"), told(RESULTS / "soak-cpu.json")
+    assert proven["passed"] and proven["images"] >= 1000 and {case["dtype"] for case in proven["cases"]} == {"fp32", "bf16", "fp16"}
+    assert soaked["passed"] and soaked["wrong"] == 0 and soaked["seconds"] >= 600 and soaked["threads"] == 4
+    (case,) = told(RESULTS / "bench-b0-bf16-cpu.json")["cases"]
+    assert case["dtype"] == "bf16" and case["entrants"]["OpenVINO"]["status"] == "timed"
