@@ -47,9 +47,9 @@ def optimize_for_inference(
     cuda_graphs    on CUDA, capture the kernels of a pass as a CUDA graph; without, every call starts them one by one
 
     On the CPU one native call runs the whole network, with its norms folded and its weights packed: an image a thread, or an image
-    for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it; as it
-    is planned for one image, a model may do nothing else with many than with each. On CUDA a graph is captured for each shape and
-    layout of a batch, its size included, at the first call with it: pad odd batches, or give :meth:`InferenceModel.warmup` the sizes.
+    for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it; and
+    for one image: a model may do nothing else with many than with each. On CUDA a graph is captured for each shape and layout of
+    a batch, its size included, at the first call with it: pad odd batches, or give :meth:`InferenceModel.warmup` the sizes.
     What comes later to the model does not change the copy. A hook that the model has is called where the copy is planned or
     captured, and not again.
 
