@@ -118,10 +118,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--net", choices=sorted(registry.NETS), default="b0")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(arguments)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # for plain PyTorch too: float32 is to mean float32
     net = f"efficientnet_{options.net}"
-    with tqdm(total=options.images, unit="image", disable=None) as bar:
-        cases = measure(net, options.device, options.images, advance=bar.update)
+    precision = torch.backends.cudnn.conv.fp32_precision
+    if options.device == "cuda":  # for plain PyTorch too float32 is to mean float32
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        with tqdm(total=options.images, unit="image", disable=None) as bar:
+            cases = measure(net, options.device, options.images, advance=bar.update)
+    finally:
+        if options.device == "cuda":
+            torch.backends.cudnn.conv.fp32_precision = precision
     results = {
         "suite": "errors",
         "device": options.device,
