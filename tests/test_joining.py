@@ -94,6 +94,18 @@ def test_a_convolution_reads_its_input_before_that_is_written(write):
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_convolution_reads_a_joined_result_before_that_is_written():
+    def written(x):
+        h = PASSES["dense"](x)
+        y = F.conv2d(h, torch.ones(4, h.shape[1], 1, 1))
+        torch.add(h, 1, out=h) if x.sum() > 0 else h.add_(1)
+        return F.batch_norm(y, torch.zeros(4), torch.ones(4)), h
+
+    for x in (torch.rand(2, 8, 12, 12), -torch.rand(2, 8, 12, 12)):
+        for made, expected in zip(run_joined(written, x), written(x), strict=True):
+            torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("where", ["conv_stem", "bn1", "conv_head", "bn2"])
 def test_what_a_hook_keeps_can_be_read(where):
     """Though the pass has joined it with what follows."""

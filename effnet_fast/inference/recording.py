@@ -132,7 +132,8 @@ class Joining(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            self._make_readers_of(args[0])
+            for argument in tree_flatten((args, kwargs))[0]:
+                self._make_readers_of(argument)
         before = self._placeholders.get(args[0]) if args and isinstance(args[0], Tensor) else None
         before = before if isinstance(before, Convolution) else None
         if func in _JOINED:
@@ -150,8 +151,10 @@ class Joining(TorchDispatchMode):
         return self.run(func, *tree_map(self.made_of, (args, kwargs)))
 
     def _make_readers_of(self, written: Any) -> None:
-        """Compute what waits to read the memory of a tensor that is about to be written."""
-        if isinstance(written, Tensor) and written not in self._placeholders:
+        """Compute what waits to read the memory of a tensor that may be written now."""
+        if isinstance(written, Tensor):
+            written = self._placeholders.get(written, written)
+        if isinstance(written, Tensor):  # what is still to be computed nobody waits for
             memory = written.untyped_storage()._cdata
             for placeholder, made in list(self._placeholders.items()):
                 if isinstance(made, Convolution) and made.x.untyped_storage()._cdata == memory:
