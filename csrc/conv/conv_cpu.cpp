@@ -5,7 +5,7 @@
 // as planes or, where x is channels_last, pixel by pixel: x is read in its own order, whatever its strides and type. An x of bytes
 // is normalised on the way; weights cannot do that, since the padding is zeros around the normalised image. Then kPixels
 // neighbouring outputs of two vectors of channels are summed up in registers: k*k*in_channels multiply-adds for each, an input
-// loaded for two of them and a vector of weights for kPixels. For the stem these, 27 a vector, bind, with 18 instructions of SiLU.
+// loaded for two of them and a vector of weights for kPixels. For the stem these, 27 a vector, bind, with 14 instructions of SiLU.
 #include <algorithm>
 #include <type_traits>
 

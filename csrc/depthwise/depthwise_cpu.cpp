@@ -2,7 +2,7 @@
 //
 // A vector holds W channels. One step computes 7 neighbouring outputs of a row in registers, or 4, so that an input pixel is
 // loaded once for all the outputs it meets in that row; the sums stay in a register for a row. For an output of W channels that
-// is k*k multiply-adds, about k*k * 16/35 loads from L1 (5x5, stride 1), 18 instructions of SiLU with a division, one store. Memory
+// is k*k multiply-adds, about k*k * 16/35 loads from L1 (5x5, stride 1), 14 instructions of SiLU with a division, one store. Memory
 // sees x and y once: 3x3 is bound by it where the image is large, 5x5 and small images by the multiply-adds.
 //
 // An image is cut into bands of rows, one for each piece of the squeeze. In a band the rows that hold kTile bytes of x, for one
