@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effnet_fast.ops.triton_common import (
+    INTERPRETED,
     activate,
     alignment,
     channels_last,
@@ -32,7 +33,43 @@ from effnet_fast.ops.triton_common import (
 )
 
 
-@triton.jit(do_not_specialize=["norm_eps", "rows", "pixels", "images", "channel_groups", "output_groups"])
+IMAGE = 49  # pixels from which on a tile is of one image: 7x7 is three quarters of 64
+
+# Products of two halves at once. A fused multiply-add with -0 is what sm_80 has for bf16.
+_BF16_PAIRS: tl.constexpr = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
+_FP16_PAIRS: tl.constexpr = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+
+
+@triton.jit
+def _product(a, gate):
+    """``a * gate`` in the dtype of ``a``; ``gate`` is fp32, and rounded to halves first."""
+    if a.dtype == tl.float32:
+        return a * gate
+    else:
+        g = stored(gate, a.dtype)
+        if INTERPRETED:
+            return stored(a.to(tl.float32) * g.to(tl.float32), a.dtype)
+        else:
+            a, g = tl.broadcast(a, g)
+            pairs: tl.constexpr = _BF16_PAIRS if a.dtype == tl.bfloat16 else _FP16_PAIRS
+            return tl.inline_asm_elementwise(pairs, "=r,r,r", [a, g], dtype=a.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def _tile_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, start, outputs, BLOCK_N: tl.constexpr, SPREAD: tl.constexpr):
+    """The folded norm of BLOCK_N columns from ``start``, each made by one thread and passed on to those that want it. Triton would
+    have all of them made by every thread where there are fewer than threads; so there are SPREAD times as many, zeros."""
+    column = tl.arange(0, SPREAD * BLOCK_N)
+    inside = (column < BLOCK_N) & (start + column < outputs)
+    at = tl.minimum(start + column % BLOCK_N, outputs - 1)
+    scale, shift = folded_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, at, inside)
+    if SPREAD > 1:
+        scale = tl.sum(tl.reshape(tl.where(inside, scale, 0.0), [SPREAD, BLOCK_N]), 0)
+        shift = tl.sum(tl.reshape(tl.where(inside, shift, 0.0), [SPREAD, BLOCK_N]), 0)
+    return scale, shift
+
+
+@triton.jit(do_not_specialize=["norm_eps", "rows", "pixels", "tiles", "channel_groups", "output_groups"])
 def _kernel(
     x,
     weight,
@@ -46,68 +83,91 @@ def _kernel(
     y,
     rows,
     pixels,
-    images,
+    tiles,
     channel_groups,
     output_groups,
     ALIGN_C: tl.constexpr,
     ALIGN_K: tl.constexpr,
-    TWO_IMAGES: tl.constexpr,
+    BY_IMAGE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    ONE_STEP: tl.constexpr,
+    SPREAD: tl.constexpr,
+    OUTER_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     channels, outputs = channel_groups * ALIGN_C, output_groups * ALIGN_K
-    tiles_n = tl.cdiv(outputs, BLOCK_N)
-    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    # The tile's first row carries the 64 bits; offsets within the tile fit in 32.
-    row = tile_m.to(tl.int64) * BLOCK_M
-    left = tl.minimum(rows - row, BLOCK_M).to(tl.int32)
-    m = tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_n, tiles_m = tl.cdiv(outputs, BLOCK_N), tl.cdiv(rows, BLOCK_M)
+    tile_n, owner = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n
+    shares = tl.cdiv(tiles_m, tiles)
+    group = (owner // shares).to(tl.int64)  # of rows: an image, or all of them
+    first = owner % shares * tiles
+    m, n, k = tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     # Rows and columns beyond the end repeat the last one: only the walk over C needs a mask.
-    m_inside, n_inside = tl.minimum(m, left - 1), tl.minimum(n, outputs - 1)
-    x_rows = x + row * channels + (m_inside * channels)[:, None]
+    n_inside = tl.minimum(n, outputs - 1)
     weight_columns = weight + (n_inside * channels)[None, :]
-    image = row // pixels
-    place = (row - image * pixels).to(tl.int32) + m_inside  # counted from the first pixel of the tile's first image
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, channels, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = k < channels
-        a = tl.load(x_rows + k[None, :], mask=inside[None, :], other=0.0)
-        b = tl.load(weight_columns + k[:, None], mask=inside[:, None], other=0.0)
+    if ONE_STEP:
+        scale, shift = _tile_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, tile_n * BLOCK_N, outputs, BLOCK_N, SPREAD)
+        b = tl.load(weight_columns + k[:, None], mask=(k < channels)[:, None], other=0.0)
         if gate is not None:
-            if TWO_IMAGES:
-                # Two rows of gates, not one a pixel: less to load than x itself.
-                next_image = tl.minimum(image + 1, images - 1)
-                first = tl.load(gate + image * channels + k, mask=inside, other=0.0)
-                second = tl.load(gate + next_image * channels + k, mask=inside, other=0.0)
-                g = tl.where((place >= pixels)[:, None], second[None, :], first[None, :])
-            else:
-                gate_rows = gate + (image + place // pixels)[:, None] * channels
-                g = tl.load(gate_rows + k[None, :], mask=inside[None, :], other=0.0)
-            a = stored(a.to(tl.float32) * g, x.dtype.element_ty)
-        sums = dot(a, converted(b, x.dtype.element_ty), sums, PRECISION)
-    scale, shift = folded_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, n_inside, n < outputs)
-    out = activate(sums * scale[None, :] + shift[None, :], ACTIVATION)
-    offsets = m[:, None] * outputs + n[None, :]
-    mask = (m < left)[:, None] & (n < outputs)[None, :]
-    if residual is not None:
-        out += tl.load(residual + row * outputs + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + row * outputs + offsets, stored(out, y.dtype.element_ty), mask=mask)
+            g = tl.load(gate + group * channels + k, mask=k < channels, other=0.0)
+            b = stored(b.to(tl.float32) * g[:, None], x.dtype.element_ty)
+        else:
+            b = converted(b, x.dtype.element_ty)
+    for tile in tl.range(first, tl.minimum(first + tiles, tiles_m), num_stages=OUTER_STAGES):
+        # The tile's first row carries the 64 bits; offsets within the tile fit in 32.
+        row = tile.to(tl.int64) * BLOCK_M
+        left = tl.minimum(rows - row, BLOCK_M).to(tl.int32)
+        row += group * rows
+        m_inside = tl.minimum(m, left - 1)
+        x_rows = x + row * channels + (m_inside * channels)[:, None]
+        offsets, mask = m[:, None] * outputs + n[None, :], (m < left)[:, None] & (n < outputs)[None, :]
+        if ONE_STEP:
+            if residual is not None:
+                rest = tl.load(residual + row * outputs + offsets, mask=mask, other=0.0)
+            a = tl.load(x_rows + k[None, :], mask=(k < channels)[None, :], other=0.0)
+            sums = dot(a, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        else:
+            sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for start in range(0, channels, BLOCK_K):
+                inside = start + k < channels
+                a = tl.load(x_rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
+                b = tl.load(weight_columns + (start + k)[:, None], mask=inside[:, None], other=0.0)
+                b = converted(b, x.dtype.element_ty)
+                if gate is not None:
+                    if BY_IMAGE:
+                        g = tl.load(gate + group * channels + start + k, mask=inside, other=0.0)
+                        a = _product(a, g[None, :])
+                    else:
+                        gates = gate + ((row + m_inside) // pixels * channels)[:, None]
+                        g = tl.load(gates + (start + k)[None, :], mask=inside[None, :], other=0.0)
+                        a = _product(a, g)
+                sums = dot(a, b, sums, PRECISION)
+            scale, shift = _tile_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, tile_n * BLOCK_N, outputs, BLOCK_N, SPREAD)
+            if residual is not None:
+                rest = tl.load(residual + row * outputs + offsets, mask=mask, other=0.0)
+        out = activate(sums * scale[None, :] + shift[None, :], ACTIVATION, True)
+        if residual is not None:
+            out += rest.to(tl.float32)
+        tl.store(y + row * outputs + offsets, stored(out, y.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A program's share: ``block_m`` pixels, ``block_n`` output channels, ``block_k`` input channels at a step."""
+    """A program's share: ``tiles`` tiles of ``block_m`` pixels and ``block_n`` output channels, ``block_k`` input channels at a step.
+
+    one_step  ``block_k`` holds all channels: a program keeps its weight and streams the tiles through ``num_stages`` buffers
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    tiles: int = 1
+    one_step: bool = False
     max_registers: int | None = None
 
 
@@ -116,35 +176,44 @@ def _power_of_2(size: int, least: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), least), most)
 
 
-def choose_config(rows: int, channels: int, outputs: int, itemsize: int, tensor_cores: bool, sms: int) -> Config:
-    """The default launch, from the shape of the GEMM and the GPU's number of multiprocessors: reasoned, not tuned on a GPU.
+def choose_config(
+    rows: int, groups: int, channels: int, outputs: int, itemsize: int, tensor_cores: bool, streams: bool, sms: int
+) -> Config:
+    """The default launch for ``groups`` of ``rows``, from the shape of the GEMM and the GPU's number of multiprocessors.
 
-    Four warps hold 64 x 128 sums, 64 a thread, and with all of the epilogue stay under 255 registers: two programs or more share a
-    multiprocessor. 128 x 128 over eight warps takes as many registers a thread, since each then holds the folded norm of 64
-    columns, and leaves room for one program alone. fp32 without tensor cores multiplies from registers: half the tile, short steps.
+    streams  whether a program may keep its weight: no row has another gate than the next
+    fp32 without tensor cores multiplies from registers: small tiles, short steps.
     """
-    largest = 128 if tensor_cores else 64
-    # Up to one tile's width of output channels are one tile: x is loaded once. Wider ones: as few padded channels as can be.
-    block_n = _power_of_2(outputs, 16, largest)
-    if outputs > largest and triton.cdiv(outputs, largest // 2) % 2:
-        block_n = largest // 2
-    block_m = _power_of_2(rows, 16, 128 if tensor_cores and block_n <= 32 else 64)
-    # 7x7 and 14x14 at batch 1: smaller tiles until every multiprocessor has one. First fewer pixels: what is read again then is the
-    # weight, which L2 holds; then fewer outputs.
-    while triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < sms and block_m > 16:
-        block_m //= 2
-    while triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < sms and block_n > 16:
-        block_n //= 2
-    small = block_m * block_n <= 512
-    num_warps = 2 if small else 4
     if not tensor_cores:
+        block_n, block_m = _power_of_2(outputs, 16, 64), _power_of_2(rows, 16, 64)
+        block_m, block_n = _spread(rows, groups, outputs, block_m, block_n, sms)
         # All registers that a thread can have, said outright: ptxas would spill a few of them to fit a sixth program.
-        return Config(block_m, block_n, 16, num_warps, 2, 255)
-    # 128 bytes of x a row and step: whole cache lines. Small tiles wait for L2 rather than for HBM: twice the bytes in flight.
-    block_k = _power_of_2(channels, 16, (256 if small else 128) // itemsize)
-    # 64 KB for the stages: with the epilogue's scratch, two programs still fit in the 164 KB of an sm_80.
-    stages = min(triton.cdiv(channels, block_k) + 1, 4 if small else 3, 65536 // (block_k * (block_m + block_n) * itemsize))
-    return Config(block_m, block_n, block_k, num_warps, max(stages, 2))
+        return Config(block_m, block_n, 16, 2 if block_m * block_n <= 512 else 4, 2, max_registers=255)
+    # Every column costs its epilogue, padding too, and every tile of columns reads x again.
+    widths = [width for width in (16, 32, 64, 128) if width < 2 * outputs or width == 16]
+    block_n = min(widths, key=lambda width: triton.cdiv(outputs, width) * (14 * width + 4 * channels))
+    block_m = _power_of_2(rows, 16, 128 if block_n <= 32 else 64)
+    block_m, block_n = _spread(rows, groups, outputs, block_m, block_n, sms)
+    small = block_m * block_n <= 512
+    one_step = streams and channels * itemsize <= 512 and not small
+    block_k = _power_of_2(channels, 16, (512 if one_step else 256 if small else 128) // itemsize)
+    # Two programs are to fit in a multiprocessor's shared memory, epilogue and all: in the 164 KB of an sm_80.
+    weight = block_k * block_n * itemsize if one_step else 0
+    stage = block_k * itemsize * (block_m + (0 if one_step else block_n))
+    stages = min(4 if small else 3, (66000 - weight) // stage)
+    tiles = groups * triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n)
+    each = min(max(tiles // (16 * sms), 1), 16) if one_step else 1
+    return Config(block_m, block_n, block_k, 2 if small else 4, max(stages, 2), each, one_step)
+
+
+def _spread(rows: int, groups: int, outputs: int, block_m: int, block_n: int, sms: int) -> tuple[int, int]:
+    """7x7 and 14x14 at batch 1: smaller tiles until every multiprocessor has one. First fewer pixels: what is read again then is
+    the weight, which L2 holds; then fewer outputs."""
+    while groups * triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < sms and block_m > 16:
+        block_m //= 2
+    while groups * triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < sms and block_n > 16:
+        block_n //= 2
+    return block_m, block_n
 
 
 def launch(
@@ -169,10 +238,15 @@ def launch(
         return
     precision = matmul_precision(x.dtype)
     tensor_cores = x.dtype != torch.float32 or precision == "tf32"
-    config = choose_config(images * pixels, channels, outputs, x.element_size(), tensor_cores, processors(x.device))
+    # With a gate a tile is of one image where that does not pad it much: all of it has one gate then.
+    by_image = gate is not None and pixels >= IMAGE
+    rows, groups = (pixels, images) if by_image else (images * pixels, 1)
+    streams = by_image or gate is None
+    config = choose_config(rows, groups, channels, outputs, x.element_size(), tensor_cores, streams, processors(x.device))
+    shares = triton.cdiv(triton.cdiv(rows, config.block_m), config.tiles)
     run(
         _kernel,
-        triton.cdiv(images * pixels, config.block_m) * triton.cdiv(outputs, config.block_n),
+        groups * shares * triton.cdiv(outputs, config.block_n),
         channels_last(x),
         weight.contiguous(),
         *vectors(norm_weight, norm_bias, norm_mean, norm_var),
@@ -180,16 +254,19 @@ def launch(
         None if gate is None else gate.contiguous(),
         None if residual is None else channels_last(residual),
         y,
-        images * pixels,
+        rows,
         pixels,
-        images,
+        config.tiles,
         channels // alignment(channels),
         outputs // alignment(outputs),
         ALIGN_C=alignment(channels),
         ALIGN_K=alignment(outputs),
-        TWO_IMAGES=gate is not None and pixels >= config.block_m,
+        BY_IMAGE=by_image,
         ACTIVATION=activation,
         PRECISION=precision,
+        ONE_STEP=config.one_step,
+        SPREAD=max(1, 32 * config.num_warps // config.block_n),
+        OUTER_STAGES=config.num_stages if config.one_step else 1,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
