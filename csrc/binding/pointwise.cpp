@@ -9,6 +9,8 @@ namespace {
 
 constexpr const char* kPointwise = "pointwise_conv_bn_act";
 
+bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 // Checks x [N, C, H, W] and weight [K, C, 1, 1].
 ConvShape pointwise_shape(const Tensor& x, const Tensor& weight) {
   const ConvShape shape = conv_shape(kPointwise, x, weight, 1, {0, 0, 0, 0});
@@ -17,9 +19,25 @@ ConvShape pointwise_shape(const Tensor& x, const Tensor& weight) {
   return shape;
 }
 
-void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                   const Tensor& norm_mean, const Tensor& norm_var, double norm_eps, const OptionalTensor& gate,
-                   const OptionalTensor& residual, const std::string& activation, const Tensor& y) {
+void run_cpu(const pointwise::Params& p, const Tensor&) { inference::call(p, pointwise::conv_bn_act_cpu); }
+
+#ifdef EFFNET_FAST_CUDA
+void run_cuda(const pointwise::Params& p, const Tensor& x) {
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check(p.dtype != DType::fp32, kPointwise, ": the CUDA kernel takes x of bfloat16 or float16");
+  check(aligned16(p.y), kPointwise, ": y must start at a multiple of 16 bytes");
+  pointwise::forward_cuda(p, current_cuda_stream(device));
+}
+#endif
+
+// What the kernel reads 16 bytes at a time: a copy of a view at an odd place, which is rare.
+Tensor on_16_bytes(const Tensor& t) { return t.is_cpu() || aligned16(t.const_data_ptr()) ? t : torch::stable::clone(t); }
+
+template <auto run> void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
+                                       const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var,
+                                       double norm_eps, const OptionalTensor& gate, const OptionalTensor& residual,
+                                       const std::string& activation, const Tensor& y) {
   const ConvShape shape = pointwise_shape(x, weight);
   const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = shape.out_channels;
   check_output(kPointwise, "y", y, x, shape, x.scalar_type());
@@ -31,16 +49,17 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 
   pointwise::Params p{};
   p.dtype = dtype_of(kPointwise, "x", x);
-  const Tensor inputs = as_channels_last(x);
-  const ConvTensors t = conv_tensors(kPointwise, x, weight, {norm_weight, norm_bias, norm_mean, norm_var, norm_eps});
+  const Tensor inputs = on_16_bytes(as_channels_last(x));
+  ConvTensors t = conv_tensors(kPointwise, x, weight, {norm_weight, norm_bias, norm_mean, norm_var, norm_eps});
+  t.weight = on_16_bytes(t.weight);
   OptionalTensor gates, residuals;
   if (gate) {
     check(gate->scalar_type() == ScalarType::Float, kPointwise, ": gate must be float32");
-    gates = as_contiguous(checked("gate", *gate, {images, in}));
+    gates = on_16_bytes(as_contiguous(checked("gate", *gate, {images, in})));
   }
   if (residual) {
     check(residual->scalar_type() == x.scalar_type(), kPointwise, ": residual must have the dtype of x");
-    residuals = as_channels_last(checked("residual", *residual, {images, out, height, width}));
+    residuals = on_16_bytes(as_channels_last(checked("residual", *residual, {images, out, height, width})));
   }
   check_apart(kPointwise, "y", y, residual);
   check_apart(kPointwise, "y", y, gate);
@@ -56,21 +75,28 @@ void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   p.out_channels = int(out);
   p.y_row = out;
   p.activation = activation_of(kPointwise, activation);
-  if (p.rows > 0) inference::call(p, pointwise::conv_bn_act_cpu);
+  if (p.rows > 0) run(p, x);
 }
 
-Tensor pointwise_made(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                      const Tensor& norm_mean, const Tensor& norm_var, double norm_eps, const OptionalTensor& gate,
-                      const OptionalTensor& residual, const std::string& activation) {
+template <auto run> Tensor pointwise_made(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
+                                          const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var,
+                                          double norm_eps, const OptionalTensor& gate, const OptionalTensor& residual,
+                                          const std::string& activation) {
   const Tensor y = empty_output(x, pointwise_shape(x, weight), x.scalar_type());
-  pointwise_out(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation, y);
+  pointwise_out<run>(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation, y);
   return y;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
-  m.impl("pointwise_conv_bn_act.native", TORCH_BOX(&pointwise_made));
-  m.impl("pointwise_conv_bn_act.native_out", TORCH_BOX(&pointwise_out));
+  m.impl("pointwise_conv_bn_act.native", TORCH_BOX(&pointwise_made<run_cpu>));
+  m.impl("pointwise_conv_bn_act.native_out", TORCH_BOX(&pointwise_out<run_cpu>));
 }
+#ifdef EFFNET_FAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CUDA, m) {
+  m.impl("pointwise_conv_bn_act.native", TORCH_BOX(&pointwise_made<run_cuda>));
+  m.impl("pointwise_conv_bn_act.native_out", TORCH_BOX(&pointwise_out<run_cuda>));
+}
+#endif
 
 }  // namespace
 }  // namespace effnet_fast::binding

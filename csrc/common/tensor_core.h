@@ -54,6 +54,17 @@ __device__ __forceinline__ Vec<uint32_t, 4> load_shared_16(Shared from) {
   return v;
 }
 
+// Two halves times two. A fused multiply-add with -0 is what sm_80 has for bf16.
+template <typename T> __device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+  } else {
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  }
+  return r;
+}
+
 // c += a . b by a warp: a [16, k], b [k, 8], both of T, c [16, 8] fp32. A lane holds: a0 (row g, k 2q and 2q + 1), a1 (row g + 8),
 // a2 (row g, k 8 + 2q and on), a3 (row g + 8); b0 (k 2q and 2q + 1, column g), b1 (k 8 + 2q and on); c0 and c1 (row g, columns 2q
 // and 2q + 1), c2 and c3 (row g + 8).

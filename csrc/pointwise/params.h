@@ -40,6 +40,7 @@ void conv_bn_act_cpu(const Params& p);
 void part_cpu(const Params& p, const Part& part);  // by the calling thread
 int panel_channels();
 size_t packed_bytes(const Params& p);
-void pack_cpu(const Params& p, void* packed);  // at a multiple of 64 bytes
+void pack_cpu(const Params& p, void* packed);      // at a multiple of 64 bytes
+void forward_cuda(const Params& p, void* stream);  // on the current device; of types and alignments see forward.cuh
 
 }  // namespace effnet_fast::pointwise

@@ -67,11 +67,13 @@ def always(x: torch.Tensor) -> str | None:
     return None
 
 
-def choose(op: str, x: torch.Tensor, unsupported: Mapping[str, str] | None = None, slower: str | None = None) -> Kernel:
+def choose(
+    op: str, x: torch.Tensor, unsupported: Mapping[str, str] | None = None, slower: Mapping[str, str] | None = None
+) -> Kernel:
     """The kernel of ``op`` that runs for ``x``: the asked-for backend if it can, else the best that can.
 
     unsupported  the backends that do not take the op's other arguments, each with the reason
-    slower       why the reference is faster than other backends, if it is: they run only where they are asked for
+    slower       the backends that are slower than the ones after them, each with the reason: they run only where they are asked for
 
     Raises RuntimeError where the asked-for backend cannot run and the request was strict.
     """
@@ -80,7 +82,9 @@ def choose(op: str, x: torch.Tensor, unsupported: Mapping[str, str] | None = Non
         for kernel in kernels:
             name = kernel.backend
             if name == "reference" or (
-                slower is None and (unsupported is None or name not in unsupported) and kernel.can_run(x) is None
+                (slower is None or name not in slower)
+                and (unsupported is None or name not in unsupported)
+                and kernel.can_run(x) is None
             ):
                 return kernel
     if _STATE.requested is not None:
@@ -90,7 +94,7 @@ def choose(op: str, x: torch.Tensor, unsupported: Mapping[str, str] | None = Non
     for kernel in kernels:
         reason = kernel.can_run(x) or (unsupported or {}).get(kernel.backend)
         if kernel.backend not in ("reference", _STATE.requested):
-            reason = reason or slower
+            reason = reason or (slower or {}).get(kernel.backend)
         if reason is None and chosen is None:
             chosen = kernel
         refused[kernel.backend] = reason or "another backend comes first"

@@ -71,10 +71,11 @@ py::array_t<float> squeeze_excite_gate(const py::array& partial, int count, cons
   return result;
 }
 
-// On the CPU; x is [rows, C], norm [4, K]: weight, bias, mean and variance.
+// On a GPU of so many multiprocessors of so much shared memory, or for 0 on the CPU; x is [rows, C], norm [4, K]: weight, bias,
+// mean and variance.
 py::array pointwise(const py::array& x, const py::array& weight, const py::array& norm, const std::optional<py::array>& gate,
                     const std::optional<py::array>& residual, int pixels, int activation, int dtype, int weight_dtype,
-                    int misalign) {
+                    int multiprocessors, int shared_bytes, unsigned seed, int misalign) {
   const Buffer inputs(x, misalign), weights(weight, misalign), norms(norm, misalign);
   const auto optional = [&](const std::optional<py::array>& a) {
     return a ? std::optional<Buffer>(std::in_place, *a, misalign) : std::nullopt;
@@ -104,7 +105,13 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
   p.residual = residuals ? residuals->data() : nullptr;
   p.y = y.data();
   p.y_row = p.out_channels;
-  emulated::pointwise_cpu(p);
+  if (multiprocessors == 0) {
+    emulated::pointwise_cpu(p);
+  } else if (p.dtype == DType::bf16) {
+    emulated::pointwise<effnet_fast::bf16>(p, multiprocessors, shared_bytes, seed);
+  } else {
+    emulated::pointwise<effnet_fast::fp16>(p, multiprocessors, shared_bytes, seed);
+  }
   py::array result(x.dtype(), {p.rows, int64_t(p.out_channels)});
   std::memcpy(result.mutable_data(), y.data(), result.nbytes());
   return result;

@@ -34,6 +34,8 @@ KERNELS = {
     "depthwise_cpu": ("depthwise_cpu.cpp", "-O0"),
     "depthwise_bf16": ("depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
     "depthwise_fp16": ("depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
+    "pointwise_bf16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
+    "pointwise_fp16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
     "pointwise_cpu": ("pointwise_cpu.cpp", "-O0"),
     "depthwise_fp32": ("depthwise.cpp", "-DEMULATED_TYPE=float"),
     "squeeze_excite": ("squeeze_excite.cpp", ""),

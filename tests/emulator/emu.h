@@ -34,6 +34,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
@@ -60,8 +61,10 @@ struct Fiber {
   Wait wait = Wait::none;
   const void* site = nullptr;  // where it parked: lanes parked at different places are a bug
   unsigned mask = 0;
-  int arrivals = 0, waits = 0;               // at the cluster's barrier
-  uint64_t slot = 0;                         // the value it offers to a shuffle
+  int arrivals = 0, waits = 0;  // at the cluster's barrier
+  uint64_t slot = 0;            // the value it offers to a shuffle
+  char* rows[2] = {};           // that it names for matrices; a lane that is ahead names the next one already
+  unsigned named = 0;
   float a[8] = {}, b[4] = {};                // its part of an mma's A and B
   std::vector<std::vector<Copy>> groups{1};  // of asynchronous copies; the last is being filled
   std::unique_ptr<char[]> stack;
@@ -272,11 +275,13 @@ inline void check_shared_16(const char* p, const char* what) {
 // This lane's 4 bytes of its row of a matrix, when every lane has named a row.
 inline char* matrix_element(int matrix) {
   const unsigned rank = state().current->rank;
-  return reinterpret_cast<char*>(state().fibers[(rank & ~31u) + matrix * 8 + rank % 32 / 4].slot) + rank % 4 * 4;
+  const unsigned now = state().current->named & 1;
+  return state().fibers[(rank & ~31u) + matrix * 8 + rank % 32 / 4].rows[now] + rank % 4 * 4;
 }
 __attribute__((noinline)) inline void name_row(char* row, const char* site) {
   check_shared_16(row, "a matrix's row");
-  state().current->slot = reinterpret_cast<uint64_t>(row);
+  Fiber* const f = state().current;
+  f->rows[++f->named & 1] = row;
   barrier(Wait::warp, ~0u, site);
 }
 
@@ -306,6 +311,8 @@ namespace effnet_fast {
 inline float exp2_fast(float v) { return std::exp2(v); }
 inline float reciprocal_fast(float v) { return 1.f / v; }
 inline float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+inline float lesser(float a, float b) { return std::fmin(a, b); }
+inline float greater_or_nan(float a, float b) { return a < b ? b : a; }
 inline float late_zero() { return 0.f; }
 template <typename T> T pin(T v) { return v; }
 
@@ -322,6 +329,11 @@ inline uint16_t round_half(fp16, float v) {
 }
 template <typename T> uint32_t round_pair(float low, float high) {
   return round_half(T{}, low) | uint32_t(round_half(T{}, high)) << 16;
+}
+
+template <typename T> uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  const auto half = [](uint32_t pair, int which) { return to_float(T{uint16_t(pair >> 16 * which)}); };
+  return round_pair<T>(half(a, 0) * half(b, 0), half(a, 1) * half(b, 1));
 }
 
 inline void cluster_arrive() {

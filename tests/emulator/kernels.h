@@ -16,6 +16,9 @@ template <typename T> void depthwise(const effnet_fast::depthwise::ForwardParams
 // Runs csrc/squeeze_excite/squeeze_excite_cpu.cpp.
 void squeeze_excite_gate_cpu(const effnet_fast::squeeze_excite::GateParams& p);
 
+// Runs csrc/pointwise/forward.cuh, for half types, on a GPU whose multiprocessors have so much shared memory.
+template <typename T> void pointwise(const effnet_fast::pointwise::Params& p, int multiprocessors, int shared_bytes, unsigned seed);
+
 // Runs csrc/pointwise/pointwise_cpu.cpp.
 void pointwise_cpu(const effnet_fast::pointwise::Params& p);
 

@@ -95,7 +95,7 @@ def conv_bn_act(
     unsupported = slower = None
     if not is_stem(weight, stride):
         window = f"kernel {weight.shape[2]}x{weight.shape[3]} of {weight.shape[1]} input channels, stride {stride}"
-        slower = f"{window}: libraries are faster on others than a stem's (3x3 of at most 4, stride 2)"
+        slower = {"native": f"{window}: libraries are faster on others than a stem's (3x3 of at most 4, stride 2)"}
         unsupported = {"triton": f"{window}: the Triton kernel takes a stem's (3x3 of at most 4, stride 2)"}
     if pixels is not None and weight.dtype not in native.STORED:
         reason = f"the result would be {weight.dtype}; kernels give {either(native.STORED)}"

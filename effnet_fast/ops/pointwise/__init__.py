@@ -40,25 +40,46 @@ _reference = define(
 triton_backend.register(NAME, _check, _allocate)
 
 
+HALVES = (torch.bfloat16, torch.float16)  # that the CUDA kernel takes
+MOST_ROWS = 2**31 - 256  # pixels of a batch, likewise
+FEWEST_TILES = 132  # of 128 pixels x 96 channels, from which on it is faster than Triton's small tiles
+
+
 def _native_can_run(x: Tensor) -> str | None:
-    return native.why_not(x)
+    return native.why_not(x, cuda=True) if x.dtype in HALVES or not x.is_cuda else f"x is {x.dtype}; the CUDA kernel is for halves"
 
 
-def _slower(x: Tensor, weight: Tensor, gate: Tensor | None) -> str | None:
-    """Shapes on which oneDNN or, on CUDA, cuBLAS is faster; on CUDA none has been measured yet, and Triton takes all.
+def _unsupported(x: Tensor, weight: Tensor) -> dict[str, str] | None:
+    if not x.is_cuda:
+        return None
+    if weight.shape[0] % 8 or weight.shape[1] % 8:
+        return {"native": f"{weight.shape[1]} to {weight.shape[0]} channels: the CUDA kernel takes multiples of 8"}
+    return {"native": "there are too many pixels for the CUDA kernel"} if _rows(x) > MOST_ROWS else None
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def _slower(x: Tensor, weight: Tensor, gate: Tensor | None) -> dict[str, str] | None:
+    """Of shapes on which another backend is faster: oneDNN on the CPU, and Triton's smaller tiles on CUDA.
 
     On a core oneDNN takes 0.85 to 0.99 of our time there. Asking symbolic sizes would fix them.
     """
+    if x.is_cuda:
+        rows = _rows(x)
+        few = isinstance(rows, int) and -(-rows // 128) * -(-weight.shape[0] // 96) < FEWEST_TILES
+        return {"native": "few pixels: Triton's tiles are smaller"} if few else None
     if x.device != native.CPU:
         return None
     if x.dtype == torch.bfloat16 and MATRIX_TILES:
-        return "this processor has matrix tiles for bfloat16, which oneDNN uses"
+        return {"native": "this processor has matrix tiles for bfloat16, which oneDNN uses"}
     channels = weight.shape[1]
     if gate is not None and channels >= 960 and weight.shape[0] >= 256:
         pixels = x.shape[2] * x.shape[3]
         many = isinstance(x.shape[0], int) and isinstance(pixels, int) and x.shape[0] * pixels >= 1024
         if many and (x.dtype == torch.float32 and pixels <= 128 or x.dtype == torch.bfloat16 and channels > 1536):
-            return "a gate over many rows and channels: oneDNN is faster"
+            return {"native": "a gate over many rows and channels: oneDNN is faster"}
     return None
 
 
@@ -84,4 +105,5 @@ def pointwise_conv_bn_act(
     _check(x, weight, *norm, gate, residual, activation)
     if differentiates():
         check_no_gradient(NAME, x, weight, *norm[:4], gate, residual)
-    return backends.choose(NAME, x, slower=_slower(x, weight, gate)).run(x, weight, *norm, gate, residual, activation)
+    kernel = backends.choose(NAME, x, _unsupported(x, weight), _slower(x, weight, gate))
+    return kernel.run(x, weight, *norm, gate, residual, activation)

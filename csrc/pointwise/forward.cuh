@@ -1,0 +1,311 @@
+// Pointwise convolution on CUDA for half types, channels_last:  y = act(norm((x * gate) W^T)) + residual, with C and K multiples of
+// 8. All else is Triton's (effnet_fast/ops/pointwise/triton.py), and so are problems too small to give every SM a tile.
+//
+// A block makes tiles of 128 pixels x kColumns output channels, one after the other down the image, a warp 32 pixels of each: mma
+// of 16 x 8 x 16. x comes by cp.async in steps of 64 input channels through a ring that runs on from tile to tile, so that HBM is
+// at work while a tile is finished. Where it fits, the weight of the block's channels stays in shared memory for all its tiles;
+// else it comes through the ring beside x. The gate is multiplied into the fragments of x, two values an instruction. Finished rows
+// turn in shared memory, warp by warp, so that they leave as whole lines: a store that touches many lines for 32 bytes each is
+// bound by L2's tags (measured in the kernels before this one, on an H200), not by bytes.
+//
+// Bytes an output: 2 + 2 C / K, twice the second term or more where K is wide and tiles of columns read x again, from L2.
+// Operations: C multiply-adds, norm and activation. HBM binds for B0 to B7 but in the last stages, where L2 and the tensor cores
+// come near it: at 4.3 TB/s over 132 SMs of 1.98 GHz an expanded output (C / K = 1/6) leaves 18 lane-instructions.
+#pragma once
+#include "../common/epilogue.cuh"
+#include "../common/tensor_core.h"
+#include "params.h"
+
+namespace effnet_fast::pointwise {
+
+constexpr int kThreads = 128, kRows = 128, kDepth = 64;  // of a block; pixels of a tile; input channels of a step
+constexpr int kLineBytes = 2 * kDepth;                   // of a row of a step, x's or the weight's
+constexpr int kMostStages = 4;
+constexpr int64_t kMostRows = (int64_t(1) << 31) - 2 * kRows;  // their numbers are 32 bits
+
+// What the launch decides. resident: the weight stays; else a step brings its part along.
+struct KernelParams : Params {
+  int rows, pixels, images, tiles, stages;  // those of Params in 32 bits; tiles: of pixels
+  bool resident;
+};
+
+// kSilu: there is no other activation, and no residual.
+template <typename T_, int kColumns_, bool kGate_, bool kSilu_> struct Traits {
+  using T = T_;
+  static constexpr int kColumns = kColumns_;
+  static constexpr bool kGate = kGate_, kSilu = kSilu_;
+  static constexpr int kBlocks = kColumns <= 48 ? 4 : kColumns <= 96 ? 3 : 2;  // an SM, by registers
+  static constexpr int kStepBytes = kRows * kLineBytes, kWeightBytes = kColumns * kLineBytes;
+  // Rows of an odd number of 16-byte pieces: matrices are put down and read without bank conflicts.
+  static constexpr int kOutRow = (kColumns / 8 | 1) * 16, kOutBytes = 16 * kOutRow;  // a warp: 16 rows at a time
+  static constexpr int kFixedBytes = kThreads / 32 * kOutBytes + kColumns * int(sizeof(Affine));
+  static_assert(kColumns % 16 == 0);
+};
+
+__device__ __forceinline__ void wait_for_oldest(int stages) {
+  if (stages == 2) return copy_async_wait<0>();
+  if (stages == 3) return copy_async_wait<1>();
+  copy_async_wait<kMostStages - 2>();
+}
+
+// The 16-byte piece `piece` of row `row` of a step: pieces change places so that eight rows' lie in different banks.
+__device__ __forceinline__ int place(int row, int piece) { return row * kLineBytes + ((piece ^ (row & 7)) << 4); }
+
+// Part `step` of the block's weight, [channel][64] of T, into shared memory: there after a wait and a barrier.
+template <class Tr> __device__ __forceinline__ void load_weight(const KernelParams& p, int first_channel, int step, Shared to) {
+  const int piece = threadIdx.x % 8, c = step * kDepth + piece * 8;
+  int row = threadIdx.x / 8;
+  const char* from = static_cast<const char*>(p.weight) + 2 * (int64_t(first_channel + row) * p.in_channels + c);
+#pragma unroll
+  for (int i = 0; i < Tr::kColumns / 16; ++i, row += 16, from += int64_t(32) * p.in_channels) {
+    const bool real = first_channel + row < p.out_channels && c < p.in_channels;
+    copy_async(to + place(row, piece), real ? from : static_cast<const char*>(p.weight), real ? 16 : 0);
+  }
+}
+
+// The same for a weight of another type than x's, from its first row and channel of that part on: there after a barrier. Rare, so
+// it is short.
+template <class Tr> __device__ __noinline__ void convert_weight(const void* weight, DType dtype, int64_t from, int row_size,
+                                                                int rows, int channels, char* to) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Tr::kColumns * kDepth / 2; i += kThreads) {
+    const int row = i / (kDepth / 2), c = i % (kDepth / 2) * 2;
+    const int64_t at = from + int64_t(row) * row_size + c;
+    const bool real = row < rows && c < channels;
+    *reinterpret_cast<uint32_t*>(to + place(row, c / 8) + c % 8 * 2) =
+        real ? round_pair<typename Tr::T>(load_float(weight, dtype, at), load_float(weight, dtype, at + 1)) : 0;
+  }
+}
+
+// Two gates of an image from channel c on, as T; beyond the last channel x is zero, and so are they.
+template <typename T> __device__ __forceinline__ uint32_t gate_pair(const KernelParams& p, int image, int c) {
+  if (c >= p.in_channels) return 0;
+  const Vec<float, 2> v = load<2>(p.gate + (int64_t(image) * p.in_channels + c));
+  return round_pair<T>(v.at[0], v.at[1]);
+}
+
+// Grid: tiles of channels (neighbours run together and share x in L2) x blocks that deal the tiles of pixels out among them.
+template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
+  using T = typename Tr::T;
+  EFFNET_DYNAMIC_SHARED(char, shared);
+  const Shared ring = shared_address(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int g = lane / 4, q = lane % 4;  // mma's names: rows (pixels) g and g + 8, columns (channels) 2q and 2q + 1
+  const int tiles_across = ceil_div(p.out_channels, Tr::kColumns), blocks = gridDim.x / tiles_across;
+  const int first_channel = int(blockIdx.x) % tiles_across * Tr::kColumns, first_tile = blockIdx.x / tiles_across;
+  const int columns = min(Tr::kColumns, p.out_channels - first_channel), steps = ceil_div(p.in_channels, kDepth);
+  const int stage_bytes = Tr::kStepBytes + (p.resident ? 0 : Tr::kWeightBytes);
+  const int weight_at = p.stages * stage_bytes, out_at = weight_at + (p.resident ? steps * Tr::kWeightBytes : 0);
+  const int norm_at = out_at + kThreads / 32 * Tr::kOutBytes;
+
+  auto bring_weight = [&](int step, int at) {
+    if (p.weight_dtype == p.dtype) return load_weight<Tr>(p, first_channel, step, ring + at);
+    const int c = step * kDepth;
+    convert_weight<Tr>(p.weight, p.weight_dtype, int64_t(first_channel) * p.in_channels + c, p.in_channels, columns,
+                       p.in_channels - c, shared + at);
+  };
+  // The ring. A thread always copies the same 16 bytes of channels, of every sixteenth row.
+  const int piece = threadIdx.x % 8, my_row = threadIdx.x / 8;
+  int load_tile = first_tile, load_step = 0, write_slot = 0;
+  auto load_next = [&] {
+    if (load_tile < p.tiles) {
+      const int first_row = load_tile * kRows, left = min(kRows, p.rows - first_row), c = load_step * kDepth + piece * 8;
+      // Channels that fill the last 16 up are zeros; further ones nobody reads.
+      if (c < (p.in_channels + 15 & ~15)) {
+        const char* const x = static_cast<const char*>(p.x);
+        const char* from = x + 2 * (int64_t(first_row + my_row) * p.in_channels + c);
+        const Shared to = ring + (write_slot * stage_bytes + place(my_row, piece));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const bool real = i * 16 + my_row < left && c < p.in_channels;
+          copy_async(to + i * 16 * kLineBytes, real ? from : x, real ? 16 : 0);
+          from += int64_t(32) * p.in_channels;
+        }
+      }
+      if (!p.resident) {
+        bring_weight(load_step, write_slot * stage_bytes + Tr::kStepBytes);
+      }
+    }
+    copy_async_commit();
+    if (++load_step == steps) load_step = 0, load_tile += blocks;
+    if (++write_slot == p.stages) write_slot = 0;
+  };
+
+  if (p.resident)
+    for (int step = 0; step < steps; ++step) bring_weight(step, weight_at + step * Tr::kWeightBytes);
+  for (int s = 0; s < p.stages - 1; ++s) load_next();
+  if (int(threadIdx.x) < Tr::kColumns)
+    reinterpret_cast<Affine*>(shared + norm_at)[threadIdx.x] =
+        int(threadIdx.x) < columns ? fold_norm(p, first_channel + threadIdx.x) : Affine{};
+
+  // ldmatrix takes A as (rows 0..7, k 0..7) (rows 8..15, k 0..7) (rows 0..7, k 8..15) (rows 8..15, k 8..15) and B, whose rows are
+  // channels, as (0..7, k 0..7) (0..7, k 8..15) (8..15, k 0..7) (8..15, k 8..15).
+  const int a_row = (warp * 32 + lane % 16) * kLineBytes, b_row = (lane / 16 * 8 + lane % 8) * kLineBytes;
+  const Shared out = ring + (out_at + warp * Tr::kOutBytes);
+  const Shared put = out + (lane % 16 * Tr::kOutRow + lane / 16 * 16);
+  char* const mine = shared + out_at + warp * Tr::kOutBytes;
+  const bool residual = !Tr::kSilu && p.residual;
+  const Affine* const norms = reinterpret_cast<const Affine*>(shared + norm_at);
+
+  const unsigned pieces = columns / 8, inverse = (65535 + pieces) / pieces;  // of 16 bytes, of a row of the block's channels
+
+  int read_slot = 0;
+  for (int tile = first_tile; tile < p.tiles; tile += blocks) {
+    const int first_row = tile * kRows + warp * 32;
+    int gates[2][2] = {};  // the images of rows g and g + 8 of either 16
+    bool one_gate = true;  // for all rows of the warp
+    if constexpr (Tr::kGate) {
+      const int image = min(int(unsigned(first_row) / unsigned(p.pixels)), p.images - 1), past = first_row - image * p.pixels;
+      one_gate = past + 32 <= p.pixels || image == p.images - 1;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        gates[i / 2][i % 2] = one_gate ? image : min(image + int(unsigned(past + i * 8 + g) / unsigned(p.pixels)), p.images - 1);
+    }
+    float acc[2][Tr::kColumns / 8][4] = {};
+    for (int step = 0; step < steps; ++step) {
+      uint32_t shared_gates[kDepth / 16][2];
+      if constexpr (Tr::kGate)
+        if (one_gate)
+#pragma unroll
+          for (int i = 0; i < kDepth / 8; ++i)
+            shared_gates[i / 2][i % 2] = gate_pair<T>(p, gates[0][0], step * kDepth + i * 8 + 2 * q);
+      wait_for_oldest(p.stages);
+      __syncthreads();  // this step has landed for all; the slot before it is free for all
+      load_next();
+      const Shared a_at = ring + (read_slot * stage_bytes + a_row);
+      const Shared b_at =
+          ring + ((p.resident ? weight_at + step * Tr::kWeightBytes : read_slot * stage_bytes + Tr::kStepBytes) + b_row);
+      if (++read_slot == p.stages) read_slot = 0;
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; ++k) {
+        if (step * kDepth + k * 16 >= p.in_channels) break;
+        uint32_t a[2][4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) load_matrices(a[m], a_at + (m * 16 * kLineBytes + ((k * 2 + lane / 16 ^ lane % 8) << 4)));
+        if constexpr (Tr::kGate) {
+#pragma unroll
+          for (int m = 0; m < 2; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const uint32_t two =
+                  one_gate ? shared_gates[k][i / 2] : gate_pair<T>(p, gates[m][i % 2], step * kDepth + k * 16 + i / 2 * 8 + 2 * q);
+              a[m][i] = multiply_pair<T>(a[m][i], two);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < Tr::kColumns / 16; ++j) {
+          uint32_t b[4];
+          load_matrices(b, b_at + (j * 16 * kLineBytes + ((k * 2 + lane / 8 % 2 ^ lane % 8) << 4)));
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            mma_k16(T(), acc[m][2 * j], a[m], b[0], b[1]);
+            mma_k16(T(), acc[m][2 * j + 1], a[m], b[2], b[3]);
+          }
+        }
+      }
+    }
+
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const int row = first_row + m * 16, left = min(16, p.rows - row);  // may be none
+      const int64_t corner = int64_t(row) * p.out_channels + first_channel;
+      // Calls f(bytes from the corner of y or residual, place in shared memory) for this lane's pieces of the rows.
+      auto each_piece = [&](const auto& f) {
+        for (unsigned i = lane; i < 16 * pieces; i += 32) {
+          const int r = i * inverse >> 16, at = i - r * pieces;  // i / pieces, for i < 256
+          if (r < left) f(2 * (r * p.out_channels + at * 8), r * Tr::kOutRow + at * 16);
+        }
+      };
+      if (residual) {
+        const char* const from = static_cast<const char*>(p.residual) + 2 * corner;
+        each_piece([&](int bytes, int at) {
+          store(reinterpret_cast<uint32_t*>(mine + at), load<4>(reinterpret_cast<const uint32_t*>(from + bytes)));
+        });
+        __syncwarp();
+      }
+#pragma unroll
+      for (int j = 0; j < Tr::kColumns / 16; ++j) {
+        if (j * 16 >= columns) break;
+        uint32_t rest[4], packed[4];  // (rows 0..7, channels 0..7) (rows 8..15, 0..7) (rows 0..7, 8..15) (rows 8..15, 8..15)
+        if (residual) load_matrices(rest, put + j * 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Vec<Affine, 2> norm = load<2>(norms + j * 16 + i / 2 * 8 + 2 * q);
+          const float* const sums = acc[m][2 * j + i / 2] + i % 2 * 2;
+          float v0 = sums[0] * norm.at[0].scale + norm.at[0].shift, v1 = sums[1] * norm.at[1].scale + norm.at[1].shift;
+          if (Tr::kSilu || p.activation == Activation::silu) {
+            silu_of_two(v0, v1);
+          } else if (p.activation != Activation::identity) {
+            const float most = p.activation == Activation::relu6 ? 6.f : INFINITY;
+            v0 = clamp(v0, 0.f, most), v1 = clamp(v1, 0.f, most);
+          }
+          if (residual) {
+            v0 += to_float(T{uint16_t(rest[i])});
+            v1 += to_float(T{uint16_t(rest[i] >> 16)});
+          }
+          packed[i] = round_pair<T>(v0, v1);
+        }
+        store_matrices(put + j * 32, packed);
+      }
+      __syncwarp();
+      char* const to = static_cast<char*>(p.y) + 2 * corner;
+      each_piece([&](int bytes, int at) {
+        store(reinterpret_cast<uint32_t*>(to + bytes), load<4>(reinterpret_cast<const uint32_t*>(mine + at)));
+      });
+      __syncwarp();  // the rows have left
+    }
+  }
+}
+
+struct Gpu {
+  int multiprocessors;
+  int shared_bytes, block_shared_bytes;  // of a multiprocessor; that a block may have
+};
+
+template <class Tr> void launch_tensor(KernelParams p, const Gpu& gpu, void* stream) {
+  const int steps = ceil_div(p.in_channels, kDepth), across = ceil_div(p.out_channels, Tr::kColumns);
+  p.tiles = ceil_div(p.rows, kRows);
+  // As many blocks an SM as registers allow if the weight then stays and two stages fit, else fewer, and three.
+  p.resident = steps * Tr::kWeightBytes <= 40 << 10;
+  const int fixed = Tr::kFixedBytes + (p.resident ? steps * Tr::kWeightBytes : 0);
+  const int stage = Tr::kStepBytes + (p.resident ? 0 : Tr::kWeightBytes);
+  int blocks = Tr::kBlocks + 1, fit = 0;
+  while (fit < (p.resident ? 2 : 3) && --blocks > 0)
+    fit = (min(gpu.shared_bytes / blocks - 1024, gpu.block_shared_bytes) - fixed) / stage;
+  blocks = max(blocks, 1);
+  p.stages = min(max(fit, 2), kMostStages);
+  const int bytes = fixed + p.stages * stage;
+  EFFNET_ALLOW_SHARED(tensor_kernel<Tr>, bytes);
+  // Blocks that share a tile of channels deal the tiles of pixels out evenly.
+  const int most = min(max(gpu.multiprocessors * blocks / across, 1), p.tiles), rounds = ceil_div(p.tiles, most);
+  const dim3 grid(unsigned(across) * unsigned(ceil_div(p.tiles, rounds)));
+  EFFNET_LAUNCH((tensor_kernel<Tr>), grid, dim3(kThreads), bytes, stream, p);
+}
+
+// Starts the kernel for p.rows > 0. x, y, residual and the weight must be 16-byte aligned, the gate 8-byte.
+template <typename T, bool kGate, bool kSilu> void launch_columns(const KernelParams& p, const Gpu& gpu, void* stream) {
+  const int out = p.out_channels;
+  if (out <= 32) return launch_tensor<Traits<T, 32, kGate, kSilu>>(p, gpu, stream);
+  if (out <= 48) return launch_tensor<Traits<T, 48, kGate, kSilu>>(p, gpu, stream);
+  // 96 divides nearly all expanded widths; 128 where that saves a tile, so that x is read less often.
+  const bool wide = kSilu ? out % 96 != 0 && out % 128 == 0 : ceil_div(out, 128) < ceil_div(out, 96);
+  if (wide) return launch_tensor<Traits<T, 128, kGate, kSilu>>(p, gpu, stream);
+  launch_tensor<Traits<T, 96, kGate, kSilu>>(p, gpu, stream);
+}
+
+template <typename T> void launch_forward(const Params& given, const Gpu& gpu, void* stream) {
+  KernelParams p{given};
+  if (given.rows > kMostRows) throw std::runtime_error("pointwise_conv_bn_act: there are too many pixels for one launch");
+  p.rows = int(given.rows);
+  p.pixels = int(given.pixels);
+  p.images = p.rows / p.pixels;
+  if (p.in_channels % 8 || p.out_channels % 8) {
+    throw std::runtime_error("pointwise_conv_bn_act: the CUDA kernel takes C and K that are multiples of 8, got " +
+                             std::to_string(p.in_channels) + " and " + std::to_string(p.out_channels));
+  }
+  if (p.gate) return launch_columns<T, true, false>(p, gpu, stream);
+  if (p.activation == Activation::silu && !p.residual) return launch_columns<T, false, true>(p, gpu, stream);
+  launch_columns<T, false, false>(p, gpu, stream);
+}
+
+}  // namespace effnet_fast::pointwise
