@@ -159,7 +159,8 @@ def test_squeeze_excite_gate_cpu(width, modules):
 
 @dataclass(frozen=True)
 class Pointwise:
-    """A pointwise convolution on the CPU: N, H * W, C and K."""
+    """A pointwise convolution: N, H * W, C and K; on a GPU of so many multiprocessors with so much shared memory each, or for 0 on
+    the CPU."""
 
     images: int
     pixels: int
@@ -171,6 +172,8 @@ class Pointwise:
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
     misalign: int = 0
+    multiprocessors: int = 0
+    shared_bytes: int = 228 << 10
 
     def tensors(self) -> list:
         """x [N * H * W, C], weight [K, C], the norm, and what there is of gate and residual."""
@@ -190,11 +193,12 @@ class Pointwise:
         y = plain.conv(x, weight[:, :, None, None], norm, activation=self.activation, residual=residual, gate=gate)
         return y.permute(0, 2, 3, 1).flatten(0, 2)
 
-    def call(self) -> tuple[str, tuple]:
+    def call(self, seed: int = 0) -> tuple[str, tuple]:
         x, weight, norm, *others = self.tensors()
         tensors = raw(x), raw(weight), raw(torch.stack(norm[:4])), *(None if t is None else raw(t) for t in others)
-        options = (ACTIVATIONS[self.activation], DTYPES[self.dtype], DTYPES[self.weight_dtype], self.misalign)
-        return "pointwise", (*tensors, self.pixels, *options)
+        options = (ACTIVATIONS[self.activation], DTYPES[self.dtype], DTYPES[self.weight_dtype])
+        gpu = self.multiprocessors, self.shared_bytes, seed
+        return "pointwise", (*tensors, self.pixels, *options, *gpu, self.misalign)
 
 
 # The last ones are shared between the three threads, by rows and by channels, and deep enough for several slices.

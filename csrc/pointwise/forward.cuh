@@ -293,12 +293,17 @@ template <typename T, bool kGate, bool kSilu> void launch_columns(const KernelPa
   launch_tensor<Traits<T, 96, kGate, kSilu>>(p, gpu, stream);
 }
 
-template <typename T> void launch_forward(const Params& given, const Gpu& gpu, void* stream) {
-  KernelParams p{given};
+inline KernelParams in_32_bits(const Params& given) {
   if (given.rows > kMostRows) throw std::runtime_error("pointwise_conv_bn_act: there are too many pixels for one launch");
+  KernelParams p{given};
   p.rows = int(given.rows);
   p.pixels = int(given.pixels);
   p.images = p.rows / p.pixels;
+  return p;
+}
+
+template <typename T> void launch_forward(const Params& given, const Gpu& gpu, void* stream) {
+  const KernelParams p = in_32_bits(given);
   if (p.in_channels % 8 || p.out_channels % 8) {
     throw std::runtime_error("pointwise_conv_bn_act: the CUDA kernel takes C and K that are multiples of 8, got " +
                              std::to_string(p.in_channels) + " and " + std::to_string(p.out_channels));

@@ -35,7 +35,7 @@ KERNELS = {
     "depthwise_bf16": ("depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
     "depthwise_fp16": ("depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
     "pointwise_bf16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
-    "pointwise_fp16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
+    "pointwise_fp16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16 -DONE_KERNEL"),
     "pointwise_cpu": ("pointwise_cpu.cpp", "-O0"),
     "depthwise_fp32": ("depthwise.cpp", "-DEMULATED_TYPE=float"),
     "squeeze_excite": ("squeeze_excite.cpp", ""),
