@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
 
 import torch
+
+from effnet_fast.ops.common import constant
 
 TRITON_MINIMUM = (8, 0)  # bfloat16
 
@@ -28,6 +29,7 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     return capability[0] == major and capability[1] >= minor
 
 
+@constant
 def why_no_image(architectures: str, index: int | None) -> str | None:
     """Why CUDA kernels compiled for ``architectures`` (with commas between) do not run on a GPU, by default the current one."""
     capability = _capability(index)
@@ -36,6 +38,7 @@ def why_no_image(architectures: str, index: int | None) -> str | None:
     return f"the compiled module has CUDA kernels for {architectures}; this GPU is {_name(capability)}"
 
 
+@constant
 def why_no_triton(index: int | None) -> str | None:
     """Why Triton's kernels do not run on a GPU, by default the current one."""
     capability = _capability(index)
@@ -58,12 +61,3 @@ def _capability(index: int | None) -> tuple[int, int] | None:
 @functools.cache
 def _capability_of(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
-
-
-def _constant(function: Callable[..., str | None]) -> None:
-    """What torch.compiler.assume_constant_result does, which would import the compiler, and triton with it, at import."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-_constant(why_no_image)
-_constant(why_no_triton)

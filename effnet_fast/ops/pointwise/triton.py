@@ -118,7 +118,7 @@ def _kernel(
             b = converted(b, x.dtype.element_ty)
     for tile in tl.range(first, tl.minimum(first + tiles, tiles_m), num_stages=OUTER_STAGES):
         # The tile's first row carries the 64 bits; offsets within the tile fit in 32.
-        row = tile.to(tl.int64) * BLOCK_M
+        row = tl.cast(tile, tl.int64) * BLOCK_M
         left = tl.minimum(rows - row, BLOCK_M).to(tl.int32)
         row += group * rows
         m_inside = tl.minimum(m, left - 1)
