@@ -9,6 +9,7 @@ persistent. Programs that share pixels are neighbours, so that L2 serves all but
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +21,14 @@ from effnet_fast.ops.triton_common import (
     INTERPRETED,
     activate,
     alignment,
+    cdiv,
     channels_last,
     check_output,
     converted,
     dot,
     folded_norm,
     matmul_precision,
+    next_power_of_2,
     processors,
     run,
     stored,
@@ -173,9 +176,10 @@ class Config:
 
 def _power_of_2(size: int, least: int, most: int) -> int:
     """The smallest power of two that holds ``size``, between ``least`` and ``most``."""
-    return min(max(triton.next_power_of_2(size), least), most)
+    return min(max(next_power_of_2(size), least), most)
 
 
+@functools.cache
 def choose_config(
     rows: int, groups: int, channels: int, outputs: int, itemsize: int, tensor_cores: bool, streams: bool, sms: int
 ) -> Config:
@@ -191,7 +195,7 @@ def choose_config(
         return Config(block_m, block_n, 16, 2 if block_m * block_n <= 512 else 4, 2, max_registers=255)
     # Every column costs its epilogue, padding too, and every tile of columns reads x again.
     widths = [width for width in (16, 32, 64, 128) if width < 2 * outputs or width == 16]
-    block_n = min(widths, key=lambda width: triton.cdiv(outputs, width) * (14 * width + 4 * channels))
+    block_n = min(widths, key=lambda width: cdiv(outputs, width) * (14 * width + 4 * channels))
     block_m = _power_of_2(rows, 16, 128 if block_n <= 32 else 64)
     block_m, block_n = _spread(rows, groups, outputs, block_m, block_n, sms)
     small = block_m * block_n <= 512
@@ -201,7 +205,7 @@ def choose_config(
     weight = block_k * block_n * itemsize if one_step else 0
     stage = block_k * itemsize * (block_m + (0 if one_step else block_n))
     stages = min(4 if small else 3, (66000 - weight) // stage)
-    tiles = groups * triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n)
+    tiles = groups * cdiv(rows, block_m) * cdiv(outputs, block_n)
     each = min(max(tiles // (16 * sms), 1), 16) if one_step else 1
     return Config(block_m, block_n, block_k, 2 if small else 4, max(stages, 2), each, one_step)
 
@@ -209,9 +213,9 @@ def choose_config(
 def _spread(rows: int, groups: int, outputs: int, block_m: int, block_n: int, sms: int) -> tuple[int, int]:
     """7x7 and 14x14 at batch 1: smaller tiles until every multiprocessor has one. First fewer pixels: what is read again then is
     the weight, which L2 holds; then fewer outputs."""
-    while groups * triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < sms and block_m > 16:
+    while groups * cdiv(rows, block_m) * cdiv(outputs, block_n) < sms and block_m > 16:
         block_m //= 2
-    while groups * triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < sms and block_n > 16:
+    while groups * cdiv(rows, block_m) * cdiv(outputs, block_n) < sms and block_n > 16:
         block_n //= 2
     return block_m, block_n
 
@@ -243,10 +247,10 @@ def launch(
     rows, groups = (pixels, images) if by_image else (images * pixels, 1)
     streams = by_image or gate is None
     config = choose_config(rows, groups, channels, outputs, x.element_size(), tensor_cores, streams, processors(x.device))
-    shares = triton.cdiv(triton.cdiv(rows, config.block_m), config.tiles)
+    shares = cdiv(cdiv(rows, config.block_m), config.tiles)
     run(
         _kernel,
-        groups * shares * triton.cdiv(outputs, config.block_n),
+        groups * shares * cdiv(outputs, config.block_n),
         channels_last(x),
         weight.contiguous(),
         *vectors(norm_weight, norm_bias, norm_mean, norm_var),
