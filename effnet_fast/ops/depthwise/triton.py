@@ -175,7 +175,7 @@ def launch(
         KERNEL=kernel,
         STRIDE=stride,
         ACTIVATION=activation,
-        WIDE=max(x[0].numel(), y[0].numel()) >= 2**31,
+        WIDE=channels * max(height * width, out_height * out_width) >= 2**31,
         BLOCK_P=config.block_p,
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,

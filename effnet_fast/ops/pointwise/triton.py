@@ -35,7 +35,6 @@ from effnet_fast.ops.triton_common import (
     vectors,
 )
 
-
 IMAGE = 49  # pixels from which on a tile is of one image: 7x7 is three quarters of 64
 
 # Products of two halves at once. A fused multiply-add with -0 is what sm_80 has for bf16.
@@ -148,7 +147,9 @@ def _kernel(
                         g = tl.load(gates + (start + k)[None, :], mask=inside[None, :], other=0.0)
                         a = _product(a, g)
                 sums = dot(a, b, sums, PRECISION)
-            scale, shift = _tile_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, tile_n * BLOCK_N, outputs, BLOCK_N, SPREAD)
+            scale, shift = _tile_norm(
+                norm_weight, norm_bias, norm_mean, norm_var, norm_eps, tile_n * BLOCK_N, outputs, BLOCK_N, SPREAD
+            )
             if residual is not None:
                 rest = tl.load(residual + row * outputs + offsets, mask=mask, other=0.0)
         out = activate(sums * scale[None, :] + shift[None, :], ACTIVATION, True)
@@ -159,7 +160,7 @@ def _kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """A program's share: ``tiles`` tiles of ``block_m`` pixels and ``block_n`` output channels, ``block_k`` input channels at a step.
+    """A program's share: ``tiles`` tiles of ``block_m`` pixels and ``block_n`` output channels, ``block_k`` input channels a step.
 
     one_step  ``block_k`` holds all channels: a program keeps its weight and streams the tiles through ``num_stages`` buffers
     """
