@@ -12,6 +12,7 @@ from effnet_fast.ops.common import constant
 TRITON_MINIMUM = (8, 0)  # bfloat16
 
 
+@functools.cache
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether code for ``architecture`` (``sm_90``, ``compute_100``, ``sm_90a``, ``sm_100f``) runs on that compute capability.
 
@@ -52,12 +53,12 @@ def _name(capability: tuple[int, int]) -> str:
 
 
 def _capability(index: int | None) -> tuple[int, int] | None:
-    """None where that is no NVIDIA GPU, or there is none at all."""
-    if torch.version.hip or not torch.cuda.is_available():
-        return None
-    return _capability_of(torch.cuda.current_device() if index is None else index)
+    """None where that is no NVIDIA GPU, or there is none at all. With an index, as of every tensor's device, it costs no time."""
+    if index is None and torch.cuda.is_available():
+        index = torch.cuda.current_device()
+    return None if index is None else _capability_of(index)
 
 
 @functools.cache
-def _capability_of(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _capability_of(index: int) -> tuple[int, int] | None:
+    return None if torch.version.hip or not torch.cuda.is_available() else torch.cuda.get_device_capability(index)
