@@ -49,8 +49,8 @@ part() {
 }
 
 # The gpu tests in as many processes as there are cores for: what takes them long is Triton compiling hundreds of kernels. 900 tests
-# take 100 s of an H200 and 16 cores. At the limit
-# each process is interrupted, as from a keyboard, so that pytest tells how far it came.
+# take 100 s of an H200 and 16 cores. At the limit each process is interrupted, as from a keyboard, so that pytest tells how far it
+# came.
 gpu_tests() {
   local limit=$1 shards=$(($(nproc) - 1)) pids=() lost=0 i
   [ "$shards" -le 15 ] || shards=15
