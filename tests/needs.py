@@ -3,9 +3,11 @@ no test runs and the reason is told."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 
+PEERS = "timm", "torchvision", "efficientnet_pytorch"
 REQUIRED = frozenset(filter(None, os.environ.get("EFFNET_FAST_TESTS_REQUIRE", "").split(",")))
 
 
@@ -16,12 +18,14 @@ def missing() -> dict[str, str | None]:
 
     from effnet_fast.ops import native, triton_backend
 
+    peers = [name for name in PEERS if importlib.util.find_spec(name) is None]
     return {
         "native": native.REASON,
         "nvcc": None if shutil.which("nvcc") else "there is no nvcc on PATH",
         "cuobjdump": None if sass.cuobjdump() else "there is no cuobjdump: $CUOBJDUMP, PATH or an installed triton would do",
         "emulator": emulator.missing(),
         "triton": triton_backend.REASON,
+        "peers": f"not installed: {', '.join(peers)}" if peers else None,
     }
 
 

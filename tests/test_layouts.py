@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import efficientnet_pytorch
 import pytest
 import timm
 import torch
@@ -14,6 +13,8 @@ from torch import nn
 from effnet_fast.models import FAMILY, create_model, efficientnet
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.weights.layouts import LAYOUTS, convention, detect, key_map, shapes
+
+efficientnet_pytorch = pytest.importorskip("efficientnet_pytorch")
 
 B = [f"b{number}" for number in range(8)]
 # A tf_ form has its plain form's tensors (tested below): one of the two is enough.

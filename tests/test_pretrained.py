@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import efficientnet_pytorch
 import huggingface_hub
 import pytest
 import timm
@@ -30,6 +29,8 @@ from effnet_fast.benchmark import images
 from effnet_fast.models import FAMILY, create_model, efficientnet
 from effnet_fast.weights import sources
 from effnet_fast.weights.preprocessing import HALF, IMAGENET_MEAN, Preprocessing
+
+efficientnet_pytorch = pytest.importorskip("efficientnet_pytorch")
 
 SIZE = (64, 64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -39,6 +40,99 @@ def test_interpreted(selection):
         pytest.skip(f"the interpreter of triton {version('triton')} does not run with NumPy {version('numpy')}: its own code fails")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+def specialized(tensor, optional, integer, number, CONSTANT: tl.constexpr):  # noqa: F821
+    """A kernel's parameters of each kind."""
+
+
+@needs_triton
+def test_compiled_kernels_are_told_apart_as_triton_does():
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from effnet_fast.ops.triton_common import specialization
+
+    kernel = triton.jit(specialized)
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    aligned = torch.zeros(64)
+    tensors = aligned, aligned[4:], aligned[1:], aligned.bfloat16(), torch.nn.Parameter(aligned)
+    integers = 0, 1, 2, 15, 16, -16, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1
+    triton_s = {}
+    for *args, constant in itertools.product(tensors, (None, aligned, aligned[1:]), integers, (0.5, 1.0), (2, "silu")):
+        key = specialization(kernel, tuple(args), {"CONSTANT": constant})
+        _, theirs, _ = bind(*args, CONSTANT=constant)
+        assert triton_s.setdefault(key, theirs) == theirs
+    assert len(triton_s) == len({str(theirs) for theirs in triton_s.values()})
+
+
+@needs_triton
+def test_a_second_launch_goes_to_what_was_compiled(monkeypatch):
+    """With all arguments and constants in the order of the parameters, a table of compiled kernels for each device."""
+    from effnet_fast.ops import triton_common
+
+    launches = []
+
+    class Compiled(triton_common.CompiledKernel):
+        module = None
+
+        def __init__(self):
+            pass
+
+        def __getitem__(self, grid):
+            return lambda *args: launches.append((grid, *args))
+
+    class Kernel:
+        fn, arg_names, compiles = specialized, ["tensor", "optional", "integer", "number", "FIRST", "SECOND"], 0
+
+        def __getitem__(self, grid):
+            return self.compile
+
+        def compile(self, *args, **constants):
+            self.compiles += 1
+            return Compiled()
+
+    monkeypatch.setattr(triton_common, "_COMPILED", {})
+    kernel, tensor = Kernel(), torch.zeros(16)
+    for programs, integer, number in ((3, 5, 0.5), (4, 7, 1.5), (5, 16, 0.5)):
+        triton_common.run(kernel, programs, tensor, None, integer, number, SECOND="silu", FIRST=8, num_warps=4)
+    assert kernel.compiles == 2 and launches == [((4, 1, 1), tensor, None, 7, 1.5, 8, "silu")]
+    triton_common.run(kernel, 1, tensor, None, 5, 0.5, SECOND="silu", FIRST=8, num_warps=8)
+    assert kernel.compiles == 3
+
+
+@needs_triton
+@pytest.mark.gpu
+def test_a_second_launch_on_a_gpu(monkeypatch):
+    """Triton is not asked again: not on another stream, nor while a graph is captured; its hooks are."""
+    import triton
+
+    x, weight = torch.randn(2, 24, 9, 9, device="cuda"), torch.randn(40, 24, 1, 1, device="cuda")
+    n = [torch.rand(40, device="cuda") + 0.5 for _ in range(4)]
+
+    def launch():
+        return torch.ops.effnet_fast.pointwise_conv_bn_act.triton(x, weight, *n, 1e-3, None, None, "silu")
+
+    seen, hook = [], triton.knobs.runtime.launch_enter_hook
+    expected = launch()
+    monkeypatch.setattr(triton.JITFunction, "run", None)
+    hook.add(seen.append)
+    try:
+        assert torch.equal(launch(), expected)
+    finally:
+        hook.remove(seen.append)
+    assert len(seen) == 1
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert torch.equal(launch(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = launch()
+    x.neg_()
+    graph.replay()
+    assert torch.equal(captured, launch())
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import efficientnet_pytorch
 import pytest
 import timm
 import torch
@@ -22,6 +21,8 @@ from effnet_fast.benchmark import calibrate, images
 from effnet_fast.models import FAMILY, create_model, efficientnet
 from effnet_fast.weights.layouts import LAYOUTS, key_map
 from effnet_fast.weights.preprocessing import HALF, Preprocessing
+
+efficientnet_pytorch = pytest.importorskip("efficientnet_pytorch")
 
 SIZE = (64, 64)
 

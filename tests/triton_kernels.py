@@ -220,11 +220,36 @@ def test_strides_do_not_matter(how):
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_non_finite_values_go_through(activation):
-    x, n = rand(2, 16, 3, 3), ops.Norm(None, None, torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE), 0.0)
+    """Each in a row of its own, and to its own output alone where they are neighbours, in all of a row's places: on a GPU SiLU
+    takes values in pairs. Its -1.7e-16 of -inf is NaN in plain PyTorch."""
+    eps = 2.0**-60  # 0 is refused on CUDA; 1 + eps is 1
+    n = ops.Norm(None, None, torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE), eps)
+    x = rand(2, 16, 3, 3)
     x[0, 3, 1, 1], x[1, 2, 0, 0] = float("nan"), float("inf")
-    args = x, torch.eye(16, device=DEVICE)[:, :, None, None].contiguous(), *n, None, None, activation
-    made, plain = OPS.pointwise_conv_bn_act.triton(*args), OPS.pointwise_conv_bn_act.reference(*args)
+    args = torch.eye(16, device=DEVICE)[:, :, None, None].contiguous(), *n, None, None, activation
+    made, plain = OPS.pointwise_conv_bn_act.triton(x, *args), OPS.pointwise_conv_bn_act.reference(x, *args)
     assert torch.equal(made.isnan(), plain.isnan()) and torch.equal(made.isinf(), plain.isinf())
+
+    # The norm makes them, so that the product mixes nothing: of ones, a scale and a shift each.
+    values = torch.tensor([float("nan"), -3e38, -1e4, float("inf"), 2.0, -30.0, float("-inf"), 0.5], device=DEVICE)
+    for turn in range(8):
+        bias = torch.cat([values.roll(turn), values.flip(0).roll(turn)])
+        args = (
+            torch.eye(16, device=DEVICE)[:, :, None, None].contiguous(),
+            torch.zeros_like(bias),
+            bias,
+            *n[2:],
+            None,
+            None,
+            activation,
+        )
+        x = torch.ones(2, 16, 3, 3, device=DEVICE)
+        made, plain = OPS.pointwise_conv_bn_act.triton(x, *args), OPS.pointwise_conv_bn_act.reference(x, *args)
+        if activation == "silu":
+            negative = (bias == float("-inf"))[:, None, None].expand_as(made)
+            assert (made[negative].isnan() | (made[negative].abs() < 1e-15)).all()
+            made, plain = made.masked_fill(negative, 0.0), plain.masked_fill(negative, 0.0)
+        torch.testing.assert_close(made, plain, rtol=1e-5, atol=1e-15, equal_nan=True)
 
 
 def example(op: str, dtype: torch.dtype) -> tuple:

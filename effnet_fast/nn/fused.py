@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from effnet_fast import ops
 from effnet_fast.nn.padding import pad, sides
 from effnet_fast.ops.backends import note
+from effnet_fast.ops.common import autocasts
 
 NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Identity: "identity"}
@@ -168,10 +169,11 @@ def squeeze_excite_parts(
 def is_traced(x: Any) -> bool:
     """Whether plain aten must be seen: fx, jit.trace, torch.export and both ONNX exporters, torch.func's transforms and
     forward-mode differentiation."""
+    # The flag itself: torch.compiler.is_exporting(), which returns it, is always true to torch 2.11's torch.compile.
     return (
         isinstance(x, fx.Proxy)
         or torch.jit.is_tracing()
-        or torch.compiler.is_exporting()
+        or torch.compiler._is_exporting_flag
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
@@ -206,7 +208,7 @@ def why_plain_now(parts: BlockParts) -> str | None:
 def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast would compute in; the ops take half x beside float32 weights."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if autocasts(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

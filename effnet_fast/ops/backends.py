@@ -42,9 +42,14 @@ class Choice(NamedTuple):
 
 
 class _State(threading.local):
-    requested: str | None = None
-    strict: bool = False
-    trace: list[Choice | str] | None = None
+    """A thread's own. Where the class had attributes of these names, torch 2.11's compiler would read those instead."""
+
+    environment: str | None = None
+
+    def __init__(self) -> None:
+        self.requested = self.environment
+        self.strict = False
+        self.trace: list[Choice | str] | None = None
 
 
 _KERNELS: dict[str, list[Kernel]] = {}
@@ -182,4 +187,4 @@ def read_environment() -> None:
     name = os.environ.get(ENVIRONMENT)
     if name:
         _check_request(name)
-        _State.requested = name
+        _State.environment = _STATE.requested = name

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (int, torch.SymInt)
 _NORM = ("norm.weight", "norm.bias", "norm.mean", "norm.var")
 NORM_SCHEMA = "Tensor? norm_weight, Tensor? norm_bias, Tensor norm_mean, Tensor norm_var, float norm_eps"
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def constant(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """What torch.compiler.assume_constant_result does, which would import the compiler, and triton with it, at import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Norm(NamedTuple):
@@ -86,6 +97,22 @@ def conv_flops(x_shape: Sequence[int], weight_shape: Sequence[int], y_shape: Seq
     for size in weight_shape:
         elements *= size
     return 2 * images * height * width * elements
+
+
+@functools.cache
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+@constant  # torch 2.11's compiler does not trace it
+def has_autocast(device: str) -> bool:
+    """Whether there is autocast for a type of device."""
+    return _has_autocast(device)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is enabled for a type of device."""
+    return has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def differentiates() -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
 
 import torch
+
+from effnet_fast.ops.common import constant
 
 TRITON_MINIMUM = (8, 0)  # bfloat16
 
 
+@functools.cache
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether code for ``architecture`` (``sm_90``, ``compute_100``, ``sm_90a``, ``sm_100f``) runs on that compute capability.
 
@@ -28,6 +30,7 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     return capability[0] == major and capability[1] >= minor
 
 
+@constant
 def why_no_image(architectures: str, index: int | None) -> str | None:
     """Why CUDA kernels compiled for ``architectures`` (with commas between) do not run on a GPU, by default the current one."""
     capability = _capability(index)
@@ -36,6 +39,7 @@ def why_no_image(architectures: str, index: int | None) -> str | None:
     return f"the compiled module has CUDA kernels for {architectures}; this GPU is {_name(capability)}"
 
 
+@constant
 def why_no_triton(index: int | None) -> str | None:
     """Why Triton's kernels do not run on a GPU, by default the current one."""
     capability = _capability(index)
@@ -49,21 +53,12 @@ def _name(capability: tuple[int, int]) -> str:
 
 
 def _capability(index: int | None) -> tuple[int, int] | None:
-    """None where that is no NVIDIA GPU, or there is none at all."""
-    if torch.version.hip or not torch.cuda.is_available():
-        return None
-    return _capability_of(torch.cuda.current_device() if index is None else index)
+    """None where that is no NVIDIA GPU, or there is none at all. With an index, as of every tensor's device, it costs no time."""
+    if index is None and torch.cuda.is_available():
+        index = torch.cuda.current_device()
+    return None if index is None else _capability_of(index)
 
 
 @functools.cache
-def _capability_of(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def _constant(function: Callable[..., str | None]) -> None:
-    """What torch.compiler.assume_constant_result does, which would import the compiler, and triton with it, at import."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-_constant(why_no_image)
-_constant(why_no_triton)
+def _capability_of(index: int) -> tuple[int, int] | None:
+    return None if torch.version.hip or not torch.cuda.is_available() else torch.cuda.get_device_capability(index)

@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from effnet_fast.ops import native
-from effnet_fast.ops.common import check_tensor
+from effnet_fast.ops.common import autocasts, check_tensor
 
 NAMESPACE = "effnet_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -32,7 +32,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(first: torch.Tensor, *args: Any) -> Any:
         device = first.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if autocasts(device):
             with torch.autocast(device, enabled=False):
                 return function(first, *args)
         return function(first, *args)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from effnet_fast.ops.common import check_tensor
 
@@ -107,6 +108,16 @@ def activate(value, ACTIVATION: tl.constexpr, PAIRS: tl.constexpr = False):
     return value
 
 
+def cdiv(size: int, share: int) -> int:
+    """Shares of ``size``. Triton's own, for kernels too, takes 3 us a call, and so does its next_power_of_2."""
+    return -(-size // share)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest that is not less than ``size``, itself 1 or more."""
+    return 1 << (size - 1).bit_length()
+
+
 def alignment(channels: int) -> int:
     """Elements that every row of ``channels`` is a multiple of, at most 16.
 
@@ -148,11 +159,43 @@ def check_output(op: str, y: Tensor, shape: tuple[int, ...], like: Tensor) -> No
         raise ValueError(f"{op}: y has strides {y.stride()}; channels_last would do")
 
 
+# What was compiled, and the values of the kernel's constants in the order of its parameters. As Triton's own tables, never emptied.
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def specialization(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+    """All that Triton compiles a kernel anew for, and a little more: it looks at no integer that ``do_not_specialize`` names.
+
+    Of a tensor its dtype and whether it starts at 16 bytes, of an integer its width and whether it is 1 or a multiple of 16.
+    """
+    key = [kernel.fn, args[0].device.index, *constants.items()]
+    for arg in args:
+        if isinstance(arg, Tensor):
+            key.append(arg.dtype)
+            key.append(arg.data_ptr() % 16 == 0)
+        elif isinstance(arg, int):
+            key.append((arg % 16 == 0) + 2 * (arg == 1) + 4 * (not -(2**31) <= arg < 2**31))
+        else:
+            key.append(type(arg))
+    return tuple(key)
+
+
 def run(
     kernel: Any, programs: int, *args: Any, num_warps: int, num_stages: int = 1, maxnreg: int | None = None, **constants: Any
 ) -> None:
     """Launch on the device and the stream of the first argument, a tensor. Fusion into FMAs is asked for: Triton 3.10 has another
-    default."""
-    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "enable_fp_fusion": True}
+    default.
+
+    From the second launch on what was compiled is launched itself: Triton takes several times as long to find it, longer than small
+    kernels run. Settings of Triton that change what it compiles (``triton.knobs``) are those of the first launch.
+    """
+    constants.update(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg, enable_fp_fusion=True)
+    key = specialization(kernel, args, constants)
     with torch.cuda.device_of(args[0]):
-        kernel[(programs,)](*args, **options, **constants)
+        if key in _COMPILED:
+            compiled, values = _COMPILED[key]
+            compiled[programs, 1, 1](*args, *values)
+            return
+        compiled = kernel[(programs,)](*args, **constants)
+    if isinstance(compiled, CompiledKernel):  # the interpreter gives none
+        _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])

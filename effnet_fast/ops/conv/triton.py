@@ -16,12 +16,14 @@ from effnet_fast.ops.conv import is_stem
 from effnet_fast.ops.triton_common import (
     activate,
     alignment,
+    cdiv,
     channels_last,
     check_output,
     converted,
     dot,
     folded_norm,
     matmul_precision,
+    next_power_of_2,
     run,
     stored,
     vectors,
@@ -123,10 +125,10 @@ def launch(
     check_output("conv_bn_act", y, (images, outputs, out_height, out_width), x if pixels is None else weight)
     if y.numel() == 0:
         return
-    block_p, block_n = 64, min(max(triton.next_power_of_2(outputs), 16), 64)
+    block_p, block_n = 64, min(max(next_power_of_2(outputs), 16), 64)
     run(
         _kernel,
-        images * triton.cdiv(out_height * out_width, block_p) * triton.cdiv(outputs, block_n),
+        images * cdiv(out_height * out_width, block_p) * cdiv(outputs, block_n),
         x,
         weight,
         *vectors(norm_weight, norm_bias, norm_mean, norm_var),
@@ -149,6 +151,6 @@ def launch(
         PRECISION=matmul_precision(y.dtype),
         BLOCK_P=block_p,
         BLOCK_N=block_n,
-        BLOCK_T=triton.next_power_of_2(9 * channels) if channels > 1 else 16,
+        BLOCK_T=next_power_of_2(9 * channels) if channels > 1 else 16,
         num_warps=4,
     )

@@ -5,10 +5,13 @@ csrc/depthwise/forward.cuh has the same tiles; it is told the number of partial 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from effnet_fast.ops.common import constant
 
 DIRECT_THREADS = 128
 
@@ -58,13 +61,15 @@ def rows_and_pieces(
     return rows, -(-height // rows) * -(-width // t.piece)
 
 
-def multiprocessors(device: int) -> int:
-    """Of that CUDA device."""
+@functools.cache
+def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler, and triton with it, at import.
-multiprocessors._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@constant
+def multiprocessors(device: int) -> int:
+    """Of that CUDA device."""
+    return _multiprocessors(device)
 
 
 def pieces(x: Tensor, height: int, width: int) -> int:

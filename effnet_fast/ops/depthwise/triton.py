@@ -7,6 +7,7 @@ piece follow in registers. Those loads bind it, not HBM: 25 of them an output fo
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,12 @@ from effnet_fast.ops.depthwise import KERNELS, STRIDES, triton_pieces
 from effnet_fast.ops.triton_common import (
     activate,
     alignment,
+    cdiv,
     channels_last,
     check_output,
     converted,
     folded_norm,
+    next_power_of_2,
     run,
     stored,
     vectors,
@@ -105,15 +108,16 @@ class Config:
     num_warps: int
 
 
+@functools.cache
 def choose_config(pixels: int, channels: int, itemsize: int, kernel: int) -> Config:
     """A cache line of channels; two vectors of 16 bytes a thread, so that a tap of the weight is loaded once for two pixels.
 
     One vector for 5x5: with two, ptxas spills on sm_100.
     """
-    block_c = min(max(triton.next_power_of_2(channels), 16), 128 // itemsize)
+    block_c = min(max(next_power_of_2(channels), 16), 128 // itemsize)
     num_warps = 4
     block_p = num_warps * 32 * (2 if kernel == 3 else 1) * 16 // itemsize // block_c
-    return Config(min(block_p, max(triton.next_power_of_2(pixels), 8)), block_c, num_warps)
+    return Config(min(block_p, max(next_power_of_2(pixels), 8)), block_c, num_warps)
 
 
 def launch(
@@ -152,7 +156,7 @@ def launch(
     owners = pieces or triton_pieces(x, out_height, out_width)
     run(
         _kernel,
-        images * owners * triton.cdiv(channels, config.block_c),
+        images * owners * cdiv(channels, config.block_c),
         channels_last(x),
         weight.contiguous(),
         *vectors(norm_weight, norm_bias, norm_mean, norm_var),
@@ -171,7 +175,7 @@ def launch(
         KERNEL=kernel,
         STRIDE=stride,
         ACTIVATION=activation,
-        WIDE=max(x[0].numel(), y[0].numel()) >= 2**31,
+        WIDE=channels * max(height * width, out_height * out_width) >= 2**31,
         BLOCK_P=config.block_p,
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,

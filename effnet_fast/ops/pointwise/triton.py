@@ -13,6 +13,7 @@ that stream past a weight 235 and 113.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +25,14 @@ from effnet_fast.ops.triton_common import (
     INTERPRETED,
     activate,
     alignment,
+    cdiv,
     channels_last,
     check_output,
     converted,
     dot,
     folded_norm,
     matmul_precision,
+    next_power_of_2,
     processors,
     run,
     stored,
@@ -121,7 +124,7 @@ def _kernel(
             b = converted(b, x.dtype.element_ty)
     for tile in tl.range(first, tl.minimum(first + tiles, tiles_m), num_stages=OUTER_STAGES):
         # The tile's first row carries the 64 bits; offsets within the tile fit in 32.
-        row = tile.to(tl.int64) * BLOCK_M
+        row = tl.cast(tile, tl.int64) * BLOCK_M
         left = tl.minimum(rows - row, BLOCK_M).to(tl.int32)
         row += group * rows
         m_inside = tl.minimum(m, left - 1)
@@ -178,9 +181,10 @@ class Config:
 
 def _power_of_2(size: int, least: int, most: int) -> int:
     """The smallest power of two that holds ``size``, between ``least`` and ``most``."""
-    return min(max(triton.next_power_of_2(size), least), most)
+    return min(max(next_power_of_2(size), least), most)
 
 
+@functools.cache
 def choose_config(
     rows: int, groups: int, channels: int, outputs: int, itemsize: int, tensor_cores: bool, streams: bool, sms: int
 ) -> Config:
@@ -196,7 +200,7 @@ def choose_config(
         return Config(block_m, block_n, 16, 2 if block_m * block_n <= 512 else 4, 2, max_registers=255)
     # Every column costs its epilogue, padding too, and every tile of columns reads x again.
     widths = [width for width in (16, 32, 64, 128) if width < 2 * outputs or width == 16]
-    block_n = min(widths, key=lambda width: triton.cdiv(outputs, width) * (14 * width + 4 * channels))
+    block_n = min(widths, key=lambda width: cdiv(outputs, width) * (14 * width + 4 * channels))
     block_m = _power_of_2(rows, 16, 128 if block_n <= 32 else 64)
     block_m, block_n = _spread(rows, groups, outputs, block_m, block_n, sms)
     small = block_m * block_n <= 512
@@ -205,20 +209,20 @@ def choose_config(
     one_step = streams and not small and deep >= channels and deep * (block_n + 2 * block_m) * itemsize <= 65536
     if one_step:
         stages = min(3, (65536 // itemsize // deep - block_n) // block_m)
-        tiles = groups * triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n)
+        tiles = groups * cdiv(rows, block_m) * cdiv(outputs, block_n)
         return Config(block_m, block_n, deep, 4, stages, min(max(tiles // (16 * sms), 1), 16), True)
     # 128 bytes of x a row and step: whole cache lines. Small tiles wait for L2 rather than for HBM: twice the bytes in flight.
     block_k = _power_of_2(channels, 16, (256 if small else 128) // itemsize)
-    stages = min(triton.cdiv(channels, block_k) + 1, 4 if small else 3, 65536 // (block_k * (block_m + block_n) * itemsize))
+    stages = min(cdiv(channels, block_k) + 1, 4 if small else 3, 65536 // (block_k * (block_m + block_n) * itemsize))
     return Config(block_m, block_n, block_k, 2 if small else 4, max(stages, 2))
 
 
 def _spread(rows: int, groups: int, outputs: int, block_m: int, block_n: int, sms: int) -> tuple[int, int]:
     """7x7 and 14x14 at batch 1: smaller tiles until every multiprocessor has one. First fewer pixels: what is read again then is
     the weight, which L2 holds; then fewer outputs."""
-    while groups * triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < sms and block_m > 16:
+    while groups * cdiv(rows, block_m) * cdiv(outputs, block_n) < sms and block_m > 16:
         block_m //= 2
-    while groups * triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < sms and block_n > 16:
+    while groups * cdiv(rows, block_m) * cdiv(outputs, block_n) < sms and block_n > 16:
         block_n //= 2
     return block_m, block_n
 
@@ -250,10 +254,10 @@ def launch(
     rows, groups = (pixels, images) if by_image else (images * pixels, 1)
     streams = by_image or gate is None
     config = choose_config(rows, groups, channels, outputs, x.element_size(), tensor_cores, streams, processors(x.device))
-    shares = triton.cdiv(triton.cdiv(rows, config.block_m), config.tiles)
+    shares = cdiv(cdiv(rows, config.block_m), config.tiles)
     run(
         _kernel,
-        groups * shares * triton.cdiv(outputs, config.block_n),
+        groups * shares * cdiv(outputs, config.block_n),
         channels_last(x),
         weight.contiguous(),
         *vectors(norm_weight, norm_bias, norm_mean, norm_var),

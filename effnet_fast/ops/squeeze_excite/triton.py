@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effnet_fast.ops.common import check_tensor
-from effnet_fast.ops.triton_common import activate, processors, run, sigmoid
+from effnet_fast.ops.triton_common import activate, cdiv, next_power_of_2, processors, run, sigmoid
 
 
 @triton.jit
@@ -165,12 +165,12 @@ def launch(
         return
     partial = partial.contiguous()
     reduce_weight, expand_weight = reduce_weight.contiguous(), expand_weight.contiguous()
-    block_r, sms = triton.next_power_of_2(reduced), processors(partial.device)
+    block_r, sms = next_power_of_2(reduced), processors(partial.device)
     # A tile of weights is 2048 elements, 16 a thread.
     block_c = min(max(2048 // block_r, 8), 256)
     if reduced * channels <= 2**16:
         # Few images: as many programs an image as there are blocks of channels, up to two for every multiprocessor.
-        splits = min(triton.cdiv(channels, block_c), max(2 * sms // images, 1))
+        splits = min(cdiv(channels, block_c), max(2 * sms // images, 1))
         arguments = partial, reduce_weight, reduce_bias, expand_weight, expand_bias, gate, pieces, count, channels, reduced, splits
         # A quarter of the registers to a program; left alone, ptxas spills two of them to fit a fifth or sixth.
         options = {"num_warps": 4, "maxnreg": 128}
@@ -178,14 +178,14 @@ def launch(
         return
     hidden = torch.empty((images, reduced), dtype=torch.float32, device=partial.device)
     if images > 8:
-        groups = triton.cdiv(images, 16)
+        groups = cdiv(images, 16)
         tile = {"IMAGES": 16, "BLOCK_INNER": 64, "num_warps": 4, "maxnreg": 128}
         to_hidden = partial, reduce_weight, reduce_bias, hidden, images, pieces, count, channels, reduced
-        run(_of_images, groups * triton.cdiv(reduced, 16), *to_hidden, ACTIVATION=activation, BLOCK_ROWS=16, **tile)
+        run(_of_images, groups * cdiv(reduced, 16), *to_hidden, ACTIVATION=activation, BLOCK_ROWS=16, **tile)
         to_gate = hidden, expand_weight, expand_bias, gate, images, 1, 1, reduced, channels
-        run(_of_images, groups * triton.cdiv(channels, 32), *to_gate, ACTIVATION="sigmoid", BLOCK_ROWS=32, **tile)
+        run(_of_images, groups * cdiv(channels, 32), *to_gate, ACTIVATION="sigmoid", BLOCK_ROWS=32, **tile)
         return
     by_row = partial, reduce_weight, reduce_bias, hidden, pieces, count, channels, reduced
-    run(_reduce, images * triton.cdiv(reduced, 4), *by_row, ACTIVATION=activation, BLOCK_R=4, BLOCK_C=1024, num_warps=4)
+    run(_reduce, images * cdiv(reduced, 4), *by_row, ACTIVATION=activation, BLOCK_R=4, BLOCK_C=1024, num_warps=4)
     by_channel = hidden, expand_weight, expand_bias, gate, channels, reduced
-    run(_expand, images * triton.cdiv(channels, block_c), *by_channel, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+    run(_expand, images * cdiv(channels, block_c), *by_channel, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
