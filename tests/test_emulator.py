@@ -96,15 +96,15 @@ SEEDED = {
     "missing-barrier-of-the-cluster": bug(
         "    cluster_arrive();\n    cluster_wait();  // every",
         "    __syncthreads();  // every",
-        "changes the result|off by|not finite|null",
+        "changes the result|off by|not finite|AddressSanitizer",
     ),
     "cluster-arrives-and-does-not-wait": bug(
-        "    cluster_wait();  // every", "    __syncthreads();  // every", "changes the result|off by|not finite|null"
+        "    cluster_wait();  // every", "    __syncthreads();  // every", "changes the result|off by|not finite|AddressSanitizer"
     ),
     "written-before-they-have-started": bug(
         "  if (slices > 1) cluster_wait();  // all blocks", "  // all blocks", "before all blocks are known|has not waited"
     ),
-    "weights-read-before-they-are-there": bug("  copy_async_wait<1>();\n", "", "not finite|off by"),
+    "weights-read-before-they-are-there": bug("  copy_async_wait<1>();\n", "", "changes the result|not finite|off by"),
     "off-by-one-store": bug("if (of < rows) put", "if (of <= rows) put", "heap-buffer-overflow|off by|changes"),
     "divergent-shuffle": bug("base < rows; base +=", "base + (lane >> shift) * M < rows; base +=", "emulator: .*shuffle"),
     "misaligned-vector": bug("&& aligned16(weight)", "", "misaligned address"),

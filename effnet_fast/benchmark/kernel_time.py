@@ -219,7 +219,7 @@ def gate(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapp
             trips += -(-row_groups // warps) * -(-along // (4 if plan.images == 1 else 1))
     clocks: Clocks = defaultdict(float)
     for name, number in passes.items():
-        _add(clocks, counts[name], number, 0)
+        _add(clocks, counts[name], number, 128)  # a copy is of whole lines
     full = -(-groups * plan.slices // processors)
     turns = -(-full // min(full, _resident(counts["registers"], plan.threads, plan.shared)))
     sums, weights, made = 4 * batch * pieces * channels, 2 * channels * reduced * item, 4 * batch * channels
