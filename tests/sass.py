@@ -211,10 +211,10 @@ def gate_parts(code: list[Instruction], rows: int, wide: str, narrow: str) -> di
 
     vectors, scalars = first(wide, "FFMA"), first(narrow, "FFMA")
     piece, mean = first("LDG.E.128", "FADD", lacks="FFMA"), first("LDS", "STS", "CALL", lacks="LDG")
-    # What unrolling left over of the vectors' loop is in neither.
+    unaligned = first("LDG.E", "FADD", lacks="FFMA LDG.E.128")  # pieces, of no EfficientNet
     row = min((body for body in loops if _holds(body, vectors) and _holds(body, scalars)), key=len)
     inside = {i.at for body in (vectors, scalars) for i in body}
-    counted = inside | {i.at for body in (row, piece, mean) for i in body}
+    counted = inside | {i.at for body in (row, piece, unaligned, mean) for i in body}
     rest = [i for i in row if i.at not in inside and i.base not in ("LD", "FFMA")]
     return {
         "vectors": per(vectors, "LD", rows),

@@ -42,7 +42,7 @@ def compiled(shared_directory) -> dict[tuple[str, int], tuple[Path, dict[str, sa
 
 def registers_allowed(name: str) -> int:
     if "depthwise" not in name:
-        return 64 if "gate_kernel" in name and "Li1E" in name else 128  # so that 2 blocks of 512 or 256 threads fit an SM
+        return 128  # so that 2 blocks of 256 threads fit an SM
     kind, (kernel, *tile), _ = sass.depthwise_instance(name)
     if kind == "tensor" and tile[-1] != 3:
         return 128  # 2 blocks of 256 threads or 4 of 128

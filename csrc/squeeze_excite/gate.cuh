@@ -17,7 +17,7 @@
 // us through one SM and 0.2 us through 8; 256 images of it take 10 us one by one and 2.6 us in fours.
 //
 // The version before this one split W_r by columns, loaded weights when it came to them, took up to 8 images a block and was 77 to
-// 82 KB of code (this is 21 to 23 KB for one image, 41 to 43 KB for four). In a CUDA graph on an H200, bf16, it took 5.9 to 7.5 us
+// 82 KB of code (this is 25 to 27 KB for one image, 42 to 44 KB for four). In a CUDA graph on an H200, bf16, it took 5.9 to 7.5 us
 // for one image of any of B0's gates, a third each waiting at barriers, for L2 and for instructions, and 6.7 to 24.1 us for 256.
 // This version no GPU has timed yet; effnet_fast/benchmark/kernel_time.py predicts it.
 #pragma once
@@ -31,9 +31,11 @@ constexpr int kVector = 4;                  // elements of a row that a lane wor
 constexpr int64_t kSharedBytes = 96 << 10;  // least limit of a block on any GPU from 8.0 on
 constexpr int kMaxSize = 23000;             // of C + 2 R, so that one image fits a block
 
-// Of a kernel for G images: threads, and rows of an FC that a lane works on at once. One image wants all rows under way, several
-// want every value that was fetched used often.
-template <int G> constexpr int kThreads = G == 1 ? 512 : 256;
+// More threads would sum and multiply in fewer steps, but what surrounds these steps is issued once for each warp, and by the
+// counts of effnet_fast/benchmark/kernel_time.py that binds a block of one image.
+constexpr int kThreads = 256;
+// Of a kernel for G images: rows of an FC that a lane works on at once. One image wants all rows under way, several want every
+// value that was fetched used often.
 template <int G> constexpr int kRows = G == 1 ? 1 : 4;
 
 // How a launch is cut: blocks of a cluster; the hidden units and the channels (a multiple of 8) that each makes; the distances of
@@ -60,12 +62,12 @@ template <bool kVectors, typename T> __device__ __forceinline__ Vec<float, kVect
 
 // Starts the copy of `count` elements to shared memory and returns where they will be: there, or still `from` where there is no
 // room or they are not whole runs of 16 bytes.
-template <int G, typename T> __device__ __forceinline__ const T* stage(const T* from, int count, bool room, T* to) {
+template <typename T> __device__ __forceinline__ const T* stage(const T* from, int count, bool room, T* to) {
   constexpr int kRun = 16 / sizeof(T);
   if (!room || !aligned16(from) || count % kRun) return from;
   const Shared start = shared_address(to);
 #pragma unroll 1
-  for (int i = threadIdx.x * kRun; i < count; i += kThreads<G> * kRun) copy_async(start + i * int(sizeof(T)), from + i, 16);
+  for (int i = threadIdx.x * kRun; i < count; i += kThreads * kRun) copy_async(start + i * int(sizeof(T)), from + i, 16);
   return to;
 }
 
@@ -74,7 +76,7 @@ template <bool kVectors, int G> __device__ __forceinline__ void add_pieces(const
                                                                            int part, int parts, int left,
                                                                            Vec<float, kVector> (&sum)[G]) {
   // In batches of loads that are under way together: a loop of loads and additions that is merely unrolled waits for each.
-  constexpr int kBatch = G == 1 ? 4 : 2;
+  constexpr int kBatch = G == 1 ? 8 : 2;
 #pragma unroll 1
   for (int piece = part; piece < p.pieces; piece += kBatch * parts) {
     Vec<float, kVector> next[kBatch][G];
@@ -98,7 +100,7 @@ template <bool kVectors, int G> __device__ __forceinline__ void add_pieces(const
 template <int G>
 __device__ __forceinline__ void squeeze(const GateParams& p, const Plan& plan, int64_t first_image, int images, float* squeezed) {
   const int lanes = 1 << plan.squeeze_shift, member = threadIdx.x & (lanes - 1), size = G * plan.squeezed_stride;
-  const int warp_shift = max(plan.squeeze_shift, 5), parts = kThreads<G> >> warp_shift;
+  const int warp_shift = max(plan.squeeze_shift, 5), parts = kThreads >> warp_shift;
   const bool vectors = p.channels % kVector == 0 && aligned16(p.partial);
   // Trip counts are the same for a whole warp, in which fewer than 32 lanes have all channels.
   for (int base = 0; base < plan.squeezed_stride; base += lanes * kVector) {
@@ -106,7 +108,7 @@ __device__ __forceinline__ void squeeze(const GateParams& p, const Plan& plan, i
     Vec<float, kVector> sum[G] = {};
     if (left > 0) {
       const float* const partial = p.partial + first_image * p.pieces * p.channels + c;
-      const int part = threadIdx.x >> plan.squeeze_shift, of = kThreads<G> >> plan.squeeze_shift;
+      const int part = threadIdx.x >> plan.squeeze_shift, of = kThreads >> plan.squeeze_shift;
       if (vectors) {
         add_pieces<true>(p, partial, images, part, of, left, sum);
       } else {
@@ -128,7 +130,7 @@ __device__ __forceinline__ void squeeze(const GateParams& p, const Plan& plan, i
   }
   __syncthreads();  // the parts are there
 #pragma unroll 1
-  for (int i = threadIdx.x; i < size; i += kThreads<G>) {
+  for (int i = threadIdx.x; i < size; i += kThreads) {
     float sum = squeezed[i];
 #pragma unroll 4
     for (int part = 1; part < parts; ++part) sum += squeezed[part * size + i];
@@ -196,7 +198,7 @@ template <int G, typename T, typename Put> __device__ __forceinline__ void fully
   const int lane = threadIdx.x % 32, lanes = 1 << shift, member = lane & (lanes - 1), rows_a_warp = (32 >> shift) * M;
   // Trip counts are the same for a whole warp: every lane must come to the shuffles.
 #pragma unroll 1
-  for (int base = int(threadIdx.x) / 32 * rows_a_warp; base < rows; base += kThreads<G> / 32 * rows_a_warp) {
+  for (int base = int(threadIdx.x) / 32 * rows_a_warp; base < rows; base += kThreads / 32 * rows_a_warp) {
     const int row = base + (lane >> shift) * M;
     const T* mine[M];
 #pragma unroll
@@ -231,8 +233,8 @@ template <int G> __device__ __forceinline__ float pick(const float (&values)[G],
 }
 
 // Grid: groups of G images x slices. At least 2 blocks an SM.
-template <typename T, int G> __global__ void __launch_bounds__(kThreads<G>, 2) gate_kernel(const GateParams p, const Plan plan) {
-  constexpr int kEarly = G == 1 ? 1 : 2;                  // biases of a thread that are under way from the start
+template <typename T, int G> __global__ void __launch_bounds__(kThreads, 2) gate_kernel(const GateParams p, const Plan plan) {
+  constexpr int kEarly = 2;                               // biases of a thread that are under way from the start
   EFFNET_DYNAMIC_SHARED(float, squeezed);                 // [G][squeezed_stride]
   float* const hidden = squeezed + plan.squeezed_floats;  // [G][hidden_stride]
   float* const biases = hidden + G * plan.hidden_stride;  // of the block's units, then of its channels
@@ -255,21 +257,21 @@ template <typename T, int G> __global__ void __launch_bounds__(kThreads<G>, 2) g
   T early[kEarly] = {};
 #pragma unroll
   for (int k = 0; k < kEarly; ++k)
-    if (const int row = int(threadIdx.x) + k * kThreads<G>; staged && row < units + channels) early[k] = raw_bias(row);
+    if (const int row = int(threadIdx.x) + k * kThreads; staged && row < units + channels) early[k] = raw_bias(row);
   const T* const reduce =
-      stage<G>(static_cast<const T*>(p.reduce_weight) + int64_t(first_unit) * p.channels, units * p.channels, staged, weights);
+      stage(static_cast<const T*>(p.reduce_weight) + int64_t(first_unit) * p.channels, units * p.channels, staged, weights);
   copy_async_commit();
   if (const int unit = plan.hidden_stride - kVector + threadIdx.x % kVector; threadIdx.x < G * kVector && unit >= p.reduced)
     hidden[threadIdx.x / kVector * plan.hidden_stride + unit] = 0.f;
   squeeze<G>(p, plan, first_image, images, squeezed);
-  const T* const expand = stage<G>(static_cast<const T*>(p.expand_weight) + int64_t(first_channel) * p.reduced,
-                                   channels * p.reduced, staged, weights + plan.reduce_elements);
+  const T* const expand = stage(static_cast<const T*>(p.expand_weight) + int64_t(first_channel) * p.reduced, channels * p.reduced,
+                                staged, weights + plan.reduce_elements);
   copy_async_commit();
 #pragma unroll
   for (int k = 0; k < kEarly; ++k)
-    if (const int row = int(threadIdx.x) + k * kThreads<G>; staged && row < units + channels) biases[row] = to_float(early[k]);
+    if (const int row = int(threadIdx.x) + k * kThreads; staged && row < units + channels) biases[row] = to_float(early[k]);
 #pragma unroll 1
-  for (int row = int(threadIdx.x) + kEarly * kThreads<G>; staged && row < units + channels; row += kThreads<G>)
+  for (int row = int(threadIdx.x) + kEarly * kThreads; staged && row < units + channels; row += kThreads)
     biases[row] = to_float(raw_bias(row));
   copy_async_wait<1>();
   __syncthreads();                 // the squeeze and the reduce layer's weights are there
@@ -307,7 +309,7 @@ template <int G> int shift_for(int rows, int inner) {
   int best = 5;
   int64_t least = INT64_MAX;
   for (const int shift : {5, 4, 3, 2}) {
-    const int64_t steps = int64_t(ceil_div(inner, kVector << shift) + 1) * ceil_div(rows, (kThreads<G> >> shift) * kRows<G>);
+    const int64_t steps = int64_t(ceil_div(inner, kVector << shift) + 1) * ceil_div(rows, (kThreads >> shift) * kRows<G>);
     if (steps < least) best = shift, least = steps;
   }
   return best;
@@ -325,8 +327,8 @@ template <typename T, int G> Plan make_plan(const GateParams& p, int slices) {
   plan.channels = ceil_div(ceil_div(p.channels, slices), 8) * 8;
   plan.squeezed_stride = ceil_div(p.channels, kVector) * kVector;
   plan.hidden_stride = ceil_div(p.reduced, kVector) * kVector;
-  while (kVector << plan.squeeze_shift < plan.squeezed_stride && 1 << plan.squeeze_shift < kThreads<G>) ++plan.squeeze_shift;
-  plan.squeezed_floats = (kThreads<G> >> max(plan.squeeze_shift, 5)) * G * plan.squeezed_stride;
+  while (kVector << plan.squeeze_shift < plan.squeezed_stride && 1 << plan.squeeze_shift < kThreads) ++plan.squeeze_shift;
+  plan.squeezed_floats = (kThreads >> max(plan.squeeze_shift, 5)) * G * plan.squeezed_stride;
   plan.reduce_shift = shift_for<G>(plan.units, p.channels);
   plan.expand_shift = shift_for<G>(plan.channels, p.reduced);
   Plan staged = plan;
@@ -354,7 +356,7 @@ template <typename T, int G> void launch_group(const GateParams& p, int slices, 
   if (blocks >= int64_t(1) << 31) throw std::runtime_error("squeeze_excite_gate: there are too many images for one launch");
   // The same limit whatever this call needs: another thread may be between asking for its own and its launch.
   if (bytes > 48 << 10) EFFNET_ALLOW_SHARED((gate_kernel<T, G>), kSharedBytes);
-  launch_cluster(gate_kernel<T, G>, unsigned(blocks), kThreads<G>, slices, bytes, stream, p, plan);
+  launch_cluster(gate_kernel<T, G>, unsigned(blocks), kThreads, slices, bytes, stream, p, plan);
 }
 
 // Starts the kernel for p.batch > 0 images on a GPU of that many multiprocessors and blocks a cluster (1 where it has none).

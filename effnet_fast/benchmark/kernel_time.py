@@ -38,6 +38,7 @@ CLUSTER_BARRIER = 0.5e-6  # seconds from the first block's arrival to the last o
 MMA_PEAK, MMA_RATE = 512, 0.62  # multiply-adds a clock and quarter of a multiprocessor, half types; the share that mma.sync reaches
 SHARED, REGISTERS, THREADS = 227 * 1024, 65536, 2048  # of a multiprocessor
 ARCH = 90  # that the counts are for
+_GATE_THREADS = 256
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Counts = Mapping[str, Any]  # of one kernel: its registers, and its parts
 Clocks = defaultdict[str, float]  # of the fullest multiprocessor, by what is busy
@@ -147,10 +148,6 @@ class GatePlan(NamedTuple):
     shared: int
 
     @property
-    def threads(self) -> int:
-        return 512 if self.images == 1 else 256
-
-    @property
     def rows(self) -> int:
         """Of a fully connected layer, that a lane works on at once."""
         return 1 if self.images == 1 else 4
@@ -175,14 +172,14 @@ def gate_plan(batch: int, channels: int, reduced: int, item: int, multiprocessor
 def _gate_plan(images: int, slices: int, channels: int, reduced: int, item: int) -> GatePlan:
     plan = GatePlan(images, slices, -(-reduced // slices), -(-channels // slices // 8) * 8, 0, 0, 0, 0, 0)
     stride, shift = -(-channels // 4) * 4, 0
-    while 4 << shift < stride and 1 << shift < plan.threads:
+    while 4 << shift < stride and 1 << shift < _GATE_THREADS:
         shift += 1
 
     def lanes(rows: int, inner: int) -> int:
-        at_once = {shift: (plan.threads >> shift) * plan.rows for shift in (5, 4, 3, 2)}
+        at_once = {shift: (_GATE_THREADS >> shift) * plan.rows for shift in (5, 4, 3, 2)}
         return min(at_once, key=lambda shift: (-(-inner // (4 << shift)) + 1) * -(-rows // at_once[shift]))
 
-    floats = (plan.threads >> max(shift, 5)) * images * stride + images * -(-reduced // 4) * 4
+    floats = (_GATE_THREADS >> max(shift, 5)) * images * stride + images * -(-reduced // 4) * 4
     biases = -(-(plan.units + plan.channels) // 4) * 4
     weights = -(-plan.units * channels // 8) * 8 + -(-plan.channels * reduced // 8) * 8
     with_weights = 4 * (floats + biases) + item * weights
@@ -208,10 +205,10 @@ def gate(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapp
     pieces = rows_and_pieces(_DTYPES[dtype], batch, channels, d["h"], d["w"], processors)[1]
     plan = gate_plan(batch, channels, reduced, item, processors)
     counts = kernels[f"gate {plan.images} {'fp32' if dtype == 'fp32' else 'bf16'}"]
-    groups, warps = -(-batch // plan.images), plan.threads // 32
-    columns, each = -(-channels // (4 << plan.squeeze_shift)), -(-pieces // (plan.threads >> plan.squeeze_shift))
+    groups, warps = -(-batch // plan.images), _GATE_THREADS // 32
+    columns, each = -(-channels // (4 << plan.squeeze_shift)), -(-pieces // (_GATE_THREADS >> plan.squeeze_shift))
     passes = Counter(once=warps, piece=warps * columns * each * plan.images, mean=-(-plan.images * channels // 32))
-    trips = columns * -(-each // (4 if plan.images == 1 else 2))
+    trips = columns * -(-each // (8 if plan.images == 1 else 2))
     for rows, inner, shift in ((plan.units, channels, plan.reduce_shift), (plan.channels, reduced, plan.expand_shift)):
         row_groups, along = -(-rows // ((32 >> shift) * plan.rows)), -(-inner // (4 << shift))
         passes += Counter({"row": row_groups, "scalars" if inner % 4 else "vectors": row_groups * along})
@@ -221,7 +218,7 @@ def gate(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapp
     for name, number in passes.items():
         _add(clocks, counts[name], number, 128)  # a copy is of whole lines
     full = -(-groups * plan.slices // processors)
-    turns = -(-full // min(full, _resident(counts["registers"], plan.threads, plan.shared)))
+    turns = -(-full // min(full, _resident(counts["registers"], _GATE_THREADS, plan.shared)))
     sums, weights, made = 4 * batch * pieces * channels, 2 * channels * reduced * item, 4 * batch * channels
     read = 4 * plan.images * channels * pieces + (plan.units * channels + plan.channels * reduced) * item
     spent = {pipe: number * full / machine.clock for pipe, number in clocks.items()}
