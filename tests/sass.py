@@ -189,11 +189,11 @@ def depthwise_parts(code: list[Instruction], tensor: bool, live: int, taps: int,
     return counts
 
 
-def gate_parts(code: list[Instruction]) -> dict[str, dict[str, int]]:
-    """The gate kernel's counts. Of a fully connected layer, in the reduce layer's code: "vectors", 4 elements of 4 rows a lane,
-    "scalars", one element of 4 rows, and "row", the rest of a group of rows. Of the squeeze: "piece", 4 channels of a partial sum,
-    "squeeze", the rest of those 4 channels, and "mean", a channel. Of the hidden units: "peer", 4 of another block's sums, and
-    "hidden", the rest of those 4. "gate", a channel of the result."""
+def gate_parts(code: list[Instruction], rows: int, wide: str, narrow: str) -> dict[str, dict[str, int]]:
+    """The gate kernel's counts. Of a fully connected layer, in the reduce layer's code: "vectors", 4 elements of ``rows`` rows a
+    lane, "scalars", the same where rows are not aligned, and "row", the rest of a group of rows. Of the squeeze: "piece", 4
+    channels of a partial sum, and "mean", a channel. "once", the rest of the kernel. Weights are loaded by ``wide`` or
+    ``narrow``."""
     loops = _loops(code)
     innermost = [body for body in loops if not any(other is not body and _holds(body, other) for other in loops)]
 
@@ -209,26 +209,20 @@ def gate_parts(code: list[Instruction]) -> dict[str, dict[str, int]]:
         times = sum(i.base == base for i in body) // each
         return {name: -(-number // times) for name, number in tally(_busiest(body)).items()}
 
-    def rest(*inner: list[Instruction], base: str, each: int = 1) -> dict[str, int]:
-        """Of the loop around, without passes of the first of ``inner`` that its unrolling left over."""
-        outer = min((body for body in loops if all(body is not one and _holds(body, one) for one in inner)), key=len)
-        inside = {i.at for body in inner for i in body}
-        path = _busiest([i for i in outer if i.at not in inside])
-        times, counts = sum(i.base == base for i in path) // each, per(inner[0], base, each)
-        return {name: left for name, number in tally(path).items() if (left := number - times * counts.get(name, 0)) > 0}
-
-    vectors, scalars = first("LDG", "LDS.128", "FFMA"), first("LDG", "LDS", "FFMA", lacks="LDS.128 MUFU")
-    piece, peer = first("LDG.E.128", "FADD", lacks="FFMA"), first("LD")
+    vectors, scalars = first(wide, "FFMA"), first(narrow, "FFMA")
+    piece, mean = first("LDG.E.128", "FADD", lacks="FFMA"), first("LDS", "STS", "CALL", lacks="LDG")
+    unaligned = first("LDG.E", "FADD", lacks="FFMA LDG.E.128")  # pieces, of no EfficientNet
+    row = min((body for body in loops if _holds(body, vectors) and _holds(body, scalars)), key=len)
+    inside = {i.at for body in (vectors, scalars) for i in body}
+    counted = inside | {i.at for body in (row, piece, unaligned, mean) for i in body}
+    rest = [i for i in row if i.at not in inside and i.base not in ("LD", "FFMA")]
     return {
-        "vectors": per(vectors, "LDG", 4),
-        "scalars": per(scalars, "LDG", 4),
-        "row": rest(vectors, scalars, base="LDG", each=4),
+        "vectors": per(vectors, "LD", rows),
+        "scalars": per(scalars, "LD", 4 * rows),
+        "row": tally(_busiest(rest)),
         "piece": per(piece, "LDG"),
-        "squeeze": rest(piece, base="LDG"),
-        "mean": per(first("LDS", "STS", "CALL", lacks="LDG"), "STS"),
-        "peer": per(peer, "LD"),
-        "hidden": rest(peer, base="LD"),
-        "gate": per(first("LDG", "MUFU", "STG"), "STG"),
+        "mean": per(mean, "STS"),
+        "once": tally(_busiest([i for i in code if i.at not in counted])),
     }
 
 
@@ -253,7 +247,9 @@ def model_counts(cubins: dict[str, Path], resources: dict[str, Resources]) -> di
         found = re.search(r"gate_kernelI(f|\w*?bf16E)Li(\d+)E", name)
         if found:
             dtype = "fp32" if found[1] == "f" else "bf16"
-            counted[f"gate {found[2]} {dtype}"] = {"registers": resources[name].registers, **gate_parts(code)}
+            rows = 1 if found[2] == "1" else 4
+            parts = gate_parts(code, rows, *(("LD.E.128", "LD.E") if dtype == "fp32" else ("LD.E.64", "LD.E.U16")))
+            counted[f"gate {found[2]} {dtype}"] = {"registers": resources[name].registers, **parts}
     return {"arch": COUNTED_ARCH, "nvcc": nvcc_version(), "kernels": dict(sorted(counted.items()))}
 
 

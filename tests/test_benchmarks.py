@@ -256,8 +256,10 @@ GATE_PLANS = r"""
 namespace effnet_fast {
 template <int G, typename P, typename Plan>
 void tell(unsigned blocks, int, int slices, long bytes, void*, const P& p, const Plan& plan) {
-  std::printf("%d %d %d %d %d %d %ld\n", G, slices, plan.channels, plan.hidden_stride, plan.reduce_lanes, plan.expand_lanes, bytes);
-  if (blocks != (p.batch + G - 1) / G * slices) std::printf("a grid of %u blocks\n", blocks);
+  std::printf("%d %d %d %d ", G, slices, plan.units, plan.channels);
+  std::printf("%d %d %d ", plan.squeeze_shift, plan.reduce_shift, plan.expand_shift);
+  std::printf("%d %ld\n", plan.reduce_elements > 0, bytes);
+  if (blocks != (p.batch + G - 1) / G * slices || 1 << plan.slices_shift != slices) std::printf("a grid of %u blocks\n", blocks);
 }
 }
 #define launch_cluster(kernel_of_type, and_images, ...) tell<G>(__VA_ARGS__)

@@ -57,11 +57,11 @@ class Gate:
         return "squeeze_excite_gate", (partial, 49, rw, rb, ew, eb, *options)
 
 
-# A block has at most 32 KB of weights, or an eighth, and a group of images is the larger the more images there are for the GPU.
+# Slices and images of a block are what gate.cuh's clocks says for the GPU.
 GATES = [
     Gate(1, 1, 32, 8),
     Gate(3, 2, 144, 6, activation="relu"),
-    Gate(1, 2, 240, 20),  # 2 slices
+    Gate(1, 2, 240, 20),
     Gate(2, 3, 37, 5, activation="relu6"),
     Gate(2, 4, 7, 1, activation="identity", bias=False),
     Gate(2, 2, 48, 12, dtype=torch.bfloat16),
@@ -71,14 +71,15 @@ GATES = [
     Gate(7, 2, 41, 12, multiprocessors=4, misalign=1),
     Gate(5, 3, 40, 8, multiprocessors=4),
     Gate(9, 1, 56, 7, multiprocessors=1, dtype=torch.float16, activation="relu"),
-    Gate(2, 5, 641, 39, dtype=torch.bfloat16),  # 4
-    Gate(1, 1, 1032, 48, dtype=torch.float16),  # 8
+    Gate(2, 5, 641, 39, dtype=torch.bfloat16),  # 8 slices, the last of 81 channels and 4 units
+    Gate(1, 1, 1032, 48, dtype=torch.float16),
     Gate(1, 2, 712, 100),  # 8 of 96 channels, the last of 40
+    Gate(1, 1, 1600, 68),  # 8, too large to be staged
     Gate(5, 1, 640, 40, multiprocessors=20),  # 8, groups of 4
-    Gate(9, 2, 520, 44, multiprocessors=2, dtype=torch.bfloat16, bias=False),  # 4, groups of 8
+    Gate(9, 2, 520, 44, multiprocessors=2, dtype=torch.bfloat16, bias=False),
     Gate(3, 1, 640, 40, cluster=1),
     Gate(1, 1, 20, 1000),
-    Gate(9, 1, 3200, 20, multiprocessors=1, cluster=1),  # groups of 8 would not fit the block's memory
+    Gate(9, 1, 3200, 20, multiprocessors=1, cluster=1),
 ]
 SEEDS = range(3)
 # What catches the seeded bugs: threads that share pieces, misaligned weights, eight blocks, groups of images and rows that do not
@@ -92,15 +93,24 @@ def bug(text: str, replacement: str, says: str) -> emulator.Bug:
 
 SEEDED = {
     "missing-barrier": bug("  __syncthreads();  // the parts are there\n", "", "changes the result|off by|not finite"),
-    "missing-barrier-of-the-cluster": bug("  cluster_wait();  // every", "  __syncthreads();  // every", "and has not waited"),
-    "peers-read-before-they-have-written": bug(
-        "  cluster_arrive();\n  cluster_wait();  // every", "  __syncthreads();  // every", "changes the result|off by|not finite"
+    "missing-barrier-of-the-cluster": bug(
+        "    cluster_arrive();\n    cluster_wait();  // every",
+        "    __syncthreads();  // every",
+        "changes the result|off by|not finite|AddressSanitizer",
     ),
-    "peers-read-after-they-have-ended": bug("  cluster_wait();  // nor", "  // nor", "AddressSanitizer|null pointer"),
-    "off-by-one-store": bug("if (row + at / G < rows) y", "if (row + at / G <= rows) y", "heap-buffer-overflow|off by|changes"),
-    "divergent-shuffle": bug("base < rows; base +=", "base + lane / lanes * kRows < rows; base +=", "emulator: .*shuffle"),
+    "cluster-arrives-and-does-not-wait": bug(
+        "    cluster_wait();  // every", "    __syncthreads();  // every", "changes the result|off by|not finite|AddressSanitizer"
+    ),
+    "written-before-they-have-started": bug(
+        "  if (slices > 1) cluster_wait();  // all blocks", "  // all blocks", "before all blocks are known|has not waited"
+    ),
+    "weights-read-before-they-are-there": bug("  copy_async_wait<1>();\n", "", "changes the result|not finite|off by"),
+    "off-by-one-store": bug("if (of < rows) put", "if (of <= rows) put", "heap-buffer-overflow|off by|changes"),
+    "divergent-shuffle": bug("base < rows; base +=", "base + (lane >> shift) * M < rows; base +=", "emulator: .*shuffle"),
     "misaligned-vector": bug("&& aligned16(weight)", "", "misaligned address"),
-    "shared-memory-too-short": bug("int64_t(2) * images * plan", "int64_t(1) * images * plan", "heap-buffer-overflow"),
+    "shared-memory-too-short": bug(
+        "int64_t(images) * plan.hidden_stride", "int64_t(images - 1) * plan.hidden_stride", "heap-buffer-overflow|outside"
+    ),
 }
 
 

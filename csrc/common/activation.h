@@ -12,10 +12,10 @@ enum class Activation { identity, silu, relu, relu6, sigmoid };
 EFFNET_HOST_DEVICE float activate(Activation activation, float v) {
   switch (activation) {
     case Activation::identity: break;
-    case Activation::silu: return v / (1.f + expf(-v));
+    case Activation::silu:
+    case Activation::sigmoid: return (activation == Activation::silu ? v : 1.f) / (1.f + expf(-v));  // one division to inline
     case Activation::relu: return v < 0.f ? 0.f : v;
     case Activation::relu6: return v < 0.f ? 0.f : v > 6.f ? 6.f : v;
-    case Activation::sigmoid: return 1.f / (1.f + expf(-v));
   }
   return v;
 }

@@ -12,6 +12,12 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
+// The same without a word on what was written before.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
 // ... and waits for all the others: what they wrote before is there.
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
@@ -21,9 +27,9 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 // The same place in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ const float* cluster_peer(const float* shared, int rank) {
+__device__ __forceinline__ float* cluster_peer(float* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
-  const float* peer;
+  float* peer;
   asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(shared), "r"(rank));
   return peer;
 #else

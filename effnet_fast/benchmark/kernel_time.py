@@ -33,11 +33,12 @@ from effnet_fast.ops.depthwise.launch import DIRECT_THREADS, rows_and_pieces, ti
 RAMP = 1.5e-6  # seconds
 L2_BYTES = 5.5e12  # a second, all multiprocessors together
 SM_BYTES = 64  # that one multiprocessor takes in a clock
-LATENCY, IDLE_LATENCY, L2_LATENCY = 0.6e-6, 0.3e-6, 0.15e-6  # seconds of a trip to busy memory, to idle memory, to L2
+LATENCY, L2_LATENCY = 0.6e-6, 0.3e-6  # seconds of a trip to busy memory, to L2
+CLUSTER_BARRIER = 0.5e-6  # seconds from the first block's arrival to the last one's going on
 MMA_PEAK, MMA_RATE = 512, 0.62  # multiply-adds a clock and quarter of a multiprocessor, half types; the share that mma.sync reaches
 SHARED, REGISTERS, THREADS = 227 * 1024, 65536, 2048  # of a multiprocessor
 ARCH = 90  # that the counts are for
-_GATE_THREADS, _GATE_WARPS = 256, 8
+_GATE_THREADS = 256
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Counts = Mapping[str, Any]  # of one kernel: its registers, and its parts
 Clocks = defaultdict[str, float]  # of the fullest multiprocessor, by what is busy
@@ -133,78 +134,99 @@ def depthwise(launch: Launch, dtype: str, batch: int, machine: Machine, kernels:
 
 
 class GatePlan(NamedTuple):
-    """How csrc/squeeze_excite/gate.cuh cuts a launch on a GPU with clusters: its Plan, images of a block, bytes it shares."""
+    """How csrc/squeeze_excite/gate.cuh cuts a launch on a GPU with clusters: images of a block, what its Plan says, whether weights
+    are staged in shared memory, and how many bytes of that a block takes."""
 
     images: int
     slices: int
+    units: int
     channels: int
-    hidden_stride: int
-    reduce_lanes: int
-    expand_lanes: int
+    squeeze_shift: int
+    reduce_shift: int
+    expand_shift: int
+    staged: int
     shared: int
+
+    @property
+    def rows(self) -> int:
+        """Of a fully connected layer, that a lane works on at once."""
+        return 1 if self.images == 1 else 4
 
 
 def gate_plan(batch: int, channels: int, reduced: int, item: int, multiprocessors: int) -> GatePlan:
     """What gate.cuh's launch_gate and make_plan choose."""
-    slices = 1
-    while slices < 8 and 2 * channels * reduced * item // slices > 32 << 10:
-        slices *= 2
-    width, stride = -(-channels // slices // 8) * 8, -(-reduced // 4) * 4
+    elements = 2 * channels * reduced
 
-    def shared(images: int) -> int:
-        return 4 * (max(images * width, 4 * _GATE_THREADS) + 2 * images * stride)
+    def clocks(plan: GatePlan) -> int:
+        groups = -(-batch // plan.images)
+        turns = -(-groups * plan.slices // multiprocessors)
+        block = turns * elements * item // plan.slices // (64 if plan.staged else 16)
+        fetched = max(block, groups * elements * item // (21 * multiprocessors))
+        products = turns * elements * plan.images // plan.slices // (20 if plan.images == 1 else 80)
+        return fetched + products + (600 + 50 * plan.slices) * (plan.slices > 1)
+
+    plans = [_gate_plan(images, slices, channels, reduced, item) for slices in (1, 2, 4, 8) for images in (1, 4)]
+    return min((plan for plan in plans if plan.shared <= 96 << 10), key=clocks)
+
+
+def _gate_plan(images: int, slices: int, channels: int, reduced: int, item: int) -> GatePlan:
+    plan = GatePlan(images, slices, -(-reduced // slices), -(-channels // slices // 8) * 8, 0, 0, 0, 0, 0)
+    stride, shift = -(-channels // 4) * 4, 0
+    while 4 << shift < stride and 1 << shift < _GATE_THREADS:
+        shift += 1
 
     def lanes(rows: int, inner: int) -> int:
-        return min((32, 16, 8), key=lambda lanes: -(-inner // (4 * lanes)) * -(-rows // (4 * _GATE_THREADS // lanes)))
+        at_once = {shift: (_GATE_THREADS >> shift) * plan.rows for shift in (5, 4, 3, 2)}
+        return min(at_once, key=lambda shift: (-(-inner // (4 << shift)) + 1) * -(-rows // at_once[shift]))
 
-    images = 1
-    while images < 8 and -(-batch // images) * slices > multiprocessors // 2:
-        larger = 8 if images == 4 else 4
-        if shared(larger) > 96 << 10:
-            break
-        images = larger
-    return GatePlan(images, slices, width, stride, lanes(reduced, width), lanes(width, reduced), shared(images))
+    floats = (_GATE_THREADS >> max(shift, 5)) * images * stride + images * -(-reduced // 4) * 4
+    biases = -(-(plan.units + plan.channels) // 4) * 4
+    weights = -(-plan.units * channels // 8) * 8 + -(-plan.channels * reduced // 8) * 8
+    with_weights = 4 * (floats + biases) + item * weights
+    staged = with_weights <= 96 << 10
+    return plan._replace(
+        squeeze_shift=shift,
+        reduce_shift=lanes(plan.units, channels),
+        expand_shift=lanes(plan.channels, reduced),
+        staged=int(staged),
+        shared=with_weights if staged else 4 * floats,
+    )
 
 
 def gate(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapping[str, Counts]) -> Predicted:
     """Of csrc/squeeze_excite/gate.cuh, for the partial sums that the depthwise kernel hands over; its fp16 has bf16's counts.
 
-    "latency" is the chain of trips that each warp makes, one after another: its sums, then its rows, as many trips ahead as are
-    unrolled, which the first blocks all want at once from memory and later ones find in L2, and the other blocks' sums. "sm" is
-    what the blocks of a multiprocessor read, from L2 and from each other. That a cluster must fit one part of the GPU is left out.
+    "latency" is the chain of trips to L2 that a block makes: its partial sums, as many at a time as are unrolled, its weights where
+    they are not staged meanwhile, and the barrier of a cluster. "sm" is what the blocks of a multiprocessor read. That a cluster
+    must fit one part of the GPU, and what instructions cost that no earlier launch has fetched, is left out.
     """
     d, item, processors = dict(launch.shape), ITEM_BYTES[dtype], machine.multiprocessors
     channels, reduced = d["c"], d["reduced"]
     pieces = rows_and_pieces(_DTYPES[dtype], batch, channels, d["h"], d["w"], processors)[1]
     plan = gate_plan(batch, channels, reduced, item, processors)
     counts = kernels[f"gate {plan.images} {'fp32' if dtype == 'fp32' else 'bf16'}"]
-    groups, unroll = -(-batch // plan.images), {1: 4, 4: 2, 8: 1}[plan.images]
-    vectors, units = plan.images * plan.channels // 4, plan.images * plan.hidden_stride // 4
-    parts = min(max(_GATE_THREADS // vectors, 1), pieces)
-    summed = -(-parts * vectors // 32)  # passes of a warp, as all that follow
-    passes = Counter(squeeze=summed, piece=summed * -(-pieces // parts), mean=-(-vectors * 4 // 32))
-    passes += Counter(peer=-(-units // 32) * plan.slices, hidden=-(-units // 32), gate=plan.images * -(-plan.channels // 32))
-    trips = -(-summed // _GATE_WARPS) * -(-pieces // parts // 4)
-    for rows, inner, lanes in ((reduced, plan.channels, plan.reduce_lanes), (plan.channels, reduced, plan.expand_lanes)):
-        part, width = ("scalars", 1) if inner % 4 else ("vectors", 4)
-        row_groups, along = -(-rows // (32 // lanes * 4)), -(-inner // (lanes * width))
-        passes += Counter({"row": row_groups, part: row_groups * along})
-        trips += -(-row_groups // _GATE_WARPS) * -(-along // unroll)
+    groups, warps = -(-batch // plan.images), _GATE_THREADS // 32
+    columns, each = -(-channels // (4 << plan.squeeze_shift)), -(-pieces // (_GATE_THREADS >> plan.squeeze_shift))
+    passes = Counter(once=warps, piece=warps * columns * each * plan.images, mean=-(-plan.images * channels // 32))
+    trips = columns * -(-each // (8 if plan.images == 1 else 2))
+    for rows, inner, shift in ((plan.units, channels, plan.reduce_shift), (plan.channels, reduced, plan.expand_shift)):
+        row_groups, along = -(-rows // ((32 >> shift) * plan.rows)), -(-inner // (4 << shift))
+        passes += Counter({"row": row_groups, "scalars" if inner % 4 else "vectors": row_groups * along})
+        if not plan.staged:
+            trips += -(-row_groups // warps) * -(-along // (4 if plan.images == 1 else 1))
     clocks: Clocks = defaultdict(float)
     for name, number in passes.items():
-        _add(clocks, counts[name], number, 0)
+        _add(clocks, counts[name], number, 128)  # a copy is of whole lines
     full = -(-groups * plan.slices // processors)
     turns = -(-full // min(full, _resident(counts["registers"], _GATE_THREADS, plan.shared)))
     sums, weights, made = 4 * batch * pieces * channels, 2 * channels * reduced * item, 4 * batch * channels
-    peers = 16 * units * plan.slices
-    read = 16 * vectors * pieces + 2 * plan.channels * reduced * item + peers
+    read = 4 * plan.images * channels * pieces + (plan.units * channels + plan.channels * reduced) * item
     spent = {pipe: number * full / machine.clock for pipe, number in clocks.items()}
     spent |= {
         "memory": (sums + weights + made) / machine.copy,
-        "l2": (sums + groups * weights + made) / L2_BYTES,
+        "l2": (sums * plan.slices + groups * weights + made) / L2_BYTES,
         "sm": read * full / SM_BYTES / machine.clock,
-        "latency": trips * (IDLE_LATENCY + L2_LATENCY * (turns - 1))
-        + turns * L2_LATENCY * -(-units // _GATE_THREADS) * -(-plan.slices // 4),
+        "latency": turns * (trips * L2_LATENCY + CLUSTER_BARRIER * (plan.slices > 1)),
     }
     return _predicted(spent, RAMP)
 

@@ -63,11 +63,6 @@ def folded_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, channels,
     return scale, shift
 
 
-@triton.jit
-def sigmoid(value):
-    return 1.0 / (1.0 + tl.exp(-value))
-
-
 # SiLU of two values at once: the reciprocal of (1 + e^-a)(1 + e^-b) serves both, so that they take three uses of the special
 # function unit in place of four. That product must not overflow: exponents end at 2^57.7, where values end at -40, whose SiLU is
 # -2e-16. NaN comes through in the numerator alone, so that it stays its own.

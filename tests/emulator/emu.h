@@ -340,15 +340,20 @@ inline void cluster_arrive() {
   emu::Fiber* const f = emu::state().current;
   if (f->arrivals++ != f->waits) emu::fail("a thread arrives again at its cluster's barrier and has not waited");
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait(std::source_location at = std::source_location::current()) {
   emu::Fiber* const f = emu::state().current;
   if (++f->waits != f->arrivals) emu::fail("a thread waits at its cluster's barrier and has not arrived");
   emu::barrier(emu::Wait::cluster, 0, emu::site_of(at));
 }
-inline const float* cluster_peer(const float* shared, int rank) {
-  const char* const mine = reinterpret_cast<const char*>(shared);
-  const char* const theirs = emu::state().blocks.at(rank).shared.get();
-  return reinterpret_cast<const float*>(theirs + (mine - emu::block_now().shared.get()));
+inline float* cluster_peer(float* shared, int rank) {
+  emu::Block& theirs = emu::state().blocks.at(rank);
+  if (emu::Block& mine = emu::block_now(); &mine != &theirs) {
+    if (emu::state().current->waits == 0)
+      emu::fail("a thread uses another block's memory before all blocks are known to have started");
+    return reinterpret_cast<float*>(theirs.shared.get() + (reinterpret_cast<char*>(shared) - mine.shared.get()));
+  }
+  return shared;
 }
 template <typename... Parameters, typename... Arguments> void launch_cluster(void (*kernel)(Parameters...), unsigned blocks,
                                                                              unsigned threads, int size, size_t shared_bytes, void*,
