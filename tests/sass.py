@@ -169,7 +169,10 @@ def depthwise_parts(code: list[Instruction], tensor: bool, live: int, taps: int,
     inner = [body for body in _loops([i for i in code if i.at < first]) if any(i.base == "STS" for i in body)]
     in_loops = {i.at for body in inner for i in body}
     before = [i for i in code if i.at < first and i.at not in in_loops and i.base != "LDGSTS"]
-    once = [*_busiest(before), *_busiest([i for i in code if i.at > last])]
+    after = _busiest([i for i in code if i.at > last])
+    if tensor:  # the last rows come out after the loop, but are counted by the row as all
+        after = [i for i in after if i.base != "LDS" and not (i.base == "STG" and i.bytes == 512)]
+    once = [*_busiest(before), *after]
     path = _busiest(main)
     if tensor:
         sums = [i for i in path if i.base == "HMMA" and "16816" not in i.operation][: 2 * live]

@@ -242,16 +242,16 @@ def bug(text: str, replacement: str, says: str) -> emulator.Bug:
 BARRIER = "    __syncthreads();  // this stage has landed"
 SEEDED = {
     "depthwise-missing-barrier": bug(BARRIER, "    // this stage has landed", "changes the result|off by|not finite"),
-    "depthwise-missing-syncwarp": bug("    __syncwarp();\n", "", "changes the result|off by|not finite"),
+    "depthwise-missing-last-barrier": bug(
+        "  __syncthreads();  // the last", "  // the last", "changes the result|off by|not finite"
+    ),
     "depthwise-missing-wait": bug("copy_async_wait<Tr::kStages - 2>()", "copy_async_wait<Tr::kStages>()", "off by|not finite"),
     "depthwise-divergent-shuffle": bug(
         "float v = exists(half, g, c)",
         "if (!exists(half, g, c)) continue;\n        float v = exists(half, g, c)",
         "emulator: .*shuffle",
     ),
-    "depthwise-off-by-one-store": bug(
-        "column_of(half, pixel) < p.out_width", "column_of(half, pixel) <= p.out_width", "heap-buffer-overflow|off by"
-    ),
+    "depthwise-off-by-one-store": bug("my_column < p.out_width", "my_column <= p.out_width", "heap-buffer-overflow|off by"),
 }
 SEEDED_RUNS = [
     Run(Case(1, 24, 19, 18, 5, 1, cases.symmetric(5)), torch.bfloat16),

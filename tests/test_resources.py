@@ -46,7 +46,7 @@ def registers_allowed(name: str) -> int:
     kind, (kernel, *tile), _ = sass.depthwise_instance(name)
     if kind == "tensor" and tile[-1] != 3:
         return 128  # 2 blocks of 256 threads or 4 of 128
-    return {("tensor", 3): 112, ("tensor", 5): 168, ("direct", 3): 128, ("direct", 5): 232}[kind, kernel]
+    return {("tensor", 3): 96, ("tensor", 5): 168, ("direct", 3): 128, ("direct", 5): 232}[kind, kernel]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -62,10 +62,10 @@ def test_registers_and_spills(arch, compiled):
 
 # Lane-instructions an output of the loop, with SiLU: what the note in forward.cuh states and 1 % for another compiler's taste.
 PROMISED = {
-    ("tensor", 3, 1): 14.0,
-    ("tensor", 3, 2): 19.6,
-    ("tensor", 5, 1): 16.0,
-    ("tensor", 5, 2): 20.7,
+    ("tensor", 3, 1): 13.0,
+    ("tensor", 3, 2): 16.8,
+    ("tensor", 5, 1): 13.9,
+    ("tensor", 5, 2): 18.0,
     ("direct", 3, 1): 24.4,
     ("direct", 3, 2): 32.1,
     ("direct", 5, 1): 41.4,

@@ -1,6 +1,5 @@
 // Depthwise convolution on CUDA, channels_last:  y = act(norm(conv(x, w))), and per-piece sums of y for the squeeze, in one launch
-// and without atomics. Rows of x are read once a segment, but for columns that neighbours share. No GPU has timed it yet: every
-// time and share below is a model.
+// and without atomics. Rows of x are read once a segment, but for columns that neighbours share.
 //
 //   tensor_kernel   half types, C a multiple of 8. For one tap, out[pixel][c] += x[pixel][c] * w[c] is a matrix product with a
 //                   DIAGONAL B, whose A is 16 pixels x 8 channels exactly as NHWC stores them. Seven eighths of the products are
@@ -14,13 +13,20 @@
 // SMs of 1.98 GHz a half output of stride 1 leaves 31 lane-instructions, one of stride 2 78, fp32 twice that. From the SASS of
 // sm_90 the loop takes, with SiLU (tests/test_resources.py holds it to this):
 //                    k3 s1    k3 s2    k5 s1    k5 s2
-//   tensor_kernel     14.0     19.6     16.0     20.7     registers <= 112 (k3), 168 (k5): 18 or 12 warps an SM
+//   tensor_kernel     13.0     16.8     13.9     18.0     registers <= 96 (k3), 168 (k5): 18 or 12 warps an SM
 //   direct_kernel     24.4     32.1     41.4     50.0     fp32, 2 channels a thread; registers <= 128 (k3), 232 (k5)
-// By those counts (effnet_fast/benchmark/kernel_time.py) a batch of 128 bf16 images runs at 86 % (B0) and 97 % (B5) of the rate
-// that HBM alone allows for x and y; 5x5 below 32 columns is bound by load and store slots.
+// By those counts (effnet_fast/benchmark/kernel_time.py) a batch of 128 bf16 images runs at 87 % (B0) and 96 % (B5) of the rate
+// that HBM alone allows for x and y; requests to L2 bind some, one for each 128-byte line that a warp instruction touches.
+//
+// An H200 has timed the kernel that stored its rows warp by warp, 32 bytes of each of 16 pixels at a time: 27 to 58 % of HBM's
+// rate (B0, batch 256, bf16; 165 us for 32 channels of 112x112, 191 and 133 for 144 of 56x56, 52 and 34 for 1152 of 7x7, 5x5 and
+// 3x3). 3x3 kernels of 32 columns had L2's tag lookups at 78 to 88 % of their peak with DRAM at 50 %; 5x5 and small images waited
+// for fixed latencies and barriers, with an instruction in 35 to 40 % of the clocks. Hence rows that go out block by block, 1.6
+// lines a pixel of 48 channels for 3 (of 32 channels 0.5 for 2), and stages without branches. Neither has been timed yet.
 //
 // What bought what, in lane-instructions an output of 5x5, stride 1: FFMA 45 (best of seven tilings) -> products with diag(w) by
-// LDS.64 29.5 -> ldmatrix and stmatrix, an opaque shared base, late zeros 18.1 -> addresses pinned per lane 16.
+// LDS.64 29.5 -> ldmatrix and stmatrix, an opaque shared base, late zeros 18.1 -> addresses pinned per lane 16 ->
+// no branches in a stage without padding 13.9.
 // No gain: a reciprocal shared by two sigmoids (MUFU does not bind), several rounds of images a block to load weights once (20
 // registers more), 8 channels a thread in FFMA (spills). A run-time activation in tensor_kernel: 2 to 3 % more instructions, so
 // SiLU and the clamps (relu, relu6, identity) are instances of their own.
@@ -82,7 +88,8 @@ template <class Tr> void launch_tensor(KernelParams p, int multiprocessors, void
   const int64_t blocks = int64_t(tiles) * strips * ceil_div(p.batch, Tr::kStrips);
   p.segment = segment_rows(p, ceil_div(p.out_width, kPieceColumns), blocks, multiprocessors);
   const int64_t rows = int64_t(ceil_div(p.out_height, p.segment)) * strips;
-  if (rows > kGridSide) throw std::runtime_error("depthwise_conv_bn_act: the image is too large for one launch");
+  if (rows > kGridSide || int64_t(p.out_width) * p.channels >= int64_t(1) << 31)
+    throw std::runtime_error("depthwise_conv_bn_act: the image is too large for one launch");
   EFFNET_ALLOW_SHARED(tensor_kernel<Tr>, Tr::kSharedBytes);
   launch_in_chunks<typename Tr::T>(p, kGridSide * Tr::kStrips, [&](const KernelParams& chunk) {
     const dim3 grid(unsigned(tiles), unsigned(rows), unsigned(ceil_div(chunk.batch, Tr::kStrips)));

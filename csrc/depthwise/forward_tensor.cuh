@@ -18,7 +18,8 @@ template <typename T_, int kKernel_, int kStride_, int kStripColumns_, int kGrou
   static constexpr int kKernel = kKernel_, kStride = kStride_, kStripColumns = kStripColumns_, kGroups = kGroups_;
   static constexpr bool kSilu = kSilu_;
   static constexpr int kTaps = kKernel * kKernel, kThreads = 64 * kGroups, kChannels = 16 * kGroups;
-  static constexpr int kBlocks = kKernel == 3 && kGroups == 3 ? 3 : 2;  // an SM, by registers; sm_100 would miss the third by one
+  // An SM, by registers: 128, 96 or 168 a thread, as a fourth of its 65536 serves 4, 5 or 3 warps.
+  static constexpr int kBlocks = kKernel == 5 || kGroups == 4 ? 2 : kGroups == 3 ? 3 : 4;
   static constexpr int kStrips = 32 / kStripColumns;
   // Output rows under construction at once; a stage is the input rows after which their roles repeat, so that the unrolled body
   // names every accumulator by a constant.
@@ -32,26 +33,40 @@ template <typename T_, int kKernel_, int kStride_, int kStripColumns_, int kGrou
   static constexpr int kPlane = kPixels | 1;
   static constexpr int kRowBytes = 2 * kGroups * kPlane * 16, kStageBytes = kStageRows * kRowBytes;
   static constexpr int kStages = 3 * kStageBytes <= 72 * 1024 ? 3 : 2;
-  static constexpr int kOutBytes = 512;  // 16 pixels x 16 channels on their way out; two a warp
+  // The finished rows of a stage on their way out, [row][pixel][16-byte piece]. Two such buffers where every GPU's 99 KB allow it.
+  static constexpr int kChunks = 2 * kGroups, kOutRowBytes = 32 * kChunks * 16, kOutBytes = kLive * kOutRowBytes;
   // A row a tap and one that is read for nothing; 16 bytes more than the channels take spread the taps of a channel over the banks.
   static constexpr int kWeightRow = 2 * kChannels + 16, kWeightBytes = (kTaps + 1) * kWeightRow;
-  static constexpr int kOutOffset = kStages * kStageBytes, kWeightOffset = kOutOffset + kThreads / 32 * 2 * kOutBytes;
-  static constexpr int kNormOffset = kWeightOffset + kWeightBytes;
-  static constexpr int kSharedBytes = kNormOffset + kChannels * int(sizeof(Affine));
+  // Weights and norm have left shared memory before the first row comes out; but where 96 registers are too few, the norm is read
+  // again for each row.
+  static constexpr bool kNormStays = kBlocks == 3;
+  static constexpr int kNormOffset = kStages * kStageBytes, kNormBytes = kChannels * int(sizeof(Affine));
+  static constexpr int kWeightOffset = kNormOffset + kNormBytes, kOutOffset = kNormStays ? kWeightOffset : kNormOffset;
+  static constexpr int kOutBuffers = kOutOffset + 2 * kOutBytes <= 99 * 1024 ? 2 : 1;
+  static constexpr int kLoopEnd = kOutOffset + kOutBuffers * kOutBytes, kWeightEnd = kWeightOffset + kWeightBytes;
+  static constexpr int kSharedBytes = kLoopEnd > kWeightEnd ? kLoopEnd : kWeightEnd;
+  static_assert(kSharedBytes <= 99 * 1024);                // what a block of sm_86, 89 and 120 may have
   static_assert(2 * (kSharedBytes + 1024) <= 227 * 1024);  // two blocks an SM from sm_90 on; the GPU itself takes 1 KB of each
+
+  // The swizzle keeps both sides free of bank conflicts: eight neighbouring pixels of one chunk, which fall on the same banks every
+  // 8 / kSwapped pixels, and eight chunks in a row.
+  static constexpr int kSwapped = kChunks & -kChunks;  // chunks that trade places, a power of two
+  static __device__ __forceinline__ int out_place(int pixel, int chunk) {
+    return (pixel * kChunks + (chunk ^ (pixel / (8 / kSwapped) % kSwapped))) * 16;
+  }
 };
 
 // Brings input rows into the ring. A thread always copies the same 16 bytes of channels of the same few columns, so that its
 // pointers, its bounds and its places in shared memory are worked out once: kFull columns 32 apart for every row, and one of the
 // kRest columns left over, whose rows are dealt out among the threads.
 template <class Tr> struct Loader {
-  static constexpr int kChunks = 2 * Tr::kGroups;  // 16-byte pieces of a pixel
+  static constexpr int kChunks = Tr::kChunks;
   static constexpr int kFull = Tr::kPixels / 32, kRest = Tr::kPixels % 32;
   static_assert(kRest > 0);
   static constexpr int kRestRows = 32 / kRest, kRestPasses = ceil_div(Tr::kStageRows, kRestRows);
-  const char* from[kFull + 1];                        // in the first row of the next stage
-  int to[kFull + 1], bytes[kFull + 1];                // bytes: 16, or 0 where the column is padding
-  int rest_row, next_row = 0, first_real, real_rows;  // rows first_real .. + real_rows lie inside the image
+  const char* from[kFull + 1];          // in the first row of the next stage
+  int to[kFull + 1], bytes[kFull + 1];  // bytes: 16, or 0 where the column is padding
+  int rest_row, first_real, real_rows;  // rows first_real .. + real_rows lie inside the image
   int64_t row_stride;
 
   __device__ __forceinline__ Loader(const KernelParams& p, int first_image, int first_column, int block_channel, int first_row,
@@ -73,20 +88,20 @@ template <class Tr> struct Loader {
     }
   }
   __device__ __forceinline__ bool is_real(int row) const { return unsigned(row - first_real) < unsigned(real_rows); }
-  __device__ __forceinline__ void stage(Shared slot) {
+  // Rows row0 and on: stages come one after another.
+  __device__ __forceinline__ void stage(int row0, Shared slot) {
 #pragma unroll
     for (int r = 0; r < Tr::kStageRows; ++r)
-      if (is_real(next_row + r))
+      if (is_real(row0 + r))
 #pragma unroll
         for (int i = 0; i < kFull; ++i) copy_async(slot + (to[i] + r * Tr::kRowBytes), from[i] + r * row_stride, bytes[i]);
     if (rest_row < kRestRows)
 #pragma unroll
       for (int pass = 0; pass < kRestPasses; ++pass) {
         const int r = pass * kRestRows;
-        if (rest_row + r < Tr::kStageRows && is_real(next_row + rest_row + r))
+        if (rest_row + r < Tr::kStageRows && is_real(row0 + rest_row + r))
           copy_async(slot + (to[kFull] + r * Tr::kRowBytes), from[kFull] + r * row_stride, bytes[kFull]);
       }
-    next_row += Tr::kStageRows;
 #pragma unroll
     for (int i = 0; i <= kFull; ++i) from[i] += Tr::kStageRows * row_stride;
   }
@@ -135,6 +150,12 @@ template <class Tr> struct Weights {
 template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
   using T = typename Tr::T;
   constexpr int K = Tr::kKernel, S = Tr::kStride;
+  // Whether stages without a special row have code of their own. With 96 registers only sm_90 has enough for it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  constexpr bool kOverlaps = Tr::kSilu && Tr::kBlocks != 3;
+#else
+  constexpr bool kOverlaps = Tr::kSilu;
+#endif
   constexpr int kHalfPixels = Tr::kStripColumns == 8 ? Tr::kInColumns : 8;
   EFFNET_DYNAMIC_SHARED(char, shared);
   const Shared ring = shared_address(shared);
@@ -155,7 +176,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   Loader<Tr> loader(p, first_image, first_column, block_channel, first_in, first_real, real_rows);
 #pragma unroll
   for (int s = 0; s < Tr::kStages - 1; ++s) {  // rows past the segment are not real, so stages past it copy nothing
-    loader.stage(ring + s * Tr::kStageBytes);
+    loader.stage(s * Tr::kStageRows, ring + s * Tr::kStageBytes);
     copy_async_commit();
   }
   weights.store(shared + Tr::kWeightOffset);
@@ -197,31 +218,47 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
     for (int m = 0; m < 4; ++m) w[tap + m / 2][m % 2] = r[m] & keep;
   }
   Vec<Affine, 2> norm[2];  // [j], of columns 2q and 2q + 1: channel 8j + 2q
+  const Affine* const norm_at = reinterpret_cast<const Affine*>(shared + Tr::kNormOffset) + group * 16 + 2 * q;
+  auto load_norm = [&] {
 #pragma unroll
-  for (int j = 0; j < 2; ++j)
-    norm[j] = load<2>(reinterpret_cast<const Affine*>(shared + Tr::kNormOffset) + group * 16 + 8 * j + 2 * q);
+    for (int j = 0; j < 2; ++j) norm[j] = load<2>(norm_at + 8 * j);
+  };
+  load_norm();
   // The squeeze too is a product: sum[pixel][channel] += y[pixel][channel] * identity, one instruction for 128 values, and what is
   // added is what was stored. Columns past the image gather in rows of their own and are dropped at the end.
   const uint32_t identity = g / 2 == q ? round_pair<T>(g % 2 ? 0.f : 1.f, g % 2 ? 1.f : 0.f) : 0;
   float sum[2][4] = {};
   float acc[Tr::kLive][2][4];
 
-  // Finished rows turn in shared memory from mma's layout (4 bytes a lane) to 16 bytes a lane, 32 whole bytes of each pixel. The
-  // swizzle keeps both sides free of bank conflicts; two buffers need one __syncwarp a row (across stages __syncthreads keeps them
-  // apart).
-  auto place = [](int pixel, int chunk) { return pixel * 32 + (chunk ^ (pixel / 4 % 2)) * 16; };
-  const Shared out = ring + (Tr::kOutOffset + warp * 2 * Tr::kOutBytes);
-  const Shared put = pin(out + place(lane / 8 % 2 * 8 + lane % 8, lane / 16)), take = pin(out + place(lane / 2, lane % 2));
-  const int my_half = lane / 16, my_pixel = lane / 2 % 8, my_channel = warp_channel + lane % 2 * 8;
-  const int mine = pin(exists(my_half, my_pixel, my_channel) ? 1 : 0);
-  T* y = static_cast<T*>(p.y);
-  if (mine) {
-    const int64_t row = int64_t(image_of(my_half)) * p.out_height + first_out;
-    y += (row * p.out_width + column_of(my_half, my_pixel)) * p.channels + my_channel;
-  }
-  const int64_t y_stride = int64_t(p.out_width) * p.channels;
+  // Finished rows turn in shared memory from mma's layout, 16 channels a warp, to one 16-byte chunk a thread of all the block's
+  // channels, so that a warp's store touches few lines of 128 bytes: each is a request to L2, and those ran out before DRAM did.
+  const Shared rows_out_at = ring + Tr::kOutOffset;
+  const Shared put = pin(rows_out_at + Tr::out_place(tile * 16 + lane % 16, group * 2 + lane / 16));
+  const int my_pixel = threadIdx.x / Tr::kChunks, my_chunk = threadIdx.x % Tr::kChunks;
+  const Shared take = pin(rows_out_at + Tr::out_place(my_pixel, my_chunk));
+  const int my_image = first_image + my_pixel / Tr::kStripColumns, my_column = first_column + my_pixel % Tr::kStripColumns;
+  const int my_channel = block_channel + my_chunk * 8;
+  const bool mine = my_image < int(p.batch) && my_column < p.out_width && my_channel < p.channels;
+  const int my_rows = pin(mine ? rows_out * S : 0);
+  const int y_stride = p.out_width * p.channels;
+  const int64_t y_row =
+      int64_t(my_image) * p.out_height + first_out - (K - 1) / S - Tr::kLive;  // as if of a stage before the first
+  T* y = static_cast<T*>(p.y) + (y_row * y_stride + int64_t(my_column) * p.channels + my_channel);
 
-  auto finish = [&](float (&a)[2][4], int buffer) {
+  // The r-th of the kLive rows that the stage of input rows row0 and on finishes, times S; not all of them are the segment's.
+  auto finished = [&](int row0, int r) { return unsigned(row0 + r * S - (K - 1)); };
+  auto copy_out = [&](int row0, int buffer) {
+    Vec<uint32_t, 4> row[Tr::kLive];
+#pragma unroll
+    for (int r = 0; r < Tr::kLive; ++r) row[r] = load_shared_16(take + (buffer + r * Tr::kOutRowBytes));
+#pragma unroll
+    for (int r = 0; r < Tr::kLive; ++r) {
+      if (finished(row0, r) < unsigned(my_rows)) store(reinterpret_cast<uint32_t*>(y), row[r]);
+      y += y_stride;
+    }
+  };
+  auto finish = [&](float (&a)[2][4], int place) {
+    if constexpr (Tr::kNormStays) load_norm();
     uint32_t packed[4];  // (half 0, j 0) (half 1, j 0) (half 0, j 1) (half 1, j 1)
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
@@ -230,57 +267,76 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
       const float v1 = a[j][2 * half + 1] * norm[j].at[1].scale + norm[j].at[1].shift;
       packed[m] = round_pair<T>(activate<Tr::kSilu>(v0, p), activate<Tr::kSilu>(v1, p));
     }
-    store_matrices(put + buffer * Tr::kOutBytes, packed);
-    __syncwarp();
-    const Vec<uint32_t, 4> v = load_shared_16(take + buffer * Tr::kOutBytes);
-    if (mine) store(reinterpret_cast<uint32_t*>(y), v);
-    y += y_stride;
+    store_matrices(put + place, packed);
 #pragma unroll
     for (int j = 0; j < 2; ++j) mma_k8(T(), sum[j], packed[2 * j], packed[2 * j + 1], identity);
   };
 
-  int read_slot = 0, write_slot = (Tr::kStages - 1) * Tr::kStageBytes;
-  for (int row0 = 0; row0 < rows_in; row0 += Tr::kStageRows) {
-    copy_async_wait<Tr::kStages - 2>();
-    __syncthreads();  // this stage has landed for all; the slot before it is free for all
-    loader.stage(ring + write_slot);
-    copy_async_commit();
-    if (warp_ok) {
+  // The input rows of one stage. kWhole: all of them lie in the image and all that they finish are the segment's, so that nothing
+  // branches, and the products of a row overlap with the activation of the one before.
+  auto make_rows = [&](auto whole, int row0, int slot, int buffer) {
+    constexpr bool kWhole = decltype(whole)::value;
+    constexpr bool kAhead = kWhole || !Tr::kSilu;  // a row is read before the last is finished: as far as registers allow
+    uint32_t x[2][K / 2][2][4], last[2][4];
+    auto take_row = [&](int i) {
 #pragma unroll
-      for (int i = 0; i < Tr::kStageRows; ++i) {
-        if (loader.is_real(row0 + i)) {  // a padding row adds nothing
-          uint32_t x[K / 2][2][4], last[4];
+      for (int v = 0; v + 1 < K; v += 2)
 #pragma unroll
-          for (int v = 0; v + 1 < K; v += 2)
+        for (int j = 0; j < 2; ++j)
+          load_matrices(x[i % 2][v / 2][j], pairs + (slot + i * Tr::kRowBytes + j * Tr::kPlane * 16 + v / S * 16));
+      load_matrices(last[i % 2], singles + (slot + i * Tr::kRowBytes));
+    };
+    take_row(0);
 #pragma unroll
-            for (int j = 0; j < 2; ++j)
-              load_matrices(x[v / 2][j], pairs + (read_slot + i * Tr::kRowBytes + j * Tr::kPlane * 16 + v / S * 16));
-          load_matrices(last, singles + (read_slot + i * Tr::kRowBytes));
+    for (int i = 0; i < Tr::kStageRows; ++i) {
+      if (kWhole || loader.is_real(row0 + i)) {  // a padding row adds nothing
 #pragma unroll
-          for (int u = 0; u < K; ++u) {
-            if (!divides(S, i - u)) continue;
+        for (int u = 0; u < K; ++u) {
+          if (!divides(S, i - u)) continue;
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              float (&a)[4] = acc[slot_of(i, u, S, Tr::kLive)][j];
-              if (u == 0) a[0] = a[1] = a[2] = a[3] = 0.f;
+          for (int j = 0; j < 2; ++j) {
+            float (&a)[4] = acc[slot_of(i, u, S, Tr::kLive)][j];
+            if (u == 0) a[0] = a[1] = a[2] = a[3] = 0.f;
 #pragma unroll
-              for (int v = 0; v + 1 < K; v += 2) mma_k16(T(), a, x[v / 2][j], w[u * K + v][j], w[u * K + v + 1][j]);
-              mma_k8(T(), a, last[2 * j], last[2 * j + 1], w[u * K + K - 1][j]);
-            }
+            for (int v = 0; v + 1 < K; v += 2) mma_k16(T(), a, x[i % 2][v / 2][j], w[u * K + v][j], w[u * K + v + 1][j]);
+            mma_k8(T(), a, last[i % 2][2 * j], last[i % 2][2 * j + 1], w[u * K + K - 1][j]);
           }
-        } else if (i % S == 0) {
+        }
+      } else if (i % S == 0) {
 #pragma unroll
-          for (int e = 0; e < 8; ++e) acc[i / S % Tr::kLive][e / 4][e % 4] = late_zero();
-        }
-        if (divides(S, i - (K - 1))) {  // this was the last row of one output row
-          const int past = row0 + i - (K - 1);
-          if (unsigned(past) < unsigned(rows_out * S)) finish(acc[slot_of(i, K - 1, S, Tr::kLive)], i / S % 2);
-        }
+        for (int e = 0; e < 8; ++e) acc[i / S % Tr::kLive][e / 4][e % 4] = late_zero();
       }
+      if (kAhead && i + 1 < Tr::kStageRows) take_row(i + 1);
+      if (divides(S, i - (K - 1)) && (kWhole || finished(row0, i / S) < unsigned(rows_out * S)))
+        finish(acc[slot_of(i, K - 1, S, Tr::kLive)], buffer + i / S * Tr::kOutRowBytes);
+      if (!kAhead && i + 1 < Tr::kStageRows) take_row(i + 1);
+    }
+  };
+  auto is_whole = [&](int row0) {
+    return row0 >= first_real && row0 + Tr::kStageRows <= first_real + real_rows && row0 >= K - 1 &&
+           row0 + (Tr::kLive - 1) * S - (K - 1) < rows_out * S;
+  };
+
+  int row0 = 0, read_slot = 0, buffer = 0;  // buffer: that the last stage filled
+  for (; row0 < rows_in; row0 += Tr::kStageRows) {
+    copy_async_wait<Tr::kStages - 2>();
+    __syncthreads();  // this stage has landed for all; the slot before it is free for all, and that stage's rows are all there
+    const int write_slot = (read_slot == 0 ? Tr::kStages * Tr::kStageBytes : read_slot) - Tr::kStageBytes;
+    loader.stage(row0 + (Tr::kStages - 1) * Tr::kStageRows, ring + write_slot);
+    copy_async_commit();
+    copy_out(row0 - Tr::kStageRows, buffer);
+    if constexpr (Tr::kOutBuffers == 1) __syncthreads();  // the buffer is free for all
+    if constexpr (Tr::kOutBuffers == 2) buffer = Tr::kOutBytes - buffer;
+    if (kOverlaps && warp_ok && is_whole(row0)) {
+      make_rows(std::bool_constant<kOverlaps>(), row0, read_slot, buffer);
+    } else if (warp_ok) {
+      make_rows(std::false_type(), row0, read_slot, buffer);
     }
     read_slot = read_slot + Tr::kStageBytes == Tr::kStages * Tr::kStageBytes ? 0 : read_slot + Tr::kStageBytes;
-    write_slot = write_slot + Tr::kStageBytes == Tr::kStages * Tr::kStageBytes ? 0 : write_slot + Tr::kStageBytes;
   }
+
+  __syncthreads();  // the last stage's rows are all there
+  copy_out(row0 - Tr::kStageRows, buffer);
 
   if (!p.partial || !warp_ok) return;
   const int first_piece = segment * ceil_div(p.out_width, kPieceColumns);

@@ -5,6 +5,7 @@ mistake in the model or something in the kernel that nobody thought of. A launch
 
     memory    bytes that must move, at the machine's copy bandwidth
     l2        bytes that blocks ask for, halos and repeated weights included, at L2_BYTES;  sm: one multiprocessor's, at SM_BYTES
+    requests  to L2 of the depthwise kernel on tensor cores, one a line of 128 bytes and warp instruction, at L2_REQUESTS
     latency   bytes read, when a multiprocessor has no more in flight than its resident blocks ask for ahead, LATENCY each time
     issue     warp instructions, 4 a clock and multiprocessor
     fp32      multiply-adds, multiplications and additions, 4 warp instructions a clock;  half: integers, moves, comparisons and
@@ -14,9 +15,10 @@ mistake in the model or something in the kernel that nobody thought of. A launch
 
 on the fullest multiprocessor, blocks being whole, and RAMP for a launch, its first load and its drain. Perfect overlap is assumed.
 ``counts`` is benchmarks/instructions.json: warp instructions by kernel and part, as tests/sass.py counts them ("shared" is in
-128-byte wavefronts, a shuffle being one, "lines" in 128-byte lines, "copies" are cp.async and "stores" 16 bytes a lane, 32 whole
-bytes of each pixel).
+128-byte wavefronts, a shuffle being one, "lines" in 128-byte lines, "copies" are cp.async and "stores" like them 16 bytes a lane,
+lanes running along a block's channels of one pixel and then on to the next).
 What is not the machine's own measured copy bandwidth, clock and number of multiprocessors is an assumption: the constants below.
+L2_REQUESTS alone rests on a measurement, of a kernel that stored 32 bytes a request.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from effnet_fast.ops.depthwise.launch import DIRECT_THREADS, rows_and_pieces, ti
 
 RAMP = 1.5e-6  # seconds
 L2_BYTES = 5.5e12  # a second, all multiprocessors together
+# A second. 3x3 of 144 channels, 56x56, batch 256, stored 32 bytes a request: 12 million requests in 189 us were 88 % of the peak.
+L2_REQUESTS = 7e10
 SM_BYTES = 64  # that one multiprocessor takes in a clock
 LATENCY, L2_LATENCY = 0.6e-6, 0.3e-6  # seconds of a trip to busy memory, to L2
 CLUSTER_BARRIER = 0.5e-6  # seconds from the first block's arrival to the last one's going on
@@ -83,8 +87,22 @@ def _tensor(kernel: int, stride: int, columns: int, channels: int) -> _Tensor:
     in_columns = (columns - 1) * stride + kernel
     stage = live * stride * 2 * groups * (32 // columns * in_columns | 1) * 16
     stages, threads = (3 if 3 * stage <= 72 * 1024 else 2), 64 * groups
-    rest = threads // 32 * 1024 + (kernel**2 + 1) * (2 * channels + 16) + 8 * channels
-    return _Tensor(threads, live * stride, in_columns, (stages - 1) * stage, stages * stage + rest)
+    norm, weight, out = 8 * channels, (kernel**2 + 1) * (2 * channels + 16), live * 64 * channels
+    stays = stages * stage + (norm if (kernel, groups) == (3, 3) else 0)
+    rows = stays + (2 * out if stays + 2 * out <= 99 * 1024 else out)
+    return _Tensor(threads, live * stride, in_columns, (stages - 1) * stage, max(rows, stages * stage + norm + weight))
+
+
+def _lines(channels: int, width: int) -> float:
+    """128-byte lines that a warp's copy or store touches on average: 16 bytes a lane, width / 8 lanes a pixel of ``channels``
+    halves."""
+    chunks, pixels, touched, warps = width // 8, 32, 0, 0
+    for first in range(0, channels, width):
+        for lane in range(0, chunks * pixels, 32):
+            places = [(i // chunks * channels, first + i % chunks * 8) for i in range(lane, lane + 32)]
+            touched += len({(pixel + c) // 64 for pixel, c in places if c < channels})
+            warps += 1
+    return touched / warps
 
 
 def depthwise(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapping[str, Counts]) -> Predicted:
@@ -106,28 +124,34 @@ def depthwise(launch: Launch, dtype: str, batch: int, machine: Machine, kernels:
         threads, stage_rows, in_columns, in_flight, shared = _tensor(k, s, t.columns, width)
         counts = kernels[f"tensor k{k} s{s} {t.columns}x{width}"]
         blocks = -(-channels // width) * strips * -(-batch // t.images)
+    lines = 0.0 if t.threads else _lines(channels, width)
     clocks: Clocks = defaultdict(float)
-    rows_read, segments, pad = 0, -(-out // segment), k // 2
+    rows_read, requests, segments, pad = 0, 0.0, -(-out // segment), k // 2
+    columns_read = min(strips * in_columns, d["w"] + (strips - 1) * (k - s))
     for part in range(segments):
         rows_out = min(segment, out - part * segment)
         rows_in, first = (rows_out - 1) * s + k, part * segment * s - pad
         real = min(rows_in, height - first) - max(0, -first)
         rows_read += real
+        if not t.threads:
+            columns = real * columns_read + rows_out * across  # copied and stored
+            requests += blocks / strips * t.images * columns * width / 256 * lines
         times = {"once": 1, "rows": real / stage_rows, "finish": rows_out / live, "pass": -(-rows_in // stage_rows)}
         if t.threads:
             times["weight"] = min(channels // width, threads) * width * k * k / threads
         for name, count in times.items():
-            _add(clocks, counts[name], count * threads / 32, width)
+            _add(clocks, counts[name], count * threads / 32, lines)
     full = -(-blocks * segments // machine.multiprocessors)  # blocks of average weight
     spent = {name: number * full / segments / machine.clock for name, number in clocks.items()}
     x, y = batch * channels * height * d["w"] * item, batch * channels * out * across * item
     sums, weights = 4 * batch * pieces * channels * d["squeeze"], k * k * channels * item
-    halo = batch * rows_read * min(strips * in_columns, d["w"] + (strips - 1) * (k - s)) * channels * item
+    halo = batch * rows_read * columns_read * channels * item
     again = blocks * segments * k * k * width * item
     resident = min(full, _resident(counts["registers"], threads, shared))
     spent |= {
         "memory": (x + y + sums + weights) / machine.copy,
         "l2": (halo + y + sums + again) / L2_BYTES,
+        "requests": requests / L2_REQUESTS,
         "latency": halo * LATENCY / (in_flight * resident * min(machine.multiprocessors, blocks * segments)),
     }
     return _predicted(spent, RAMP)
@@ -231,22 +255,22 @@ def gate(launch: Launch, dtype: str, batch: int, machine: Machine, kernels: Mapp
     return _predicted(spent, RAMP)
 
 
-def _add(clocks: Clocks, part: Mapping[str, int], times: float, width: int) -> None:
-    """Clocks of a multiprocessor that ``times`` warps' passes over a part keep each pipe busy. ``width``: channels of a block."""
+def _add(clocks: Clocks, part: Mapping[str, int], times: float, lines: float) -> None:
+    """Clocks of a multiprocessor that ``times`` warps' passes over a part keep each pipe busy. ``lines``: of a copy or store."""
     issued = Counter(part)
     clocks["issue"] += times * issued["issue"] / 4
     clocks["fp32"] += times * issued["fp32"] / 4
     clocks["half"] += times * issued["half"] / 2
     clocks["special"] += times * issued["special"] * 2
     clocks["tensor"] += times * (issued["k8"] * 1024 + issued["k16"] * 2048) / (4 * MMA_PEAK * MMA_RATE)
-    # A copy takes 16 bytes a lane, width / 8 lanes a pixel; a store 16 pixels, each a line.
-    copy_lines = max(4.0, 256 / width + 1) if issued["copies"] else 0.0
-    clocks["lsu"] += times * (issued["shared"] + issued["lines"] + issued["copies"] * copy_lines + issued["stores"] * 16)
+    moved = issued["copies"] + issued["stores"]
+    clocks["lsu"] += times * (issued["shared"] + issued["lines"] + moved * lines)
 
 
 def _resident(registers: int, threads: int, shared: int) -> int:
     """Blocks that a multiprocessor holds."""
-    of_registers = REGISTERS // (threads * -(-registers // 8) * 8)
+    warps = REGISTERS // 4 // (32 * -(-registers // 8) * 8)  # of a quarter, which has registers of its own
+    of_registers = 4 * warps // (threads // 32)
     return max(1, min(of_registers, SHARED // (shared + 1024), THREADS // threads, 32))
 
 
