@@ -66,6 +66,14 @@ __device__ __forceinline__ float clamp(float v, float low, float high) {
   asm("{ .reg .f32 t; max.NaN.f32 t, %1, %2; min.NaN.f32 %0, t, %3; }" : "=f"(r) : "f"(v), "f"(low), "f"(high));
   return r;
 }
+// The smaller of two, of a number and NaN the number.
+__device__ __forceinline__ float lesser(float a, float b) { return fminf(a, b); }
+// The greater of two, of a number and NaN that.
+__device__ __forceinline__ float greater_or_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
 // Two floats rounded to nearest even, the first in the low half.
 template <typename T> __device__ __forceinline__ uint32_t round_pair(float low, float high) {
   uint32_t bits;

@@ -1,6 +1,6 @@
-// What both depthwise kernels share: their parameters, the folded norm, the activation, the roles of rows.
+// What both depthwise kernels share: their parameters, the activation, the roles of rows.
 #pragma once
-#include "../common/cuda.h"
+#include "../common/epilogue.cuh"
 #include "params.h"
 
 namespace effnet_fast::depthwise {
@@ -16,16 +16,6 @@ __host__ __device__ constexpr bool divides(int a, int b) { return floor_mod(b, a
 // The accumulator, one of `live`, of the output row whose tap row u is input row i of its stage; stride divides i - u.
 __host__ __device__ constexpr int slot_of(int i, int u, int stride, int live) {
   return floor_mod((i - u + 16 * stride) / stride - 16, live);
-}
-
-struct Affine {
-  float scale, shift;
-};
-__device__ __forceinline__ Affine fold_norm(const ForwardParams& p, int c) {
-  const float weight = p.norm_weight ? load_float(p.norm_weight, p.norm_dtype, c) : 1.f;
-  const float bias = p.norm_bias ? load_float(p.norm_bias, p.norm_dtype, c) : 0.f;
-  const float scale = weight / sqrtf(load_float(p.norm_var, p.norm_dtype, c) + p.eps);
-  return {scale, bias - load_float(p.norm_mean, p.norm_dtype, c) * scale};
 }
 
 template <bool kSilu> __device__ __forceinline__ float activate(float v, const KernelParams& p) {

@@ -35,6 +35,7 @@ KERNELS = {
     "depthwise_bf16": ("depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
     "depthwise_fp16": ("depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
     "pointwise_cpu": ("pointwise_cpu.cpp", "-O0"),
+    "conv": ("conv.cpp", ""),
     "depthwise_fp32": ("depthwise.cpp", "-DEMULATED_TYPE=float"),
     "squeeze_excite": ("squeeze_excite.cpp", ""),
     "conv_cpu": ("conv_cpu.cpp", "-O0"),

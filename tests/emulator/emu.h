@@ -306,6 +306,8 @@ namespace effnet_fast {
 inline float exp2_fast(float v) { return std::exp2(v); }
 inline float reciprocal_fast(float v) { return 1.f / v; }
 inline float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+inline float lesser(float a, float b) { return std::fmin(a, b); }
+inline float greater_or_nan(float a, float b) { return a < b ? b : a; }
 inline float late_zero() { return 0.f; }
 template <typename T> T pin(T v) { return v; }
 
