@@ -192,6 +192,18 @@ def depthwise_parts(code: list[Instruction], tensor: bool, live: int, taps: int,
     return counts
 
 
+def stem_parts(code: list[Instruction]) -> dict[str, Counter[str]]:
+    """The stem kernel's instructions by name: "pixels", 16 pixels of all channels; "packed" and "planes", 3 rows of a thread's two
+    input columns, channels_last or NCHW."""
+    loops = _loops(code)
+    pixels = min((body for body in loops if any(i.base == "HMMA" for i in body)), key=len)
+    inner = {i.at for body in loops if body is not pixels and _holds(pixels, body) for i in body}
+    columns = (body for body in loops if sum(i.base == "LDG" for i in body) == 18 and not any(i.base == "I2F" for i in body))
+    packed, planes = sorted(columns, key=len)[:2]
+    parts = {"pixels": [i for i in pixels if i.at not in inner], "packed": packed, "planes": planes}
+    return {name: Counter(i.base for i in _busiest(part) if i.base != "NOP") for name, part in parts.items()}
+
+
 def gate_parts(code: list[Instruction], rows: int, wide: str, narrow: str) -> dict[str, dict[str, int]]:
     """The gate kernel's counts. Of a fully connected layer, in the reduce layer's code: "vectors", 4 elements of ``rows`` rows a
     lane, "scalars", the same where rows are not aligned, and "row", the rest of a group of rows. Of the squeeze: "piece", 4

@@ -275,9 +275,9 @@ class Convolution:
         x, weight, norm = self.tensors()
         x = raw(x.permute(0, 2, 3, 1))
         if self.out:
-            tensors = x, self.by_channel, raw(weight), raw(torch.stack(norm[:4]))
+            tensors = x, self.by_channel, raw(weight), [raw(v) for v in norm[:4]]
             pixels = raw(plain.pixels(c.channels)) if self.uint8 else None
-            return "conv_cpu", (*tensors, window, activation, pixels, dtype, self.misalign)
+            return "conv", (*tensors, window, activation, pixels, None, [dtype, 0, 0], 0, 0, self.misalign)
         tensors = x, raw(weight[:, 0]), [raw(v) for v in norm[:4]]
         return "depthwise", (*tensors, norm.eps, window, activation, self.pieces, [dtype, 0, 0], 0, 0, self.misalign)
 

@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA kernels: registers and spills within each kernel's budget (the kernels assert their shared memory
-themselves), the instructions of the depthwise kernels' hot loops against what csrc/depthwise/forward.cuh promises, and the counts
-that the model of the kernels' times rests on."""
+themselves), the instructions of the hot loops of depthwise and stem against what their forward.cuh promise, and the counts that the
+model of the kernels' times rests on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MISSING = needs.missing()
 pytestmark = pytest.mark.skipif(MISSING["nvcc"] is not None, reason=str(MISSING["nvcc"]))
 needs_cuobjdump = pytest.mark.skipif(MISSING["cuobjdump"] is not None, reason=str(MISSING["cuobjdump"]))
 ARCHS = (80, 90, 100)
-LEAST_KERNELS = {"squeeze_excite.cu": 6, "depthwise.cu": 72}
+LEAST_KERNELS = {"squeeze_excite.cu": 6, "depthwise.cu": 72, "conv.cu": 12, "pointwise.cu": 24}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,8 @@ def compiled(shared_directory) -> dict[tuple[str, int], tuple[Path, dict[str, sa
 
 
 def registers_allowed(name: str) -> int:
+    if "stem" in name:
+        return {2: 80, 3: 96, 4: 128}[int(re.findall(r"Li(\d)E", name)[0])]  # 6, 5 and 4 blocks of 128 threads an SM
     if "depthwise" not in name:
         return 128  # so that 2 blocks of 256 threads fit an SM
     kind, (kernel, *tile), _ = sass.depthwise_instance(name)
@@ -90,6 +92,28 @@ def test_instructions_an_output(compiled):
         assert sum(loop.values()) / outputs <= 1.01 * PROMISED[kind, k, s], f"{name}: {loop}"
         checked[kind, k, s] = True
     assert checked.keys() == PROMISED.keys()
+
+
+# Likewise of the stem, by 16 channels of a block; and of two input columns of a row, channels_last and NCHW.
+PROMISED_STEM = {2: 13.4, 3: 12.7, 4: 12.2}
+PROMISED_COLUMNS = {"packed": 26, "planes": 38}
+
+
+@needs_cuobjdump
+def test_instructions_an_output_of_the_stem(compiled):
+    checked = set()
+    for name, code in sass.read_sass(compiled["conv.cu", 90][0]).items():
+        if "Lb0E" in name:
+            continue
+        width = int(re.findall(r"Li(\d)E", name)[0])
+        parts, outputs = sass.stem_parts(code), 8 * width
+        pixels = parts["pixels"]
+        assert (pixels["HMMA"], pixels["MUFU"], pixels["STG"]) == (6 * width, 3 * outputs // 2, width), f"{name}: {pixels}"
+        assert sum(pixels.values()) / outputs <= 1.01 * PROMISED_STEM[width], f"{name}: {pixels}"
+        for layout, most in PROMISED_COLUMNS.items():
+            assert sum(parts[layout].values()) / 3 <= 1.01 * most, f"{name}: {parts[layout]}"
+        checked.add(width)
+    assert checked == PROMISED_STEM.keys()
 
 
 @needs_cuobjdump

@@ -1,4 +1,4 @@
-// What the dense convolution kernel is given, and the function that starts it.
+// What the dense convolution kernels are given, on either device, and the functions that start them.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -33,6 +33,7 @@ struct Params {
 
 void conv_cpu(const Params& p);
 size_t packed_bytes(const Params& p);
-void pack_cpu(const Params& p, void* packed);  // at a multiple of 64 bytes
+void pack_cpu(const Params& p, void* packed);      // at a multiple of 64 bytes
+void forward_cuda(const Params& p, void* stream);  // on the current device; a stem's window and half types: see forward.cuh
 
 }  // namespace effnet_fast::conv

@@ -1,4 +1,4 @@
-// What both depthwise kernels share: their parameters, the folded norm, the activation, the roles of rows.
+// What both depthwise kernels share: their parameters, the activation, the roles of rows.
 #pragma once
 #include "../common/epilogue.cuh"
 #include "params.h"

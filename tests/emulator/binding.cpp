@@ -168,14 +168,23 @@ std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& w
   return {y, partial};
 }
 
-// On the CPU; x is [N, H, W, C], by_channel: handed over as [N, C, H, W]; norm is [4, K]: weight, bias, mean, var; window is
-// stride, top, left, H', W'; pixels are [2, C] beside an x of bytes.
-py::array conv_cpu(const py::array& x, bool by_channel, const py::array& weight, const py::array& norm,
-                   const std::array<int, 5>& window, int activation, const std::optional<py::array>& pixels, int dtype,
-                   int misalign) {
+// On a GPU of so many multiprocessors, or for 0 on the CPU; x is [N, H, W, C], by_channel: handed over as [N, C, H, W]; norm is
+// weight, bias, mean, var; window is stride, top, left, H', W'; pixels are [2, C] beside an x of bytes; types are those of y,
+// weight and norm.
+py::array conv(const py::array& x, bool by_channel, const py::array& weight, const std::vector<std::optional<py::array>>& norm,
+               const std::array<int, 5>& window, int activation, const std::optional<py::array>& pixels,
+               const std::optional<py::array>& residual, const std::array<int, 3>& types, int multiprocessors, unsigned seed,
+               int misalign) {
   const py::array laid =
       by_channel ? py::array(py::module_::import("numpy").attr("ascontiguousarray")(x.attr("transpose")(0, 3, 1, 2))) : x;
-  const Buffer input(laid, misalign), taps(weight, misalign), vectors(norm, misalign);
+  const Buffer input(laid, misalign), taps(weight, misalign);
+  const auto optional = [&](const std::optional<py::array>& a, int moved) {
+    return a ? std::optional<Buffer>(std::in_place, *a, moved) : std::nullopt;
+  };
+  std::vector<std::optional<Buffer>> vectors;
+  for (const auto& v : norm) vectors.push_back(optional(v, misalign));
+  const int moved = multiprocessors > 0 ? 0 : misalign;  // what a GPU needs aligned
+  const std::optional<Buffer> table = optional(pixels, misalign), added = optional(residual, moved);
   effnet_fast::conv::Params p{};
   p.batch = x.shape(0);
   p.height = int(x.shape(1));
@@ -186,27 +195,32 @@ py::array conv_cpu(const py::array& x, bool by_channel, const py::array& weight,
   std::tie(p.stride, p.pad_top, p.pad_left, p.out_height, p.out_width) = std::tuple_cat(window);
   p.eps = 1e-3f;
   p.activation = Activation(activation);
-  p.dtype = DType(dtype);
-  p.weight_dtype = p.norm_dtype = DType::fp32;
+  p.dtype = DType(types[0]);
+  p.weight_dtype = DType(types[1]);
+  p.norm_dtype = DType(types[2]);
   p.x = input.data();
-  std::optional<Buffer> table;
-  if (pixels) p.pixels = reinterpret_cast<const float*>(table.emplace(*pixels, misalign).data());
+  const auto data = [](const std::optional<Buffer>& b) { return b ? b->data() : nullptr; };
+  p.pixels = reinterpret_cast<const float*>(data(table));
+  p.residual = data(added);
   p.x_image = int64_t(p.height) * p.width * p.in_channels;
   p.x_channel = by_channel ? int64_t(p.height) * p.width : 1;
   p.x_row = by_channel ? p.width : p.width * p.in_channels;
   p.x_pixel = by_channel ? 1 : p.in_channels;
   p.weight = taps.data();
-  const float* const rows = reinterpret_cast<const float*>(vectors.data());
-  p.norm_weight = rows;
-  p.norm_bias = rows + p.channels;
-  p.norm_mean = rows + 2 * p.channels;
-  p.norm_var = rows + 3 * p.channels;
+  p.norm_weight = data(vectors[0]);
+  p.norm_bias = data(vectors[1]);
+  p.norm_mean = data(vectors[2]);
+  p.norm_var = data(vectors[3]);
   const auto stored = py::dtype(p.dtype == DType::fp32 ? "f4" : "u2");
   py::array y(stored, std::vector<int64_t>{p.batch, p.out_height, p.out_width, p.channels});
-  const Buffer made(y.nbytes(), misalign * y.itemsize());
+  const Buffer made(y.nbytes(), moved * y.itemsize());
   std::memset(made.data(), 0xff, y.nbytes());  // NaN
   p.y = made.data();
-  emulated::conv_cpu(p);
+  if (multiprocessors > 0) {
+    emulated::conv(p, multiprocessors, seed);
+  } else {
+    emulated::conv_cpu(p);
+  }
   std::memcpy(y.mutable_data(), made.data(), y.nbytes());
   return y;
 }
@@ -234,5 +248,5 @@ PYBIND11_MODULE(emulated, m) {
   m.def("squeeze_excite_gate", &squeeze_excite_gate);
   m.def("pointwise", &pointwise);
   m.def("depthwise", &depthwise);
-  m.def("conv_cpu", &conv_cpu);
+  m.def("conv", &conv);
 }

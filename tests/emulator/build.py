@@ -37,6 +37,7 @@ KERNELS = {
     "pointwise_bf16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
     "pointwise_fp16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16 -DONE_KERNEL"),
     "pointwise_cpu": ("pointwise_cpu.cpp", "-O0"),
+    "conv": ("conv.cpp", ""),
     "depthwise_fp32": ("depthwise.cpp", "-DEMULATED_TYPE=float"),
     "squeeze_excite": ("squeeze_excite.cpp", ""),
     "conv_cpu": ("conv_cpu.cpp", "-O0"),

@@ -13,6 +13,9 @@ void squeeze_excite_gate(const effnet_fast::squeeze_excite::GateParams& p, int m
 // Runs csrc/depthwise/forward.cuh for x of type T.
 template <typename T> void depthwise(const effnet_fast::depthwise::ForwardParams& p, int multiprocessors, unsigned seed);
 
+// Runs csrc/conv/forward.cuh.
+void conv(const effnet_fast::conv::Params& p, int multiprocessors, unsigned seed);
+
 // Runs csrc/squeeze_excite/squeeze_excite_cpu.cpp.
 void squeeze_excite_gate_cpu(const effnet_fast::squeeze_excite::GateParams& p);
 
