@@ -28,13 +28,14 @@ template <typename T_, int kKernel_, int kStride_, int kStripColumns_, int kGrou
   // At stride 2 even columns are stored first, then odd ones: the eight pixels that a fragment takes are then neighbours.
   static constexpr int kEven = kStride == 2 ? (kInColumns + 1) / 2 : kInColumns;
   static constexpr int kPixels = kStrips * kInColumns;
-  // A plane for each 8 channels, [pixel][16 bytes], so that ldmatrix takes 8 neighbouring pixels from all 32 banks. An odd plane
-  // spreads the copies of one pixel's chunks over the banks.
-  static constexpr int kPlane = kPixels | 1;
-  static constexpr int kRowBytes = 2 * kGroups * kPlane * 16, kStageBytes = kStageRows * kRowBytes;
-  static constexpr int kStages = 3 * kStageBytes <= 72 * 1024 ? 3 : 2;
+  // [pixel][channel], as in memory: where the 16-byte chunks of a pixel went to places far apart, cp.async asked L2 for each 32
+  // bytes by a request of their own, and for many of them twice (measured on an H200). An odd number of chunks a pixel lets
+  // ldmatrix take 8 neighbouring pixels from all 32 banks; 5x5 with stride 2 has no room for that, and two of them share banks.
+  static constexpr int kChunks = 2 * kGroups, kPixelBytes = 16 * (kKernel == 5 && kStride == 2 ? kChunks : kChunks + 1);
+  static constexpr int kRowBytes = kPixels * kPixelBytes, kStageBytes = kStageRows * kRowBytes;
+  static constexpr int kStages = 3 * kStageBytes <= 80 * 1024 ? 3 : 2;
   // The finished rows of a stage on their way out, [row][pixel][16-byte piece]. Two such buffers where every GPU's 99 KB allow it.
-  static constexpr int kChunks = 2 * kGroups, kOutRowBytes = 32 * kChunks * 16, kOutBytes = kLive * kOutRowBytes;
+  static constexpr int kOutRowBytes = 32 * kChunks * 16, kOutBytes = kLive * kOutRowBytes;
   // A row a tap and one that is read for nothing; 16 bytes more than the channels take spread the taps of a channel over the banks.
   static constexpr int kWeightRow = 2 * kChannels + 16, kWeightBytes = (kTaps + 1) * kWeightRow;
   // Weights and norm have left shared memory before the first row comes out; but where 96 registers are too few, the norm is read
@@ -84,7 +85,7 @@ template <class Tr> struct Loader {
       bytes[i] = real ? 16 : 0;
       from[i] = static_cast<const char*>(p.x);
       if (real) from[i] += 2 * (n * p.x_image + (first_row + row) * p.x_row + w * p.x_pixel + c);
-      to[i] = (chunk * Tr::kPlane + place) * 16 + row * Tr::kRowBytes;
+      to[i] = place * Tr::kPixelBytes + chunk * 16 + row * Tr::kRowBytes;
     }
   }
   __device__ __forceinline__ bool is_real(int row) const { return unsigned(row - first_real) < unsigned(real_rows); }
@@ -148,6 +149,7 @@ template <class Tr> struct Weights {
 };
 
 template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
+  overlap_launches();
   using T = typename Tr::T;
   constexpr int K = Tr::kKernel, S = Tr::kStride;
   // Whether stages without a special row have code of their own. With 96 registers only sm_90 has enough for it.
@@ -199,9 +201,10 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   // channels; the last, odd tap: (half 0, j 0) (half 1, j 0) (half 0, j 1) (half 1, j 1). Either way the registers are mma's A as
   // they come.
   const int tile_pixel = Tr::kStripColumns == 32 ? tile * 16 : tile * Tr::kInColumns * (Tr::kStripColumns == 16 ? 1 : 2);
-  const int first_pixel = group * 2 * Tr::kPlane + tile_pixel + lane / 8 % 2 * kHalfPixels + lane % 8;
-  const Shared pairs = pin(ring + 16 * (first_pixel + lane / 16 * (S == 2 ? Tr::kEven : 1)));
-  const Shared singles = pin(ring + 16 * (first_pixel + lane / 16 * Tr::kPlane + (K - 1) / S));
+  const int first_pixel = tile_pixel + lane / 8 % 2 * kHalfPixels + lane % 8;
+  const Shared my_channels = ring + group * 32;
+  const Shared pairs = pin(my_channels + (first_pixel + lane / 16 * (S == 2 ? Tr::kEven : 1)) * Tr::kPixelBytes);
+  const Shared singles = pin(my_channels + ((first_pixel + (K - 1) / S) * Tr::kPixelBytes + lane / 16 * 16));
 
   // B = diag(w): this lane holds rows k = 2q, 2q + 1 of column g, so a weight only if g is one of the two. ldmatrix with all eight
   // rows of a matrix at one address hands every lane the pair of channels 2q, 2q + 1, of two taps x two j at once; an AND keeps
@@ -283,7 +286,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
       for (int v = 0; v + 1 < K; v += 2)
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          load_matrices(x[i % 2][v / 2][j], pairs + (slot + i * Tr::kRowBytes + j * Tr::kPlane * 16 + v / S * 16));
+          load_matrices(x[i % 2][v / 2][j], pairs + (slot + i * Tr::kRowBytes + j * 16 + v / S * Tr::kPixelBytes));
       load_matrices(last[i % 2], singles + (slot + i * Tr::kRowBytes));
     };
     take_row(0);

@@ -4,9 +4,9 @@
 // A block makes tiles of 128 pixels x kColumns output channels, one after the other down the image, a warp 32 pixels of each: mma
 // of 16 x 8 x 16. x comes by cp.async in steps of 64 input channels through a ring that runs on from tile to tile, so that HBM is
 // at work while a tile is finished. Where it fits, the weight of the block's channels stays in shared memory for all its tiles;
-// else it comes through the ring beside x. The gate is multiplied into the fragments of x, two values an instruction. Finished rows
-// turn in shared memory, warp by warp, so that they leave as whole lines: a store that touches many lines for 32 bytes each is
-// bound by L2's tags (measured in the kernels before this one, on an H200), not by bytes.
+// else it comes through the ring beside x. So do the gates of the tile's images, which are multiplied into the fragments of x, two
+// values an instruction. Finished rows turn in shared memory, warp by warp, so that they leave as whole lines: a store that touches
+// many lines for 32 bytes each is bound by L2's tags (measured in the kernels before this one, on an H200), not by bytes.
 //
 // Bytes an output: 2 + 2 C / K, twice the second term or more where K is wide and tiles of columns read x again, from L2.
 // Operations: C multiply-adds, norm and activation. HBM binds for B0 to B7 but in the last stages, where L2 and the tensor cores
@@ -18,10 +18,12 @@
 
 namespace effnet_fast::pointwise {
 
-constexpr int kThreads = 128, kRows = 128, kDepth = 64;  // of a block; pixels of a tile; input channels of a step
-constexpr int kLineBytes = 2 * kDepth;                   // of a row of a step, x's or the weight's
+constexpr int kThreads = 128, kDepth = 64;  // of a block; input channels of a step
+constexpr int kLineBytes = 2 * kDepth;      // of a row of a step, x's or the weight's
 constexpr int kMostStages = 4;
-constexpr int64_t kMostRows = (int64_t(1) << 31) - 2 * kRows;  // their numbers are 32 bits
+constexpr int64_t kMostRows = (int64_t(1) << 31) - 256;  // their numbers are 32 bits
+constexpr int kImages = 4;                               // that a tile's gates may be of
+constexpr int kGateRow = 4 * kDepth;                     // bytes of an image's gates of a step
 
 // What the launch decides. resident: the weight stays; else a step brings its part along.
 struct KernelParams : Params {
@@ -29,13 +31,19 @@ struct KernelParams : Params {
   bool resident;
 };
 
-// kSilu: there is no other activation, and no residual.
-template <typename T_, int kColumns_, bool kGate_, bool kSilu_> struct Traits {
+// kFragments: of 16 pixels, that a warp makes at once. Two share each fragment of the weight, which deep products want; one leaves
+// registers for twice the warps, which activations want. kSilu: there is no other activation, and no residual.
+template <typename T_, int kColumns_, int kFragments_, bool kGate_, bool kSilu_> struct Traits {
   using T = T_;
-  static constexpr int kColumns = kColumns_;
+  static constexpr int kColumns = kColumns_, kFragments = kFragments_, kRows = kThreads / 32 * 16 * kFragments;
   static constexpr bool kGate = kGate_, kSilu = kSilu_;
-  static constexpr int kBlocks = kColumns <= 48 ? 4 : kColumns <= 96 ? 3 : 2;  // an SM, by registers
-  static constexpr int kStepBytes = kRows * kLineBytes, kWeightBytes = kColumns * kLineBytes;
+  static constexpr int kSums = kColumns / 2 * kFragments;  // of a thread
+  static constexpr int kBlocks = kSums <= 24             ? 6
+                                 : kSums <= 48           ? (kFragments == 1 ? 5 : 4)
+                                 : kSums <= 96 && !kGate ? 3
+                                                         : 2;  // an SM
+  static constexpr int kGateAt = kRows * kLineBytes, kStepBytes = kGateAt + (kGate ? kImages * kGateRow : 0);
+  static constexpr int kWeightBytes = kColumns * kLineBytes;
   // Rows of an odd number of 16-byte pieces: matrices are put down and read without bank conflicts.
   static constexpr int kOutRow = (kColumns / 8 | 1) * 16, kOutBytes = 16 * kOutRow;  // a warp: 16 rows at a time
   static constexpr int kFixedBytes = kThreads / 32 * kOutBytes + kColumns * int(sizeof(Affine));
@@ -77,15 +85,9 @@ template <class Tr> __device__ __noinline__ void convert_weight(const void* weig
   }
 }
 
-// Two gates of an image from channel c on, as T; beyond the last channel x is zero, and so are they.
-template <typename T> __device__ __forceinline__ uint32_t gate_pair(const KernelParams& p, int image, int c) {
-  if (c >= p.in_channels) return 0;
-  const Vec<float, 2> v = load<2>(p.gate + (int64_t(image) * p.in_channels + c));
-  return round_pair<T>(v.at[0], v.at[1]);
-}
-
 // Grid: tiles of channels (neighbours run together and share x in L2) x blocks that deal the tiles of pixels out among them.
 template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
+  overlap_launches();
   using T = typename Tr::T;
   EFFNET_DYNAMIC_SHARED(char, shared);
   const Shared ring = shared_address(shared);
@@ -109,19 +111,27 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ten
   int load_tile = first_tile, load_step = 0, write_slot = 0;
   auto load_next = [&] {
     if (load_tile < p.tiles) {
-      const int first_row = load_tile * kRows, left = min(kRows, p.rows - first_row), c = load_step * kDepth + piece * 8;
+      const int first_row = load_tile * Tr::kRows, left = min(Tr::kRows, p.rows - first_row), c = load_step * kDepth + piece * 8;
       // Channels that fill the last 16 up are zeros; further ones nobody reads.
       if (c < (p.in_channels + 15 & ~15)) {
         const char* const x = static_cast<const char*>(p.x);
         const char* from = x + 2 * (int64_t(first_row + my_row) * p.in_channels + c);
         const Shared to = ring + (write_slot * stage_bytes + place(my_row, piece));
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < Tr::kRows / 16; ++i) {
           const bool real = i * 16 + my_row < left && c < p.in_channels;
           copy_async(to + i * 16 * kLineBytes, real ? from : x, real ? 16 : 0);
           from += int64_t(32) * p.in_channels;
         }
       }
+      if constexpr (Tr::kGate)
+        if (int(threadIdx.x) < kImages * kGateRow / 16) {
+          const int image = min(int(unsigned(first_row) / unsigned(p.pixels)) + int(threadIdx.x) / (kGateRow / 16), p.images - 1);
+          const int from = load_step * kDepth + int(threadIdx.x) % (kGateRow / 16) * 4;
+          const bool real = from < p.in_channels;  // gates of no channel are zero, as x is there
+          copy_async(ring + (write_slot * stage_bytes + Tr::kGateAt + threadIdx.x * 16),
+                     p.gate + (real ? int64_t(image) * p.in_channels + from : 0), real ? 16 : 0);
+        }
       if (!p.resident) {
         bring_weight(load_step, write_slot * stage_bytes + Tr::kStepBytes);
       }
@@ -140,7 +150,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ten
 
   // ldmatrix takes A as (rows 0..7, k 0..7) (rows 8..15, k 0..7) (rows 0..7, k 8..15) (rows 8..15, k 8..15) and B, whose rows are
   // channels, as (0..7, k 0..7) (0..7, k 8..15) (8..15, k 0..7) (8..15, k 8..15).
-  const int a_row = (warp * 32 + lane % 16) * kLineBytes, b_row = (lane / 16 * 8 + lane % 8) * kLineBytes;
+  const int a_row = (warp * 16 * Tr::kFragments + lane % 16) * kLineBytes, b_row = (lane / 16 * 8 + lane % 8) * kLineBytes;
   const Shared out = ring + (out_at + warp * Tr::kOutBytes);
   const Shared put = out + (lane % 16 * Tr::kOutRow + lane / 16 * 16);
   char* const mine = shared + out_at + warp * Tr::kOutBytes;
@@ -151,53 +161,52 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ten
 
   int read_slot = 0;
   for (int tile = first_tile; tile < p.tiles; tile += blocks) {
-    const int first_row = tile * kRows + warp * 32;
-    int gates[2][2] = {};  // the images of rows g and g + 8 of either 16
+    const int first_row = tile * Tr::kRows + warp * 16 * Tr::kFragments;
+    int images = 0;        // of the tile's, those of rows g and g + 8 of each 16: two bits each, which saves registers
     bool one_gate = true;  // for all rows of the warp
     if constexpr (Tr::kGate) {
-      const int image = min(int(unsigned(first_row) / unsigned(p.pixels)), p.images - 1), past = first_row - image * p.pixels;
-      one_gate = past + 32 <= p.pixels || image == p.images - 1;
+      const int first_image = min(int(unsigned(tile * Tr::kRows) / unsigned(p.pixels)), p.images - 1);
+      const int past = first_row - first_image * p.pixels, last = p.images - 1 - first_image;
+      auto image_of = [&](int row) { return min(int(unsigned(past + row) / unsigned(p.pixels)), last); };
+      one_gate = image_of(0) == image_of(16 * Tr::kFragments - 1);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        gates[i / 2][i % 2] = one_gate ? image : min(image + int(unsigned(past + i * 8 + g) / unsigned(p.pixels)), p.images - 1);
+      for (int i = 0; i < 2 * Tr::kFragments; ++i) images |= image_of(i * 8 + g) << 2 * i;
     }
-    float acc[2][Tr::kColumns / 8][4] = {};
+    float acc[Tr::kFragments][Tr::kColumns / 8][4] = {};
     for (int step = 0; step < steps; ++step) {
-      uint32_t shared_gates[kDepth / 16][2];
-      if constexpr (Tr::kGate)
-        if (one_gate)
-#pragma unroll
-          for (int i = 0; i < kDepth / 8; ++i)
-            shared_gates[i / 2][i % 2] = gate_pair<T>(p, gates[0][0], step * kDepth + i * 8 + 2 * q);
       wait_for_oldest(p.stages);
       __syncthreads();  // this step has landed for all; the slot before it is free for all
       load_next();
-      const Shared a_at = ring + (read_slot * stage_bytes + a_row);
-      const Shared b_at =
-          ring + ((p.resident ? weight_at + step * Tr::kWeightBytes : read_slot * stage_bytes + Tr::kStepBytes) + b_row);
+      const int stage = read_slot * stage_bytes;
+      const Shared a_at = ring + (stage + a_row);
+      const Shared b_at = ring + ((p.resident ? weight_at + step * Tr::kWeightBytes : stage + Tr::kStepBytes) + b_row);
       if (++read_slot == p.stages) read_slot = 0;
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k) {
         if (step * kDepth + k * 16 >= p.in_channels) break;
-        uint32_t a[2][4];
+        uint32_t a[Tr::kFragments][4];
 #pragma unroll
-        for (int m = 0; m < 2; ++m) load_matrices(a[m], a_at + (m * 16 * kLineBytes + ((k * 2 + lane / 16 ^ lane % 8) << 4)));
+        for (int m = 0; m < Tr::kFragments; ++m)
+          load_matrices(a[m], a_at + (m * 16 * kLineBytes + ((k * 2 + lane / 16 ^ lane % 8) << 4)));
         if constexpr (Tr::kGate) {
+          const char* const gates = shared + (stage + Tr::kGateAt + k * 64 + 8 * q);
+          auto gate_pair = [&](int row, int half) {
+            const Vec<float, 2> v = load<2>(reinterpret_cast<const float*>(gates + (images >> 2 * row & 3) * kGateRow + half * 32));
+            return round_pair<T>(v.at[0], v.at[1]);
+          };
+          const uint32_t shared_by_all[2] = {gate_pair(0, 0), gate_pair(0, 1)};
 #pragma unroll
-          for (int m = 0; m < 2; ++m)
+          for (int m = 0; m < Tr::kFragments; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const uint32_t two =
-                  one_gate ? shared_gates[k][i / 2] : gate_pair<T>(p, gates[m][i % 2], step * kDepth + k * 16 + i / 2 * 8 + 2 * q);
-              a[m][i] = multiply_pair<T>(a[m][i], two);
-            }
+            for (int i = 0; i < 4; ++i)
+              a[m][i] = multiply_pair<T>(a[m][i], one_gate ? shared_by_all[i / 2] : gate_pair(2 * m + i % 2, i / 2));
         }
 #pragma unroll
         for (int j = 0; j < Tr::kColumns / 16; ++j) {
           uint32_t b[4];
           load_matrices(b, b_at + (j * 16 * kLineBytes + ((k * 2 + lane / 8 % 2 ^ lane % 8) << 4)));
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
+          for (int m = 0; m < Tr::kFragments; ++m) {
             mma_k16(T(), acc[m][2 * j], a[m], b[0], b[1]);
             mma_k16(T(), acc[m][2 * j + 1], a[m], b[2], b[3]);
           }
@@ -206,7 +215,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ten
     }
 
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < Tr::kFragments; ++m) {
       const int row = first_row + m * 16, left = min(16, p.rows - row);  // may be none
       const int64_t corner = int64_t(row) * p.out_channels + first_channel;
       // Calls f(bytes from the corner of y or residual, place in shared memory) for this lane's pieces of the rows.
@@ -264,7 +273,11 @@ struct Gpu {
 
 template <class Tr> void launch_tensor(KernelParams p, const Gpu& gpu, void* stream) {
   const int steps = ceil_div(p.in_channels, kDepth), across = ceil_div(p.out_channels, Tr::kColumns);
-  p.tiles = ceil_div(p.rows, kRows);
+  if (Tr::kGate && ceil_div(Tr::kRows - 1, p.pixels) + 1 > kImages) {
+    throw std::runtime_error("pointwise_conv_bn_act: an image has " + std::to_string(p.pixels) +
+                             " pixels; with a gate 43 or more would do for the CUDA kernel");
+  }
+  p.tiles = ceil_div(p.rows, Tr::kRows);
   // As many blocks an SM as registers allow if the weight then stays and two stages fit, else fewer, and three.
   p.resident = steps * Tr::kWeightBytes <= 40 << 10;
   const int fixed = Tr::kFixedBytes + (p.resident ? steps * Tr::kWeightBytes : 0);
@@ -282,15 +295,22 @@ template <class Tr> void launch_tensor(KernelParams p, const Gpu& gpu, void* str
   EFFNET_LAUNCH((tensor_kernel<Tr>), grid, dim3(kThreads), bytes, stream, p);
 }
 
-// Starts the kernel for p.rows > 0. x, y, residual and the weight must be 16-byte aligned, the gate 8-byte.
-template <typename T, bool kGate, bool kSilu> void launch_columns(const KernelParams& p, const Gpu& gpu, void* stream) {
+// 96 divides nearly all expanded widths; 128 where that saves a tile, so that x is read less often, and for deep products.
+template <typename T> void launch_silu(const KernelParams& p, const Gpu& gpu, void* stream) {
   const int out = p.out_channels;
-  if (out <= 32) return launch_tensor<Traits<T, 32, kGate, kSilu>>(p, gpu, stream);
-  if (out <= 48) return launch_tensor<Traits<T, 48, kGate, kSilu>>(p, gpu, stream);
-  // 96 divides nearly all expanded widths; 128 where that saves a tile, so that x is read less often.
-  const bool wide = kSilu ? out % 96 != 0 && out % 128 == 0 : ceil_div(out, 128) < ceil_div(out, 96);
-  if (wide) return launch_tensor<Traits<T, 128, kGate, kSilu>>(p, gpu, stream);
-  launch_tensor<Traits<T, 96, kGate, kSilu>>(p, gpu, stream);
+  if (out <= 32) return launch_tensor<Traits<T, 32, 1, false, true>>(p, gpu, stream);
+  if (out <= 48) return launch_tensor<Traits<T, 48, 1, false, true>>(p, gpu, stream);
+  if (p.in_channels >= 256 || (out % 96 != 0 && out % 128 == 0))
+    return launch_tensor<Traits<T, 128, 2, false, true>>(p, gpu, stream);
+  launch_tensor<Traits<T, 96, 1, false, true>>(p, gpu, stream);
+}
+
+template <typename T, bool kGate> void launch_any(const KernelParams& p, const Gpu& gpu, void* stream) {
+  const int out = p.out_channels;
+  if (out <= 32) return launch_tensor<Traits<T, 32, 2, kGate, false>>(p, gpu, stream);
+  if (out <= 48) return launch_tensor<Traits<T, 48, 2, kGate, false>>(p, gpu, stream);
+  if (ceil_div(out, 128) < ceil_div(out, 96)) return launch_tensor<Traits<T, 128, 2, kGate, false>>(p, gpu, stream);
+  launch_tensor<Traits<T, 96, 2, kGate, false>>(p, gpu, stream);
 }
 
 inline KernelParams in_32_bits(const Params& given) {
@@ -302,15 +322,16 @@ inline KernelParams in_32_bits(const Params& given) {
   return p;
 }
 
+// Starts the kernel for p.rows > 0. x, y, residual, the gate and the weight must be 16-byte aligned.
 template <typename T> void launch_forward(const Params& given, const Gpu& gpu, void* stream) {
   const KernelParams p = in_32_bits(given);
   if (p.in_channels % 8 || p.out_channels % 8) {
     throw std::runtime_error("pointwise_conv_bn_act: the CUDA kernel takes C and K that are multiples of 8, got " +
                              std::to_string(p.in_channels) + " and " + std::to_string(p.out_channels));
   }
-  if (p.gate) return launch_columns<T, true, false>(p, gpu, stream);
-  if (p.activation == Activation::silu && !p.residual) return launch_columns<T, false, true>(p, gpu, stream);
-  launch_columns<T, false, false>(p, gpu, stream);
+  if (p.gate) return launch_any<T, true>(p, gpu, stream);
+  if (p.activation == Activation::silu && !p.residual) return launch_silu<T>(p, gpu, stream);
+  launch_any<T, false>(p, gpu, stream);
 }
 
 }  // namespace effnet_fast::pointwise

@@ -42,16 +42,19 @@ triton_backend.register(NAME, _check, _allocate)
 
 HALVES = (torch.bfloat16, torch.float16)  # that the CUDA kernel takes
 MOST_ROWS = 2**31 - 256  # pixels of a batch, likewise
-FEWEST_TILES = 132  # of 128 pixels x 96 channels, from which on it is faster than Triton's small tiles
+FEWEST_PIXELS = 43  # of an image with a gate: a tile's gates are of four images at most
+FEWEST_TILES = 264  # of 128 pixels x 96 channels, from which on it is faster than Triton's small tiles
 
 
 def _native_can_run(x: Tensor) -> str | None:
     return native.why_not(x, cuda=True) if x.dtype in HALVES or not x.is_cuda else f"x is {x.dtype}; the CUDA kernel is for halves"
 
 
-def _unsupported(x: Tensor, weight: Tensor) -> dict[str, str] | None:
+def _unsupported(x: Tensor, weight: Tensor, gate: Tensor | None) -> dict[str, str] | None:
     if not x.is_cuda:
         return None
+    if gate is not None and x.shape[2] * x.shape[3] < FEWEST_PIXELS:
+        return {"native": f"images of {x.shape[2]}x{x.shape[3]} with gates: the CUDA kernel takes {FEWEST_PIXELS} pixels or more"}
     if weight.shape[0] % 8 or weight.shape[1] % 8:
         return {"native": f"{weight.shape[1]} to {weight.shape[0]} channels: the CUDA kernel takes multiples of 8"}
     return {"native": "there are too many pixels for the CUDA kernel"} if _rows(x) > MOST_ROWS else None
@@ -108,5 +111,5 @@ def pointwise_conv_bn_act(
     _check(x, weight, *norm, gate, residual, activation)
     if differentiates():
         check_no_gradient(NAME, x, weight, *norm[:4], gate, residual)
-    kernel = backends.choose(NAME, x, _unsupported(x, weight), _slower(x, weight, gate))
+    kernel = backends.choose(NAME, x, _unsupported(x, weight, gate), _slower(x, weight, gate))
     return kernel.run(x, weight, *norm, gate, residual, activation)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effnet_fast.ops.common import check_tensor
-from effnet_fast.ops.triton_common import activate, cdiv, next_power_of_2, processors, run
+from effnet_fast.ops.triton_common import activate, cdiv, next_power_of_2, overlap_launches, processors, run
 
 
 @triton.jit
@@ -87,6 +87,7 @@ def _one_launch(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    overlap_launches()
     image, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     r = tl.arange(0, BLOCK_R)
     sums = partial + image * pieces * channels
@@ -111,6 +112,7 @@ def _reduce(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    overlap_launches()
     blocks = tl.cdiv(reduced, BLOCK_R)
     image, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -121,6 +123,7 @@ def _reduce(
 
 @triton.jit(do_not_specialize=["channels", "reduced"])
 def _expand(hidden, weight, bias, gate, channels, reduced, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    overlap_launches()
     blocks = tl.cdiv(channels, BLOCK_C)
     image, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     c, r = block * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
@@ -145,11 +148,12 @@ def _of_images(
     BLOCK_INNER: tl.constexpr,
 ):
     """activation(weight . sum_p x / count + bias), [images, rows], for x [images, pieces, inner]: one FC of many images."""
+    overlap_launches()
     blocks = tl.cdiv(rows, BLOCK_ROWS)
     group, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     row, image = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), group * IMAGES + tl.arange(0, IMAGES)
     pixels = count.to(tl.float32)
-    total = tl.zeros([IMAGES, BLOCK_ROWS], tl.float32)
+    total, some = tl.zeros([IMAGES, BLOCK_ROWS], tl.float32), tl.zeros([IMAGES, BLOCK_ROWS], tl.float32)
     for start in range(0, inner, BLOCK_INNER):
         i = start + tl.arange(0, BLOCK_INNER)
         mask = (image < images)[:, None] & (i < inner)[None, :]
@@ -158,8 +162,12 @@ def _of_images(
             sums += tl.load(x + (image[:, None] * pieces + piece) * inner + i[None, :], mask=mask, other=0.0)
         mask = (i < inner)[:, None] & (row < rows)[None, :]
         w = tl.load(weight + row[None, :] * inner + i[:, None], mask=mask, other=0.0).to(tl.float32)
-        # A sum of its own for every block: a chain of additions over all of `inner` would lose more bits.
-        total += tl.dot(tl.div_rn(sums, pixels), w, input_precision="ieee")
+        # Sums of sums, of 16 elements and of 8 such: a chain of additions over all of `inner` would lose more bits.
+        some += tl.dot(tl.div_rn(sums, pixels), w, input_precision="ieee")
+        if start // BLOCK_INNER % 8 == 7:
+            total += some
+            some = tl.zeros([IMAGES, BLOCK_ROWS], tl.float32)
+    total += some
     if bias is not None:
         total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
     total = _sigmoid(total) if ACTIVATION == "sigmoid" else _activate(total, ACTIVATION)
@@ -201,7 +209,7 @@ def launch(
     hidden = torch.empty((images, reduced), dtype=torch.float32, device=partial.device)
     if images > 8:
         groups = cdiv(images, 16)
-        tile = {"IMAGES": 16, "BLOCK_INNER": 64, "num_warps": 4, "maxnreg": 128}
+        tile = {"IMAGES": 16, "BLOCK_INNER": 16, "num_warps": 4, "maxnreg": 128}
         to_hidden = partial, reduce_weight, reduce_bias, hidden, images, pieces, count, channels, reduced
         run(_of_images, groups * cdiv(reduced, 16), *to_hidden, ACTIVATION=activation, BLOCK_ROWS=16, **tile)
         to_gate = hidden, expand_weight, expand_bias, gate, images, 1, 1, reduced, channels
