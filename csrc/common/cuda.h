@@ -12,12 +12,11 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #define EFFNET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  effnet_fast::launch_kernel(kernel, grid, block, shared_bytes, stream, 1, __VA_ARGS__)
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define EFFNET_DYNAMIC_SHARED(type, name)                          \
   extern __shared__ __align__(128) unsigned char name##_storage[]; \
   type* name = reinterpret_cast<type*>(name##_storage)
@@ -34,43 +33,6 @@
 #endif
 
 namespace effnet_fast {
-
-#ifdef __CUDACC__
-// Starts a kernel on the current device, `cluster` blocks in a row of which are a thread-block cluster. From compute capability 9.0
-// on it may start before the kernel before it on the stream has ended: every kernel calls overlap_launches() first.
-template <typename... Parameters, typename... Arguments> void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                                                                            size_t shared_bytes, void* stream, unsigned cluster,
-                                                                            const Arguments&... arguments) {
-  int device = 0, major = 0;
-  EFFNET_CUDA_CHECK(cudaGetDevice(&device));
-  EFFNET_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[2]{};
-  config.attrs = attributes;
-  if (major >= 9) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = std::getenv("EFFNET_NO_OVERLAP") ? 0 : 1;
-  }
-  if (cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {cluster, 1, 1};
-  }
-  EFFNET_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
-// Lets the kernel after this one start, and waits for the one before to have ended: before this one touches memory. The wait of
-// each for the next keeps all of them in order, and what a launch takes by itself is hidden, which counts where kernels take
-// microseconds.
-__device__ __forceinline__ void overlap_launches() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
-#endif
-}
-#endif
 
 template <typename A, typename B> __host__ __device__ constexpr auto ceil_div(A a, B b) { return (a + b - 1) / b; }
 

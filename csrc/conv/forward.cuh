@@ -173,7 +173,6 @@ __device__ __forceinline__ void put_chunks(const KernelParams& p, int64_t first,
 }
 
 template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) stem_kernel(const KernelParams p) {
-  overlap_launches();
   using T = typename Tr::T;
   constexpr int kPairs = Tr::kPairs;
   EFFNET_DYNAMIC_SHARED(char, shared);

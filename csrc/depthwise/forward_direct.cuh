@@ -20,7 +20,6 @@ template <typename T_, int kKernel_, int kStride_, int kVector_> struct DirectTr
 
 // At least 2 blocks an SM: left to itself ptxas aims at 3 for a 5x5, and spills.
 template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, 2) direct_kernel(const KernelParams p) {
-  overlap_launches();
   using T = typename Tr::T;
   constexpr int K = Tr::kKernel, S = Tr::kStride, V = Tr::kVector, TW = Tr::kColumns;
   using X = Vec<T, V>;

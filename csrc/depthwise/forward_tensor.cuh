@@ -149,7 +149,6 @@ template <class Tr> struct Weights {
 };
 
 template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
-  overlap_launches();
   using T = typename Tr::T;
   constexpr int K = Tr::kKernel, S = Tr::kStride;
   // Whether stages without a special row have code of their own. With 96 registers only sm_90 has enough for it.

@@ -1,12 +1,13 @@
 // Pointwise convolution on CUDA for half types, channels_last:  y = act(norm((x * gate) W^T)) + residual, with C and K multiples of
 // 8. All else is Triton's (effnet_fast/ops/pointwise/triton.py), and so are problems too small to give every SM a tile.
 //
-// A block makes tiles of 128 pixels x kColumns output channels, one after the other down the image, a warp 32 pixels of each: mma
-// of 16 x 8 x 16. x comes by cp.async in steps of 64 input channels through a ring that runs on from tile to tile, so that HBM is
-// at work while a tile is finished. Where it fits, the weight of the block's channels stays in shared memory for all its tiles;
-// else it comes through the ring beside x. So do the gates of the tile's images, which are multiplied into the fragments of x, two
-// values an instruction. Finished rows turn in shared memory, warp by warp, so that they leave as whole lines: a store that touches
-// many lines for 32 bytes each is bound by L2's tags (measured in the kernels before this one, on an H200), not by bytes.
+// A block makes tiles of 64 or 128 pixels x kColumns output channels, one after the other down the image, a warp 16 or 32 pixels of
+// each: mma of 16 x 8 x 16. x comes by cp.async in steps of 64 input channels through a ring that runs on from tile to tile, so
+// that HBM is at work while a tile is finished. Where it fits, the weight of the block's channels stays in shared memory for all
+// its tiles; else it comes through the ring beside x. So do the gates of the tile's images, which are multiplied into the fragments
+// of x, two values an instruction. Finished rows turn in shared memory, warp by warp, so that they leave as whole lines: a store
+// that touches many lines for 32 bytes each is bound by L2's tags (measured in the kernels before this one, on an H200), not by
+// bytes.
 //
 // Bytes an output: 2 + 2 C / K, twice the second term or more where K is wide and tiles of columns read x again, from L2.
 // Operations: C multiply-adds, norm and activation. HBM binds for B0 to B7 but in the last stages, where L2 and the tensor cores
@@ -18,8 +19,8 @@
 
 namespace effnet_fast::pointwise {
 
-constexpr int kThreads = 128, kDepth = 64;  // of a block; input channels of a step
-constexpr int kLineBytes = 2 * kDepth;      // of a row of a step, x's or the weight's
+constexpr int kDepth = 64;              // input channels of a step
+constexpr int kLineBytes = 2 * kDepth;  // of a row of a step, x's or the weight's
 constexpr int kMostStages = 4;
 constexpr int64_t kMostRows = (int64_t(1) << 31) - 256;  // their numbers are 32 bits
 constexpr int kImages = 4;                               // that a tile's gates may be of
@@ -31,22 +32,23 @@ struct KernelParams : Params {
   bool resident;
 };
 
-// kFragments: of 16 pixels, that a warp makes at once. Two share each fragment of the weight, which deep products want; one leaves
-// registers for twice the warps, which activations want. kSilu: there is no other activation, and no residual.
-template <typename T_, int kColumns_, int kFragments_, bool kGate_, bool kSilu_> struct Traits {
+// kFragments: of 16 pixels, that a warp makes at once. Two share each fragment of the weight; but where that leaves registers for
+// less than 16 warps an SM, latency binds. kSilu: there is no other activation, and no residual.
+template <typename T_, int kColumns_, int kWarps_, int kFragments_, bool kGate_, bool kSilu_> struct Traits {
   using T = T_;
-  static constexpr int kColumns = kColumns_, kFragments = kFragments_, kRows = kThreads / 32 * 16 * kFragments;
+  static constexpr int kColumns = kColumns_, kWarps = kWarps_, kThreads = 32 * kWarps;
+  static constexpr int kFragments = kFragments_, kRows = kWarps * 16 * kFragments;
   static constexpr bool kGate = kGate_, kSilu = kSilu_;
-  static constexpr int kSums = kColumns / 2 * kFragments;  // of a thread
-  static constexpr int kBlocks = kSums <= 24             ? 6
-                                 : kSums <= 48           ? (kFragments == 1 ? 5 : 4)
-                                 : kSums <= 96 && !kGate ? 3
-                                                         : 2;  // an SM
+  static constexpr bool kOneStep = kSilu && kWarps == 4 && kColumns == 96;  // it is for 64 input channels at most
+  static constexpr int kSums = kColumns / 2 * kFragments;                   // of a thread
+  static constexpr int kBlocks = kWarps == 8 ? 2 : kSums <= 24 ? 6 : kFragments == 1 ? 5 : 4;  // an SM, by registers
+  static constexpr int kCopied = kThreads / 8;                                                 // rows that all threads copy at once
   static constexpr int kGateAt = kRows * kLineBytes, kStepBytes = kGateAt + (kGate ? kImages * kGateRow : 0);
   static constexpr int kWeightBytes = kColumns * kLineBytes;
-  // Rows of an odd number of 16-byte pieces: matrices are put down and read without bank conflicts.
-  static constexpr int kOutRow = (kColumns / 8 | 1) * 16, kOutBytes = 16 * kOutRow;  // a warp: 16 rows at a time
-  static constexpr int kFixedBytes = kThreads / 32 * kOutBytes + kColumns * int(sizeof(Affine));
+  // Of a warp's 16 finished rows: 16-byte pieces of a row, rows that lanes take at once. Rows lie an odd number of pieces apart:
+  // matrices are put down and read without bank conflicts.
+  static constexpr int kPieces = kColumns / 8, kTaken = 32 / kPieces, kOutRow = (kPieces | 1) * 16, kOutBytes = 16 * kOutRow;
+  static constexpr int kFixedBytes = kWarps * kOutBytes + kColumns * int(sizeof(Affine));
   static_assert(kColumns % 16 == 0);
 };
 
@@ -61,14 +63,14 @@ __device__ __forceinline__ int place(int row, int piece) { return row * kLineByt
 
 // Part `step` of the block's weight, [channel][64] of T, into shared memory: there after a wait and a barrier.
 template <class Tr> __device__ __forceinline__ void load_weight(const KernelParams& p, int first_channel, int step, Shared to) {
-  const int piece = threadIdx.x % 8, c = step * kDepth + piece * 8;
-  int row = threadIdx.x / 8;
+  const int row = threadIdx.x / 8, piece = threadIdx.x % 8, c = step * kDepth + piece * 8, rows = p.out_channels - first_channel;
   const char* from = static_cast<const char*>(p.weight) + 2 * (int64_t(first_channel + row) * p.in_channels + c);
+  const int bytes = c < p.in_channels ? 16 : 0;
+  to = to + place(row, piece);
 #pragma unroll
-  for (int i = 0; i < Tr::kColumns / 16; ++i, row += 16, from += int64_t(32) * p.in_channels) {
-    const bool real = first_channel + row < p.out_channels && c < p.in_channels;
-    copy_async(to + place(row, piece), real ? from : static_cast<const char*>(p.weight), real ? 16 : 0);
-  }
+  for (int i = 0; i < Tr::kColumns; i += Tr::kCopied, from += int64_t(2 * Tr::kCopied) * p.in_channels)
+    if (Tr::kColumns % Tr::kCopied == 0 || i + row < Tr::kColumns)
+      copy_async(to + i * kLineBytes, from, i + row < rows ? bytes : 0);
 }
 
 // The same for a weight of another type than x's, from its first row and channel of that part on: there after a barrier. Rare, so
@@ -76,7 +78,7 @@ template <class Tr> __device__ __forceinline__ void load_weight(const KernelPara
 template <class Tr> __device__ __noinline__ void convert_weight(const void* weight, DType dtype, int64_t from, int row_size,
                                                                 int rows, int channels, char* to) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Tr::kColumns * kDepth / 2; i += kThreads) {
+  for (int i = threadIdx.x; i < Tr::kColumns * kDepth / 2; i += Tr::kThreads) {
     const int row = i / (kDepth / 2), c = i % (kDepth / 2) * 2;
     const int64_t at = from + int64_t(row) * row_size + c;
     const bool real = row < rows && c < channels;
@@ -86,8 +88,7 @@ template <class Tr> __device__ __noinline__ void convert_weight(const void* weig
 }
 
 // Grid: tiles of channels (neighbours run together and share x in L2) x blocks that deal the tiles of pixels out among them.
-template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
-  overlap_launches();
+template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
   using T = typename Tr::T;
   EFFNET_DYNAMIC_SHARED(char, shared);
   const Shared ring = shared_address(shared);
@@ -95,10 +96,11 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ten
   const int g = lane / 4, q = lane % 4;  // mma's names: rows (pixels) g and g + 8, columns (channels) 2q and 2q + 1
   const int tiles_across = ceil_div(p.out_channels, Tr::kColumns), blocks = gridDim.x / tiles_across;
   const int first_channel = int(blockIdx.x) % tiles_across * Tr::kColumns, first_tile = blockIdx.x / tiles_across;
-  const int columns = min(Tr::kColumns, p.out_channels - first_channel), steps = ceil_div(p.in_channels, kDepth);
-  const int stage_bytes = Tr::kStepBytes + (p.resident ? 0 : Tr::kWeightBytes);
-  const int weight_at = p.stages * stage_bytes, out_at = weight_at + (p.resident ? steps * Tr::kWeightBytes : 0);
-  const int norm_at = out_at + kThreads / 32 * Tr::kOutBytes;
+  const int columns = min(Tr::kColumns, p.out_channels - first_channel), steps = Tr::kOneStep ? 1 : ceil_div(p.in_channels, kDepth);
+  const bool resident = Tr::kOneStep || p.resident;
+  const int stage_bytes = Tr::kStepBytes + (resident ? 0 : Tr::kWeightBytes);
+  const int weight_at = p.stages * stage_bytes, out_at = weight_at + (resident ? steps * Tr::kWeightBytes : 0);
+  const int norm_at = out_at + Tr::kWarps * Tr::kOutBytes;
 
   auto bring_weight = [&](int step, int at) {
     if (p.weight_dtype == p.dtype) return load_weight<Tr>(p, first_channel, step, ring + at);
@@ -106,42 +108,45 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ten
     convert_weight<Tr>(p.weight, p.weight_dtype, int64_t(first_channel) * p.in_channels + c, p.in_channels, columns,
                        p.in_channels - c, shared + at);
   };
-  // The ring. A thread always copies the same 16 bytes of channels, of every sixteenth row.
+  // The ring. A thread always copies the same 16 bytes of channels, of every kCopied-th row.
   const int piece = threadIdx.x % 8, my_row = threadIdx.x / 8;
-  int load_tile = first_tile, load_step = 0, write_slot = 0;
+  const int copied_channels = p.in_channels + 15 & ~15;  // those that fill the last 16 up are zeros; further ones nobody reads
+  const int row_bytes = 2 * p.in_channels;
+  const Shared to = ring + place(my_row, piece);
+  const char* from = static_cast<const char*>(p.x) + int64_t(first_tile * Tr::kRows + my_row) * row_bytes + piece * 16;
+  int load_rows = p.rows - first_tile * Tr::kRows;  // from the tile's first on
+  int load_step = 0, load_image = 0, write_slot = 0;
   auto load_next = [&] {
-    if (load_tile < p.tiles) {
-      const int first_row = load_tile * Tr::kRows, left = min(Tr::kRows, p.rows - first_row), c = load_step * kDepth + piece * 8;
-      // Channels that fill the last 16 up are zeros; further ones nobody reads.
-      if (c < (p.in_channels + 15 & ~15)) {
-        const char* const x = static_cast<const char*>(p.x);
-        const char* from = x + 2 * (int64_t(first_row + my_row) * p.in_channels + c);
-        const Shared to = ring + (write_slot * stage_bytes + place(my_row, piece));
+    if (load_rows > 0) {
+      const int at = write_slot * stage_bytes, c = load_step * kDepth + piece * 8, bytes = c < p.in_channels ? 16 : 0;
+      if (c < copied_channels) {
+        const char* row = from;
 #pragma unroll
-        for (int i = 0; i < Tr::kRows / 16; ++i) {
-          const bool real = i * 16 + my_row < left && c < p.in_channels;
-          copy_async(to + i * 16 * kLineBytes, real ? from : x, real ? 16 : 0);
-          from += int64_t(32) * p.in_channels;
-        }
+        for (int i = 0; i < Tr::kRows; i += Tr::kCopied, row += Tr::kCopied * row_bytes)
+          copy_async(to + (at + i * kLineBytes), row, i + my_row < load_rows ? bytes : 0);
       }
-      if constexpr (Tr::kGate)
+      if constexpr (Tr::kGate) {
+        if (load_step == 0) load_image = unsigned(p.rows - load_rows) / unsigned(p.pixels);
         if (int(threadIdx.x) < kImages * kGateRow / 16) {
-          const int image = min(int(unsigned(first_row) / unsigned(p.pixels)) + int(threadIdx.x) / (kGateRow / 16), p.images - 1);
-          const int from = load_step * kDepth + int(threadIdx.x) % (kGateRow / 16) * 4;
-          const bool real = from < p.in_channels;  // gates of no channel are zero, as x is there
-          copy_async(ring + (write_slot * stage_bytes + Tr::kGateAt + threadIdx.x * 16),
-                     p.gate + (real ? int64_t(image) * p.in_channels + from : 0), real ? 16 : 0);
+          const int image = min(load_image + int(threadIdx.x) / (kGateRow / 16), p.images - 1);
+          const int channel = load_step * kDepth + int(threadIdx.x) % (kGateRow / 16) * 4;
+          copy_async(ring + (at + Tr::kGateAt + threadIdx.x * 16), p.gate + (int64_t(image) * p.in_channels + channel),
+                     channel < p.in_channels ? 16 : 0);  // gates of no channel are zero, as x is there
         }
-      if (!p.resident) {
-        bring_weight(load_step, write_slot * stage_bytes + Tr::kStepBytes);
       }
+      if (!resident) bring_weight(load_step, at + Tr::kStepBytes);
     }
     copy_async_commit();
-    if (++load_step == steps) load_step = 0, load_tile += blocks;
+    from += kLineBytes;
+    if (++load_step == steps) {
+      load_step = 0;
+      load_rows -= blocks * Tr::kRows;
+      from += int64_t(blocks * Tr::kRows) * row_bytes - steps * kLineBytes;
+    }
     if (++write_slot == p.stages) write_slot = 0;
   };
 
-  if (p.resident)
+  if (resident)
     for (int step = 0; step < steps; ++step) bring_weight(step, weight_at + step * Tr::kWeightBytes);
   for (int s = 0; s < p.stages - 1; ++s) load_next();
   if (int(threadIdx.x) < Tr::kColumns)
@@ -153,11 +158,13 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ten
   const int a_row = (warp * 16 * Tr::kFragments + lane % 16) * kLineBytes, b_row = (lane / 16 * 8 + lane % 8) * kLineBytes;
   const Shared out = ring + (out_at + warp * Tr::kOutBytes);
   const Shared put = out + (lane % 16 * Tr::kOutRow + lane / 16 * 16);
-  char* const mine = shared + out_at + warp * Tr::kOutBytes;
+  char* const mine = shared + (out_at + warp * Tr::kOutBytes + lane / Tr::kPieces * Tr::kOutRow + lane % Tr::kPieces * 16);
   const bool residual = !Tr::kSilu && p.residual;
   const Affine* const norms = reinterpret_cast<const Affine*>(shared + norm_at);
-
-  const unsigned pieces = columns / 8, inverse = (65535 + pieces) / pieces;  // of 16 bytes, of a row of the block's channels
+  // This lane's piece of every kTaken-th finished row, from the first on.
+  const int my_taken = lane / Tr::kPieces, my_piece = lane % Tr::kPieces;
+  const bool takes = my_taken < Tr::kTaken && my_piece * 8 < columns;
+  const int out_bytes = 2 * p.out_channels, to_mine = my_taken * out_bytes + 2 * (first_channel + my_piece * 8);
 
   int read_slot = 0;
   for (int tile = first_tile; tile < p.tiles; tile += blocks) {
@@ -179,7 +186,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ten
       load_next();
       const int stage = read_slot * stage_bytes;
       const Shared a_at = ring + (stage + a_row);
-      const Shared b_at = ring + ((p.resident ? weight_at + step * Tr::kWeightBytes : stage + Tr::kStepBytes) + b_row);
+      const Shared b_at = ring + ((resident ? weight_at + step * Tr::kWeightBytes : stage + Tr::kStepBytes) + b_row);
       if (++read_slot == p.stages) read_slot = 0;
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k) {
@@ -216,19 +223,18 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ten
 
 #pragma unroll
     for (int m = 0; m < Tr::kFragments; ++m) {
-      const int row = first_row + m * 16, left = min(16, p.rows - row);  // may be none
-      const int64_t corner = int64_t(row) * p.out_channels + first_channel;
-      // Calls f(bytes from the corner of y or residual, place in shared memory) for this lane's pieces of the rows.
-      auto each_piece = [&](const auto& f) {
-        for (unsigned i = lane; i < 16 * pieces; i += 32) {
-          const int r = i * inverse >> 16, at = i - r * pieces;  // i / pieces, for i < 256
-          if (r < left) f(2 * (r * p.out_channels + at * 8), r * Tr::kOutRow + at * 16);
-        }
+      const int row = first_row + m * 16, left = takes ? p.rows - row : 0;  // may be none
+      const int64_t first = int64_t(row) * out_bytes + to_mine;
+      // Calls f(place in memory, place in shared memory) for this lane's pieces of the rows.
+      auto each_piece = [&](auto* at, const auto& f) {
+        at += first;
+#pragma unroll
+        for (int r = 0; r < 16; r += Tr::kTaken, at += Tr::kTaken * out_bytes)
+          if (r + my_taken < min(left, 16)) f(at, mine + r * Tr::kOutRow);
       };
       if (residual) {
-        const char* const from = static_cast<const char*>(p.residual) + 2 * corner;
-        each_piece([&](int bytes, int at) {
-          store(reinterpret_cast<uint32_t*>(mine + at), load<4>(reinterpret_cast<const uint32_t*>(from + bytes)));
+        each_piece(static_cast<const char*>(p.residual), [&](const char* at, char* here) {
+          store(reinterpret_cast<uint32_t*>(here), load<4>(reinterpret_cast<const uint32_t*>(at)));
         });
         __syncwarp();
       }
@@ -257,9 +263,8 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ten
         store_matrices(put + j * 32, packed);
       }
       __syncwarp();
-      char* const to = static_cast<char*>(p.y) + 2 * corner;
-      each_piece([&](int bytes, int at) {
-        store(reinterpret_cast<uint32_t*>(to + bytes), load<4>(reinterpret_cast<const uint32_t*>(mine + at)));
+      each_piece(static_cast<char*>(p.y), [&](char* at, const char* here) {
+        store(reinterpret_cast<uint32_t*>(at), load<4>(reinterpret_cast<const uint32_t*>(here)));
       });
       __syncwarp();  // the rows have left
     }
@@ -278,39 +283,34 @@ template <class Tr> void launch_tensor(KernelParams p, const Gpu& gpu, void* str
                              " pixels; with a gate 43 or more would do for the CUDA kernel");
   }
   p.tiles = ceil_div(p.rows, Tr::kRows);
-  // As many blocks an SM as registers allow if the weight then stays and two stages fit, else fewer, and three.
+  // As many blocks an SM as registers and two stages allow. The weight stays where there is room for it beside them.
   p.resident = steps * Tr::kWeightBytes <= 40 << 10;
   const int fixed = Tr::kFixedBytes + (p.resident ? steps * Tr::kWeightBytes : 0);
   const int stage = Tr::kStepBytes + (p.resident ? 0 : Tr::kWeightBytes);
-  int blocks = Tr::kBlocks + 1, fit = 0;
-  while (fit < (p.resident ? 2 : 3) && --blocks > 0)
-    fit = (min(gpu.shared_bytes / blocks - 1024, gpu.block_shared_bytes) - fixed) / stage;
-  blocks = max(blocks, 1);
-  p.stages = min(max(fit, 2), kMostStages);
+  const auto fit = [&](int blocks) { return (min(gpu.shared_bytes / blocks - 1024, gpu.block_shared_bytes) - fixed) / stage; };
+  int blocks = Tr::kBlocks;
+  while (blocks > 1 && fit(blocks) < 2) --blocks;
+  p.stages = min(max(fit(blocks), 2), kMostStages);
   const int bytes = fixed + p.stages * stage;
   EFFNET_ALLOW_SHARED(tensor_kernel<Tr>, bytes);
   // Blocks that share a tile of channels deal the tiles of pixels out evenly.
   const int most = min(max(gpu.multiprocessors * blocks / across, 1), p.tiles), rounds = ceil_div(p.tiles, most);
   const dim3 grid(unsigned(across) * unsigned(ceil_div(p.tiles, rounds)));
-  EFFNET_LAUNCH((tensor_kernel<Tr>), grid, dim3(kThreads), bytes, stream, p);
+  EFFNET_LAUNCH((tensor_kernel<Tr>), grid, dim3(Tr::kThreads), bytes, stream, p);
 }
 
-// 96 divides nearly all expanded widths; 128 where that saves a tile, so that x is read less often, and for deep products.
-template <typename T> void launch_silu(const KernelParams& p, const Gpu& gpu, void* stream) {
+// 96 divides nearly all expanded widths; 128 where that saves a tile, so that x is read less often. Small blocks keep weights of
+// few channels more than once an SM, and go on sooner.
+template <typename T, bool kGate, bool kSilu> void launch_columns(const KernelParams& p, const Gpu& gpu, void* stream) {
+  constexpr int kFragments = kSilu ? 1 : 2;
   const int out = p.out_channels;
-  if (out <= 32) return launch_tensor<Traits<T, 32, 1, false, true>>(p, gpu, stream);
-  if (out <= 48) return launch_tensor<Traits<T, 48, 1, false, true>>(p, gpu, stream);
-  if (p.in_channels >= 256 || (out % 96 != 0 && out % 128 == 0))
-    return launch_tensor<Traits<T, 128, 2, false, true>>(p, gpu, stream);
-  launch_tensor<Traits<T, 96, 1, false, true>>(p, gpu, stream);
-}
-
-template <typename T, bool kGate> void launch_any(const KernelParams& p, const Gpu& gpu, void* stream) {
-  const int out = p.out_channels;
-  if (out <= 32) return launch_tensor<Traits<T, 32, 2, kGate, false>>(p, gpu, stream);
-  if (out <= 48) return launch_tensor<Traits<T, 48, 2, kGate, false>>(p, gpu, stream);
-  if (ceil_div(out, 128) < ceil_div(out, 96)) return launch_tensor<Traits<T, 128, 2, kGate, false>>(p, gpu, stream);
-  launch_tensor<Traits<T, 96, 2, kGate, false>>(p, gpu, stream);
+  if (out <= 32) return launch_tensor<Traits<T, 32, 4, kFragments, kGate, kSilu>>(p, gpu, stream);
+  if (out <= 48) return launch_tensor<Traits<T, 48, 4, kFragments, kGate, kSilu>>(p, gpu, stream);
+  if (kSilu ? out % 96 != 0 && out % 128 == 0 : ceil_div(out, 128) < ceil_div(out, 96))
+    return launch_tensor<Traits<T, 128, 8, 1, kGate, kSilu>>(p, gpu, stream);
+  if constexpr (kSilu)
+    if (p.in_channels <= kDepth) return launch_tensor<Traits<T, 96, 4, 1, kGate, kSilu>>(p, gpu, stream);
+  launch_tensor<Traits<T, 96, 8, 1, kGate, kSilu>>(p, gpu, stream);
 }
 
 inline KernelParams in_32_bits(const Params& given) {
@@ -329,9 +329,9 @@ template <typename T> void launch_forward(const Params& given, const Gpu& gpu, v
     throw std::runtime_error("pointwise_conv_bn_act: the CUDA kernel takes C and K that are multiples of 8, got " +
                              std::to_string(p.in_channels) + " and " + std::to_string(p.out_channels));
   }
-  if (p.gate) return launch_any<T, true>(p, gpu, stream);
-  if (p.activation == Activation::silu && !p.residual) return launch_silu<T>(p, gpu, stream);
-  launch_any<T, false>(p, gpu, stream);
+  if (p.gate) return launch_columns<T, true, false>(p, gpu, stream);
+  if (p.activation == Activation::silu && !p.residual) return launch_columns<T, false, true>(p, gpu, stream);
+  launch_columns<T, false, false>(p, gpu, stream);
 }
 
 }  // namespace effnet_fast::pointwise

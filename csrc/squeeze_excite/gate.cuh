@@ -234,7 +234,6 @@ template <int G> __device__ __forceinline__ float pick(const float (&values)[G],
 
 // Grid: groups of G images x slices. At least 2 blocks an SM.
 template <typename T, int G> __global__ void __launch_bounds__(kThreads, 2) gate_kernel(const GateParams p, const Plan plan) {
-  overlap_launches();
   constexpr int kEarly = 2;                               // biases of a thread that are under way from the start
   EFFNET_DYNAMIC_SHARED(float, squeezed);                 // [G][squeezed_stride]
   float* const hidden = squeezed + plan.squeezed_floats;  // [G][hidden_stride]

@@ -48,12 +48,6 @@ def why_no_triton(index: int | None) -> str | None:
     return f"this GPU is {_name(capability)}; the Triton kernels need {_name(TRITON_MINIMUM)}"
 
 
-def overlaps_launches(index: int | None) -> bool:
-    """Whether a kernel may start on that GPU before the one before it has ended."""
-    capability = _capability(index)
-    return capability is not None and capability >= (9, 0)
-
-
 def _name(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}"
 

@@ -14,21 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.language.target_info import cuda_capability_geq
 
-from effnet_fast.ops import gpu
 from effnet_fast.ops.common import check_tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def overlap_launches():
-    """Let the kernel after this one start, and wait until the one before has ended (csrc/common/cuda.h): first in every kernel."""
-    if not INTERPRETED and cuda_capability_geq(9, 0):
-        gdc_launch_dependents()
-        gdc_wait()
 
 
 @triton.jit
@@ -196,7 +185,6 @@ def run(
     kernels run. Settings of Triton that change what it compiles (``triton.knobs``) are those of the first launch.
     """
     constants.update(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg, enable_fp_fusion=True)
-    constants["launch_pdl"] = gpu.overlaps_launches(args[0].device.index)
     key = specialization(kernel, args, constants)
     with torch.cuda.device_of(args[0]):
         if key in _COMPILED:

@@ -308,7 +308,6 @@ template <typename T, int K> __attribute__((noinline)) void mma(float* c, const 
 // The host twins of common/cuda.h and common/tensor_core.h.
 namespace effnet_fast {
 
-inline void overlap_launches() {}
 inline float exp2_fast(float v) { return std::exp2(v); }
 inline float reciprocal_fast(float v) { return 1.f / v; }
 inline float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }

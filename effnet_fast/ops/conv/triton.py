@@ -24,7 +24,6 @@ from effnet_fast.ops.triton_common import (
     folded_norm,
     matmul_precision,
     next_power_of_2,
-    overlap_launches,
     run,
     stored,
     vectors,
@@ -69,7 +68,6 @@ def _kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    overlap_launches()
     outputs, out_pixels = output_groups * ALIGN_K, out_height * out_width
     tiles_n, tiles_p = tl.cdiv(outputs, BLOCK_N), tl.cdiv(out_pixels, BLOCK_P)
     tile_n, owner = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n

@@ -26,7 +26,6 @@ from effnet_fast.ops.triton_common import (
     converted,
     folded_norm,
     next_power_of_2,
-    overlap_launches,
     run,
     stored,
     vectors,
@@ -62,7 +61,6 @@ def _kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    overlap_launches()
     channels = channel_groups * ALIGN_C
     blocks = tl.cdiv(channels, BLOCK_C)
     block, owner = tl.program_id(0) % blocks, tl.program_id(0) // blocks

@@ -43,7 +43,8 @@ triton_backend.register(NAME, _check, _allocate)
 HALVES = (torch.bfloat16, torch.float16)  # that the CUDA kernel takes
 MOST_ROWS = 2**31 - 256  # pixels of a batch, likewise
 FEWEST_PIXELS = 43  # of an image with a gate: a tile's gates are of four images at most
-FEWEST_TILES = 264  # of 128 pixels x 96 channels, from which on it is faster than Triton's small tiles
+# From which on it is faster than Triton's small tiles: tiles of 128 pixels x 96 channels; with a gate pixels of the batch.
+FEWEST_TILES, FEWEST_GATED = 264, 2048
 
 
 def _native_can_run(x: Tensor) -> str | None:
@@ -71,7 +72,8 @@ def _slower(x: Tensor, weight: Tensor, gate: Tensor | None) -> dict[str, str] | 
     """
     if x.is_cuda:
         rows = _rows(x)
-        few = isinstance(rows, int) and -(-rows // 128) * -(-weight.shape[0] // 96) < FEWEST_TILES
+        tiles = -(-rows // 128) * -(-weight.shape[0] // 96)
+        few = isinstance(rows, int) and (tiles < FEWEST_TILES if gate is None else rows < FEWEST_GATED)
         return {"native": "few pixels: Triton's tiles are smaller"} if few else None
     if x.device != native.CPU:
         return None

@@ -33,7 +33,6 @@ from effnet_fast.ops.triton_common import (
     folded_norm,
     matmul_precision,
     next_power_of_2,
-    overlap_launches,
     processors,
     run,
     stored,
@@ -105,7 +104,6 @@ def _kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    overlap_launches()
     channels, outputs = channel_groups * ALIGN_C, output_groups * ALIGN_K
     tiles_n, tiles_m = tl.cdiv(outputs, BLOCK_N), tl.cdiv(rows, BLOCK_M)
     tile_n, owner = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n
