@@ -190,7 +190,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
       if (++read_slot == p.stages) read_slot = 0;
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k) {
-        if (step * kDepth + k * 16 >= p.in_channels) break;
+        if (k > 0 && step * kDepth + k * 16 >= p.in_channels) break;
         uint32_t a[Tr::kFragments][4];
 #pragma unroll
         for (int m = 0; m < Tr::kFragments; ++m)

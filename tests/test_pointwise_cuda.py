@@ -1,0 +1,100 @@
+"""The native pointwise kernel of CUDA: which backend takes what, and on a GPU the family's shapes against plain PyTorch by the 2x
+rule. tests/test_emulator_pointwise.py runs its source without one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import cases
+import pytest
+import torch
+from plain import conv as plain_conv
+from plain import misaligned, norm, wide
+from tolerance import assert_2x
+
+from effnet_fast import ops
+from effnet_fast.ops import native, pointwise
+
+OP = torch.ops.effnet_fast.pointwise_conv_bn_act
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def on_gpu():
+    if (reason := native.REASON or native.why_no_cuda(torch.device("cuda"))) is not None:
+        pytest.skip(reason)
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def check(shape, out, dtype, gated, added, activation, weight_dtype=None):
+    torch.manual_seed(out)
+    channels = shape[1]
+    n = ops.Norm(*(v.cuda() if torch.is_tensor(v) else v for v in norm(out)))
+    x = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(out, channels, 1, 1, device="cuda") / channels**0.5).to(weight_dtype or dtype)
+    gate = torch.rand(shape[0], channels, device="cuda") if gated else None
+    residual = torch.randn(shape[0], out, *shape[2:], device="cuda").to(dtype) if added else None
+    args = {"activation": activation, "gate": gate, "residual": residual}
+    with ops.backend("native", strict=True):
+        y = ops.pointwise_conv_bn_act(x, weight, n, **args)
+    exact = plain_conv(wide(x), wide(weight), wide(n), **{name: wide(value) for name, value in args.items()})
+    assert_2x(y, plain_conv(x, weight, n, **args), exact, f"{shape} {out} {activation}")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu", "fresh_memory_is_nan")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", cases.pointwise_shapes(), ids=str)
+def test_family_on_a_gpu(case, dtype):
+    shape = 3, case.channels, case.side, case.side
+    check(shape, case.out, dtype, case.gate, case.residual, "identity" if case.gate else "silu")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu", "fresh_memory_is_nan")
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("out", [8, 40, 56, 96, 104, 128, 256])
+def test_widths_on_a_gpu(out, activation):
+    for channels in (8, 40, 64, 136, 264):
+        check((5, channels, 13, 11), out, torch.bfloat16, channels == 40, channels == 136, activation, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+def test_views_and_the_out_form_on_a_gpu():
+    x = torch.randn(3, 48, 9, 9, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 48, 1, 1, device="cuda", dtype=torch.bfloat16)
+    n = ops.Norm(*(v.cuda() if torch.is_tensor(v) else v for v in norm(64)))
+    args = (*n, torch.rand(3, 48, device="cuda"), None, "silu")
+    expected = OP.native(x, weight, *args)
+    assert torch.equal(OP.native(misaligned(x), misaligned(weight), *args), expected)
+    assert torch.equal(OP.native(x.contiguous(), weight, *args), expected)
+    y = torch.full_like(expected, float("nan"))
+    OP.native_out(x, weight, *args, y=y)
+    assert torch.equal(y, expected)
+    torch.library.opcheck(OP.native, (x, weight, *args))
+
+
+def test_what_the_kernel_does_not_take():
+    """Said before any kernel starts."""
+
+    def x(*shape):
+        return SimpleNamespace(is_cuda=True, device=torch.device("cuda"), shape=shape, dtype=torch.bfloat16)
+
+    def weight(out, channels):
+        return torch.empty(out, channels, 1, 1, device="meta")
+
+    assert pointwise._unsupported(x(2, 24, 7, 7), weight(40, 24), None) is None
+    assert "multiples of 8" in pointwise._unsupported(x(2, 20, 7, 7), weight(40, 20), None)["native"]
+    assert "too many pixels" in pointwise._unsupported(x(2**20, 24, 64, 64), weight(40, 24), None)["native"]
+    gate = torch.empty(0)
+    assert pointwise._unsupported(x(2, 24, 7, 7), weight(40, 24), gate) is None
+    assert "6x7" in pointwise._unsupported(x(2, 24, 6, 7), weight(40, 24), gate)["native"]
+    assert pointwise._slower(x(256, 24, 56, 56), weight(144, 24), None) is None
+    assert pointwise._slower(x(1, 24, 56, 56), weight(144, 24), None)["native"].startswith("few pixels")
+    assert pointwise._slower(x(1, 24, 56, 56), weight(144, 24), gate) is None
+    assert "for halves" in pointwise._native_can_run(SimpleNamespace(is_cuda=True, dtype=torch.float32))
