@@ -43,6 +43,10 @@ def compiled(shared_directory) -> dict[tuple[str, int], tuple[Path, dict[str, sa
 def registers_allowed(name: str) -> int:
     if "stem" in name:
         return {2: 80, 3: 96, 4: 128}[int(re.findall(r"Li(\d)E", name)[0])]  # 6, 5 and 4 blocks of 128 threads an SM
+    if "pointwise" in name:
+        columns, warps, fragments = map(int, re.findall(r"Li(\d+)E", name)[:3])
+        few = columns * fragments <= 48
+        return 128 if warps == 8 or fragments == 2 else 80 if few else 96  # 2 blocks of 256 threads an SM; 4, 6 or 5 of 128
     if "depthwise" not in name:
         return 128  # so that 2 blocks of 256 threads fit an SM
     kind, (kernel, *tile), _ = sass.depthwise_instance(name)
