@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,6 +137,15 @@ def leads(case: Case) -> dict[str, float]:
     ours = min((us for name, us in times.items() if name.startswith("ours")), default=None)
     best = {kind: min((us for name, us in times.items() if is_peer(name)), default=None) for kind, is_peer in PEERS.items()}
     return {kind: us / ours for kind, us in best.items() if us and ours}
+
+
+def over_baseline(results: Results) -> dict[str, float]:
+    """How many times the speed of the baseline the fastest of ours has: of each group, the geometric mean of its cases."""
+    baseline, ratios = results["baseline"], defaultdict(list)
+    for case in results["cases"]:
+        if baseline in timed(case) and any(name.startswith("ours") for name in timed(case)):
+            ratios[case["group"]].append(timed(case)[baseline]["median_us"] / timed(case)[fastest(case)]["median_us"])
+    return {group: geomean(values) for group, values in ratios.items()}
 
 
 def behind(results: Results, kinds: Iterable[str] = PEERS) -> tuple[list[tuple[float, str]], int]:

@@ -91,7 +91,7 @@ def plots_of(path: Path) -> list[Path]:
 
 def headline() -> str:
     """How fast nets are against the fastest peer of each kind, what was not measured, and how often a peer is faster."""
-    told, kept = [], timings().values()
+    told, kept = [], list(timings().values())
     for results in kept:
         if results["suite"] == "model":
             leads = []
@@ -100,8 +100,16 @@ def headline() -> str:
                 leads += [f"{case['group']} at batch {case['batch']}, {findings.fastest(case)}, has {against}"] if against else []
             told.append(f"**Speed** ({findings.setting(results)}), beside the fastest peer of each kind: {'; '.join(leads)}.")
     for device, named in (("cuda", "a GPU"), ("cpu", "a CPU")):
-        if not any(results["device"] == device for results in kept):
-            told.append(f"**Not measured:** speed on {named}; no figure here was taken on one.")
+        of_device = {results["suite"]: results for results in kept if results["device"] == device}
+        if "model" not in of_device and "kernels" in of_device:
+            of_kernels = of_device["kernels"]
+            leads = [f"{group} {lead:.2f} times" for group, lead in findings.over_baseline(of_kernels).items()]
+            told.append(
+                f"**Kernels** ({findings.setting(of_kernels)}), by the speed of {of_kernels['baseline']}: {', '.join(leads)}."
+            )
+        if "model" not in of_device:
+            what = "speed of whole nets" if of_device else "speed"
+            told.append(f"**Not measured:** {what} on {named}" + ("." if of_device else "; no figure here was taken on one."))
     for results in kept:
         found, both = findings.behind(results)
         if found:

@@ -15,20 +15,22 @@
 //                    k3 s1    k3 s2    k5 s1    k5 s2
 //   tensor_kernel     13.0     16.8     13.9     18.0     registers <= 96 (k3), 168 (k5): 18 or 12 warps an SM
 //   direct_kernel     24.4     32.1     41.4     50.0     fp32, 2 channels a thread; registers <= 128 (k3), 232 (k5)
-// By those counts (effnet_fast/benchmark/kernel_time.py) a batch of 128 bf16 images runs at 87 % (B0) and 96 % (B5) of the rate
-// that HBM alone allows for x and y; requests to L2 bind some, one for each 128-byte line that a warp instruction touches.
-//
-// An H200 has timed the kernel that stored its rows warp by warp, 32 bytes of each of 16 pixels at a time: 27 to 58 % of HBM's
-// rate (B0, batch 256, bf16; 165 us for 32 channels of 112x112, 191 and 133 for 144 of 56x56, 52 and 34 for 1152 of 7x7, 5x5 and
-// 3x3). 3x3 kernels of 32 columns had L2's tag lookups at 78 to 88 % of their peak with DRAM at 50 %; 5x5 and small images waited
-// for fixed latencies and barriers, with an instruction in 35 to 40 % of the clocks. Hence rows that go out block by block, 1.6
-// lines a pixel of 48 channels for 3 (of 32 channels 0.5 for 2), and stages without branches. Neither has been timed yet.
+// An H200 runs B0's shapes in bf16 at 37 to 74 % of the rate that HBM alone allows (benchmarks/results/kernels-cuda.json): wide
+// images best. What it took for 32 channels of 112x112 k3s1 | 96 of 112x112 k3s2 | 144 of 56x56 k3s1 and k5s2 | 672 of 14x14 k5s1,
+// 256 images, in us:
+//   rows stored warp by warp, 32 bytes of each of 16 pixels at a time    165 | 345 | 191, 133 | 87
+//   rows out block by block, as whole lines; stages without branches     159 | 328 | 193, 127 | 89
+//   pixels in shared memory as in memory, not a plane for 8 channels     126 | 243 | 164,  96 | 85
+// The planes made cp.async ask L2 for each 32 bytes by a request of their own, and for many twice, until L2's tag lookups were at
+// 85 % of their peak and DRAM at 50 %. What binds now is latency: an instruction in 40 % of the clocks, warps waiting for fixed
+// latencies, shared memory and barriers; 5x5, with 12 warps an SM, and images of 16 columns and fewer suffer most.
 //
 // What bought what, in lane-instructions an output of 5x5, stride 1: FFMA 45 (best of seven tilings) -> products with diag(w) by
 // LDS.64 29.5 -> ldmatrix and stmatrix, an opaque shared base, late zeros 18.1 -> addresses pinned per lane 16 ->
 // no branches in a stage without padding 13.9.
 // No gain: a reciprocal shared by two sigmoids (MUFU does not bind), several rounds of images a block to load weights once (20
-// registers more), 8 channels a thread in FFMA (spills). A run-time activation in tensor_kernel: 2 to 3 % more instructions, so
+// registers more), 8 channels a thread in FFMA (spills), launches that overlap (measured; griddepcontrol at the top of every kernel
+// made B0 5 % slower at batch 256 and 15 % at batch 1). A run-time activation in tensor_kernel: 2 to 3 % more instructions, so
 // SiLU and the clamps (relu, relu6, identity) are instances of their own.
 //
 // The norm is folded and the weight turned from [C][k k], of any type, in the prologue. Products with a diagonal have two traps: 0

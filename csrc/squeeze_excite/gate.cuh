@@ -16,10 +16,11 @@
 // once for G images. On an H200 an SM reads 127 GB/s of it and all of them 5.5 TB/s: B0's largest gate, 221 KB in bf16, takes 1.7
 // us through one SM and 0.2 us through 8; 256 images of it take 10 us one by one and 2.6 us in fours.
 //
-// The version before this one split W_r by columns, loaded weights when it came to them, took up to 8 images a block and was 77 to
-// 82 KB of code (this is 25 to 27 KB for one image, 42 to 44 KB for four). In a CUDA graph on an H200, bf16, it took 5.9 to 7.5 us
-// for one image of any of B0's gates, a third each waiting at barriers, for L2 and for instructions, and 6.7 to 24.1 us for 256.
-// This version no GPU has timed yet; effnet_fast/benchmark/kernel_time.py predicts it.
+// In a CUDA graph on an H200, bf16, B0's gates take 4.6 us on average for one image, 4.6 to 12 for 128 (benchmarks/results/
+// kernels-cuda.json) and 5 to 22 for 256. The version before this one split W_r by columns, loaded weights when it came to them and
+// was 77 to 82 KB of code (this is 25 to 27 KB for one image, 42 to 44 KB for four): 5.9 to 7.5 us for one image, a third each
+// waiting at barriers, for L2 and for instructions, and 6.7 to 24 us for 256. What is left with many images is instructions, 5 a
+// multiply-add: tensor cores would take the images of a group together.
 #pragma once
 #include "../common/cluster.h"
 #include "../common/tensor_core.h"
