@@ -199,7 +199,8 @@ def choose_config(
         # All registers that a thread can have, said outright: ptxas would spill a few of them to fit a sixth program.
         return Config(block_m, block_n, 16, 2 if block_m * block_n <= 512 else 4, 2, max_registers=255)
     # Every column costs its epilogue, padding too, and every tile of columns reads x again.
-    widths = [width for width in (16, 32, 64, 128) if width < 2 * outputs or width == 16]
+    # 128 of them were a tenth cheaper by this, but ptxas spills the registers of their epilogue.
+    widths = [width for width in (16, 32, 64) if width < 2 * outputs or width == 16]
     block_n = min(widths, key=lambda width: cdiv(outputs, width) * (14 * width + 4 * channels))
     block_m = _power_of_2(rows, 16, 128 if block_n <= 32 else 64)
     block_m, block_n = _spread(rows, groups, outputs, block_m, block_n, sms)
@@ -208,7 +209,8 @@ def choose_config(
     deep = _power_of_2(channels, 16, 512 // itemsize)
     one_step = streams and not small and deep >= channels and deep * (block_n + 2 * block_m) * itemsize <= 65536
     if one_step:
-        stages = min(3, (65536 // itemsize // deep - block_n) // block_m)
+        # A residual is streamed beside x, and fp32 leaves room for two of each.
+        stages = min(3 if itemsize == 2 else 2, (65536 // itemsize // deep - block_n) // block_m)
         tiles = groups * cdiv(rows, block_m) * cdiv(outputs, block_n)
         return Config(block_m, block_n, deep, 4, stages, min(max(tiles // (16 * sms), 1), 16), True)
     # 128 bytes of x a row and step: whole cache lines. Small tiles wait for L2 rather than for HBM: twice the bytes in flight.
