@@ -64,7 +64,9 @@ SEEDED = {
     "rows-past-the-end": bug("min(left, 16)", "16 * takes", "heap-buffer-overflow|off by"),
     "gate-of-another-image": bug("image_of(0) == image_of(16 * Tr::kFragments - 1)", "true", "off by"),
     "channels-past-the-end": bug("bytes = c < p.in_channels ? 16 : 0", "bytes = 16", "heap-buffer|off by"),
-    "shared-memory-too-short": bug("fixed + p.stages * stage", "fixed + p.stages * stage - 16", "outside shared|heap-buffer"),
+    "pointwise-shared-memory-too-short": bug(
+        "fixed + p.stages * stage", "fixed + p.stages * stage - 16", "outside shared|heap-buffer"
+    ),
 }
 
 

@@ -151,7 +151,7 @@ template <class Tr> struct Weights {
 template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
   using T = typename Tr::T;
   constexpr int K = Tr::kKernel, S = Tr::kStride;
-  // Whether stages without a special row have code of their own. 7x7 has no such stage for 5x5, and with 96 registers only sm_90 has
+  // Whether stages without a special row have code of their own. 5x5 on 7x7 has no such stage; with 96 registers only sm_90 has
   // enough for it.
   constexpr bool kWorthwhile = Tr::kSilu && !(K == 5 && S == 1 && Tr::kStripColumns == 8);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900

@@ -91,11 +91,13 @@ def build(directory: Path, bugs: dict[str, Bug]) -> dict[str, Path]:
         objects = " ".join(f"{name if kernel == bug.kernel else kernel}.o" for kernel in KERNELS)
         text += f"build {name}.so: link binding.o {objects}\n"
     for name, bug in bugs.items():
-        if not (directory / name).exists():
-            shutil.copytree(CSRC, directory / name)
-            source = (CSRC / bug.path).read_text()
-            assert bug.text in source, f"the seeded bug {name} no longer fits the source"
-            (directory / name / bug.path).write_text(source.replace(bug.text, bug.replacement, 1))
+        source = (CSRC / bug.path).read_text()
+        assert bug.text in source, f"the seeded bug {name} no longer fits the source"
+        changed, copy = source.replace(bug.text, bug.replacement, 1), directory / name
+        if not copy.exists():
+            shutil.copytree(CSRC, copy)
+            (copy / bug.path).write_text(changed)
+        assert (copy / bug.path).read_text() == changed, f"another bug is seeded by the name {name}"
     ninja = directory / f"{'-'.join(bugs)}.ninja"
     ninja.write_text(text)
     done = subprocess.run(["ninja", "-C", str(directory), "-f", ninja.name], capture_output=True, text=True)
