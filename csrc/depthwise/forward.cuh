@@ -15,9 +15,11 @@
 //                    k3 s1    k3 s2    k5 s1    k5 s2
 //   tensor_kernel     13.0     16.8     13.9     18.0     registers <= 96 (k3), 168 (k5): 18 or 12 warps an SM
 //   direct_kernel     24.4     32.1     41.4     50.0     fp32, 2 channels a thread; registers <= 128 (k3), 232 (k5)
-// An H200 runs B0's shapes in bf16 at 37 to 74 % of the rate that HBM alone allows (benchmarks/results/kernels-cuda.json): wide
-// images best. What it took for 32 channels of 112x112 k3s1 | 96 of 112x112 k3s2 | 144 of 56x56 k3s1 and k5s2 | 672 of 14x14 k5s1,
-// 256 images, in us:
+// By those counts, which know no latency (effnet_fast/benchmark/kernel_time.py),
+// a batch of 128 bf16 images runs at 87 % (B0) and 96 % (B5) of the rate that HBM alone allows for x and y.
+//
+// An H200 runs B0's shapes in bf16 at 37 to 74 % of that rate (benchmarks/results/kernels-cuda.json), wide images best. What it
+// took for 32 channels of 112x112 k3s1 | 96 of 112x112 k3s2 | 144 of 56x56 k3s1 and k5s2 | 672 of 14x14 k5s1, 256 images, in us:
 //   rows stored warp by warp, 32 bytes of each of 16 pixels at a time    165 | 345 | 191, 133 | 87
 //   rows out block by block, as whole lines; stages without branches     159 | 328 | 193, 127 | 89
 //   pixels in shared memory as in memory, not a plane for 8 channels     126 | 243 | 164,  96 | 85
