@@ -37,9 +37,9 @@ from effnet_fast.benchmark.results import write
 from effnet_fast.benchmark.timing import resident
 from effnet_fast.benchmark.tolerance import why_wrong
 from effnet_fast.cli.options import count, seconds
-from effnet_fast.inference import optimize
-from effnet_fast.inference.graphs import GRAPHS, CudaPool, Graph
-from effnet_fast.inference.optimize import PLANS, InferenceModel
+from effnet_fast.inference import graphs, optimize
+from effnet_fast.inference.graphs import CudaPool, Graph
+from effnet_fast.inference.optimize import InferenceModel
 from effnet_fast.inference.plan import NativePlan
 from effnet_fast.ops.conv.reference import normalised
 
@@ -61,7 +61,8 @@ RULES = (
     f"in the crowd each is the same to the bit, {KEPT} calls later",
     f"after the first {100 * WARM_UP:.0f} % of the run, memory in the last third is at most {100 * GROWTH:.0f} % over that in the"
     " first third, largest by largest",
-    f"plans are evicted meanwhile, and at the end no more are alive than are kept: {PLANS}; or graphs, on CUDA: {GRAPHS}",
+    f"plans are evicted meanwhile, and at the end no more are alive than are kept: {optimize.PLANS}; or graphs, on CUDA:"
+    f" {graphs.GRAPHS}",
 )
 
 
@@ -118,7 +119,11 @@ def soak(
     interval: float,
     advance: Callable[[float], Any] = lambda seconds: None,
 ) -> dict[str, Any]:
-    """``duration`` seconds of it, JSON-ready; the first of ``batches`` come most often. ``advance`` is told how many are over."""
+    """``duration`` seconds of it, JSON-ready; the first of ``batches`` come most often. ``advance`` is told how many are over.
+
+    It is a copy of ``model`` that is called: one without plans, so that all that it has are followed.
+    """
+    model = copy.deepcopy(model)
     memory = {"resident": lambda: resident("VmRSS")}
     if model.device.type == "cuda":
         memory["CUDA"] = torch.cuda.memory_reserved
@@ -137,7 +142,7 @@ def soak(
         tally = sum((work.result() for work in working), Tally())
         alive = len(plans.alive)
     grown = {name: growth(series) for name, series in samples.items()}
-    kept = GRAPHS if model.device.type == "cuda" else PLANS
+    kept = graphs.GRAPHS if model.device.type == "cuda" else optimize.PLANS
     return {
         "calls": tally.calls,
         "images": tally.images,

@@ -18,7 +18,8 @@ from effnet_fast.benchmark.case import DTYPES
 from effnet_fast.inference import optimize
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-SIZES = ((32, 32), (33, 40), (24, 56), (1, 64), (40, 33))  # in each of the forms: more than the plans that are kept
+SIZES = ((32, 32), (33, 40), (24, 56), (1, 64), (40, 33))  # in each of the forms
+PLANS = 4  # kept: so few that a slow machine needs more in the time of a test
 FORMS = ("plain", "ours", "accelerated timm", "ours optimized")
 
 
@@ -115,13 +116,18 @@ def spoilt(monkeypatch):
     return install
 
 
+@pytest.fixture
+def few_plans(monkeypatch):
+    monkeypatch.setattr(optimize, "PLANS", PLANS)
+
+
 @planned
-def test_mixed_batches_from_threads(model, batches):
+def test_mixed_batches_from_threads(model, batches, few_plans):
     """Right, and more plans made than are kept; how the memory of so short a run grows is of no meaning."""
     assert len(batches) == 40 and len({case.name for case in batches}) == 40
     results = soaked(model, batches)
     assert results["wrong"] == 0 and results["calls"] > 20 and results["images"] > results["calls"]
-    assert results["plans"]["kept"] == results["plans"]["alive"] == 16 and results["plans"]["evicted"] > 0
+    assert results["plans"]["kept"] == results["plans"]["alive"] == PLANS and results["plans"]["evicted"] > 0
     assert len(results["memory_bytes"]["resident"]) == 20 and min(results["memory_bytes"]["resident"]) > 1e8
 
 
@@ -172,12 +178,12 @@ def test_a_leak_is_seen(model, batches, spoilt):
 
 
 @planned
-def test_plans_that_outlive_their_eviction_are_seen(model, batches, monkeypatch):
+def test_plans_that_outlive_their_eviction_are_seen(model, batches, few_plans, monkeypatch):
     leaked = []
     plan = optimize.NativePlan.__init__
     monkeypatch.setattr(optimize.NativePlan, "__init__", lambda self, *args: (leaked.append(self), plan(self, *args))[1])
     results = soaked(model, batches)
-    assert results["plans"]["alive"] == results["plans"]["made"] > 16 and not results["passed"]
+    assert results["plans"]["alive"] == results["plans"]["made"] > PLANS and not results["passed"]
 
 
 @planned
