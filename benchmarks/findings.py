@@ -45,6 +45,8 @@ TARGETS = {
         Target(True, "the fastest peer", 1.0, "b5"),
     ),
     ("model", "cuda"): (Target(False, "compile max-autotune", 2.5),),
+    ("train", "cpu"): (Target(False, "timm channels_last", 1.5, "b0"),),
+    ("train", "cuda"): (Target(False, "compile max-autotune", 2.0),),
 }
 
 

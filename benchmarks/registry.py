@@ -16,7 +16,7 @@ LARGE = {
     "cpu": {"b0": 16, "b4": 8, "b5": 4, "b7": 2},
     "cuda": {"b0": 256, "b4": 128, "b5": 64, "b7": 32},
 }
-TRAIN = {"cpu": {"b0": 8}, "cuda": {"b0": 128, "b5": 32, "b4": 64, "b7": 8}}
+TRAIN = {"cpu": {"b0": 16, "b5": 4}, "cuda": {"b0": 128, "b5": 32, "b4": 64, "b7": 8}}
 KERNEL_LARGE = {"cpu": 16, "cuda": 128}
 MOST_BYTES = {"cpu": 1 << 28, "cuda": 3 << 30}
 
@@ -68,6 +68,7 @@ _ENTRANTS = {
     ],
     "train": [
         Entrant("ours", training.ours),
+        Entrant("accelerated timm", training.timm_accelerated),
         Entrant("timm channels_last", training.timm_eager),
     ],
 }

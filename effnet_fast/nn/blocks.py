@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.nn.fused import (
+from effnet_fast.nn.fused import FusedBlock
+from effnet_fast.nn.padding import check_padding, pad
+from effnet_fast.nn.parts import (
     BlockParts,
     ConvNormAct,
-    FusedBlock,
     SqueezeExciteParts,
     activation_name,
     has_hooks,
@@ -19,7 +20,6 @@ from effnet_fast.nn.fused import (
     why_not_activation,
     why_not_fused,
 )
-from effnet_fast.nn.padding import check_padding, pad
 from effnet_fast.scaling.config import BlockConfig
 
 NormLayer = Callable[[int], nn.Module]
@@ -104,7 +104,7 @@ class MBConv(FusedBlock, nn.Module):
             x = self.bn2(self.conv_pw(self.se(x)))
         return self.drop_path(x) + shortcut if self.residual else x
 
-    def parts(self) -> BlockParts | str:
+    def parts(self, *args: Any, **kwargs: Any) -> BlockParts | str:
         child: Any = self._modules
         act1, se, drop_path = child["act1"], child["se"], child["drop_path"]
         activation = activation_name(act1) or ""
@@ -127,7 +127,7 @@ class MBConv(FusedBlock, nn.Module):
         if has_hooks(se):
             reason = reason or "a hook sits on a child"
         reason = reason or _why_not_drop_path(drop_path)
-        return reason or BlockParts(expand, depthwise, squeeze_excite, project, self.residual, _drops(drop_path))
+        return reason or BlockParts(expand, depthwise, squeeze_excite, project, self.residual, _drop(drop_path))
 
 
 class FusedMBConv(FusedBlock, nn.Module):
@@ -158,7 +158,7 @@ class FusedMBConv(FusedBlock, nn.Module):
             x = self.bn2(self.conv_pwl(x))
         return self.drop_path(x) + shortcut if self.residual else x
 
-    def parts(self) -> BlockParts | str:
+    def parts(self, *args: Any, **kwargs: Any) -> BlockParts | str:
         child: Any = self._modules
         act1, drop_path = child["act1"], child["drop_path"]
         first = child["conv_exp" if self.expands else "conv"]
@@ -169,7 +169,7 @@ class FusedMBConv(FusedBlock, nn.Module):
             expand, project = dense, ConvNormAct(child["conv_pwl"], child["bn2"])
             reason = reason or why_not_fused(project)
         reason = reason or _why_not_drop_path(drop_path)
-        return reason or BlockParts(expand, None, None, project, self.residual, _drops(drop_path))
+        return reason or BlockParts(expand, None, None, project, self.residual, _drop(drop_path))
 
 
 def _why_not_drop_path(module: nn.Module) -> str | None:
@@ -178,8 +178,8 @@ def _why_not_drop_path(module: nn.Module) -> str | None:
     return "a hook sits on a child" if has_hooks(module) else None
 
 
-def _drops(module: nn.Module) -> bool:
-    return module.training and getattr(module, "drop_prob", 0) != 0
+def _drop(module: nn.Module) -> nn.Module | None:
+    return module if module.training and getattr(module, "drop_prob", 0) != 0 else None
 
 
 def _squeeze_excite_parts(module: nn.Module) -> SqueezeExciteParts | str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,18 +20,18 @@ def same_sides(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def same_zeros(kernel: int, stride: int, x: Tensor) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of SAME padding over ``x`` [N, C, H, W]."""
-    return *same_sides(x.shape[2], kernel, stride), *same_sides(x.shape[3], kernel, stride)
+def same_zeros(kernel: int, stride: int, shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of SAME padding over an image of ``shape`` [N, C, H, W]."""
+    return *same_sides(shape[2], kernel, stride), *same_sides(shape[3], kernel, stride)
 
 
-def sides(conv: nn.Conv2d, padding: str, x: Tensor) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of ``conv`` over ``x``; ``conv.padding`` says it for "symmetric"."""
+def sides(conv: nn.Conv2d, padding: str, shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of ``conv`` over an image of ``shape`` [N, C, H, W]; ``conv.padding`` says it for "symmetric"."""
     if padding == "symmetric":
         assert not isinstance(conv.padding, str)  # "valid" and "same" never come here
         top, left = conv.padding
         return top, top, left, left
-    return same_zeros(conv.kernel_size[0], conv.stride[0], x)
+    return same_zeros(conv.kernel_size[0], conv.stride[0], shape)
 
 
 def pad(conv: nn.Module, kernel: int, stride: int, padding: str, x: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def pad(conv: nn.Module, kernel: int, stride: int, padding: str, x: Tensor) -> T
     """
     if padding == "symmetric" or getattr(conv, "padding", (0, 0)) not in ((0, 0), 0):
         return x
-    top, bottom, left, right = same_zeros(kernel, stride, x)
+    top, bottom, left, right = same_zeros(kernel, stride, x.shape)
     return F.pad(x, (left, right, top, bottom))
 
 

@@ -116,6 +116,17 @@ def choose(
     return chosen
 
 
+def requested() -> str | None:
+    """The backend that is asked for in this thread, if one is."""
+    return _STATE.requested
+
+
+def refuse_strictly(what: str, reason: str) -> None:
+    """Raise RuntimeError where a backend is asked for strictly, and ``what`` would not run on it for that reason."""
+    if _STATE.strict:
+        raise RuntimeError(f"{what}: backend {_STATE.requested!r} was asked for strictly and cannot run: {reason}")
+
+
 def note(line: str) -> None:
     """Tell a running :func:`tracing` why no op is called here."""
     if _STATE.trace is not None:

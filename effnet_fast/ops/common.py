@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,20 @@ def has_autocast(device: str) -> bool:
 def autocasts(device: str) -> bool:
     """Whether autocast is enabled for a type of device."""
     return has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The dtypes of what a function of a tensor and more gives follow from these: autocast has had its say in the module before."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args: Any) -> Any:
+        device = first.device.type
+        if autocasts(device):
+            with torch.autocast(device, enabled=False):
+                return function(first, *args)
+        return function(first, *args)
+
+    return run
 
 
 def differentiates() -> bool:

@@ -12,7 +12,6 @@ look, and it is torch that warns where a backward pass comes to it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,24 +19,10 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from effnet_fast.ops import native
-from effnet_fast.ops.common import autocasts, check_tensor
+from effnet_fast.ops.common import check_tensor, without_autocast
 
 NAMESPACE = "effnet_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-
-
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The dtypes of an op's result follow from its arguments: autocast has had its say in the module that calls it."""
-
-    @functools.wraps(function)
-    def run(first: torch.Tensor, *args: Any) -> Any:
-        device = first.device.type
-        if autocasts(device):
-            with torch.autocast(device, enabled=False):
-                return function(first, *args)
-        return function(first, *args)
-
-    return run
 
 
 def _counted(overload: Any) -> Callable[..., None]:
@@ -87,7 +72,9 @@ def define(
         """Each result that was made with the tensor that was given for it, which must be like it."""
         pairs = []
         for result, tensor in zip(results, made if isinstance(made, tuple) else (made,), strict=True):
-            given, form = out[result], torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+            given, form = out[result], torch.contiguous_format
+            if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+                form = torch.channels_last
             check_tensor(name, result, given, tuple(tensor.shape), (tensor.dtype,), tensor.device)
             if not given.is_contiguous(memory_format=form):
                 raise ValueError(f"{name}: {result} has strides {given.stride()}; those of {form} would do")
@@ -106,7 +93,7 @@ def define(
         overload = getattr(getattr(torch.ops.effnet_fast, name), f"{backend}_out")
         _LIBRARY.impl(f"{name}.{backend}_out", _counted(overload), "ADInplaceOrView", with_keyset=True)
 
-    reference = _without_autocast(reference)
+    reference = without_autocast(reference)
 
     def checked_reference(*args: Any) -> Any:
         check(*args)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from effnet_fast.nn.fused import BlockParts, ConvNormAct, FusedBlock, SqueezeExciteParts, has_hooks
+from effnet_fast.nn.fused import FusedBlock
+from effnet_fast.nn.parts import BlockParts, ConvNormAct, SqueezeExciteParts, has_hooks
 
 _FUSED: dict[type[nn.Module], type[PeerBlock]] = {}
 _MADE_OF: dict[type, tuple[type[nn.Module], type[PeerBlock]]] = {}
@@ -57,13 +59,13 @@ def block_parts(
     excite: SqueezeExciteParts | str | None,
     project: ConvNormAct | str,
     residual: bool,
-    drops: bool,
+    drop: Callable[[Tensor], Tensor] | None,
 ) -> BlockParts | str:
     """The block made of its parts, or the first reason why one of them is not fused."""
     for part in (expand, depthwise, excite, project):
         if isinstance(part, str):
             return part
-    return BlockParts(expand, depthwise, excite, project, residual, drops)  # type: ignore[arg-type]
+    return BlockParts(expand, depthwise, excite, project, residual, drop)  # type: ignore[arg-type]
 
 
 def hooked(*modules: nn.Module) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from efficientnet_pytorch.utils import Conv2dDynamicSamePadding, Conv2dStaticSamePadding, MemoryEfficientSwish
+from efficientnet_pytorch.utils import Conv2dDynamicSamePadding, Conv2dStaticSamePadding, MemoryEfficientSwish, drop_connect
 from torch import Tensor, nn
 
 from effnet_fast.interop.adapters.base import PeerBlock, block_parts, hooked
-from effnet_fast.nn.fused import BlockParts, ConvNormAct, SqueezeExciteParts, squeeze_excite_parts, why_not_fused
+from effnet_fast.nn.parts import BlockParts, ConvNormAct, SqueezeExciteParts, squeeze_excite_parts, why_not_fused
 
 
 def _fixed_zeros(conv: Conv2dStaticSamePadding) -> tuple[int, int, int, int] | str:
@@ -49,7 +50,7 @@ class MBConvBlock(PeerBlock):
     def forward(self, inputs: Tensor, drop_connect_rate: float | None = None) -> Tensor:
         return super().forward(inputs, drop_connect_rate)
 
-    def parts(self: Any) -> BlockParts | str:
+    def parts(self: Any, drop_connect_rate: float | None = None) -> BlockParts | str:
         args = self._block_args
         if type(self._swish) not in (MemoryEfficientSwish, nn.SiLU):
             return f"the activation is {self._swish}, not swish"
@@ -58,5 +59,7 @@ class MBConvBlock(PeerBlock):
         excite = _squeeze_excite(self._se_reduce, self._se_expand) if self.has_se else None
         project = _part(self._project_conv, self._bn2, "identity", "pointwise")
         residual = self.id_skip and args.stride == 1 and args.input_filters == args.output_filters
-        drops = self.training  # by a rate that comes with the call
-        return hooked(self._swish) or block_parts(expand, depthwise, excite, project, residual, drops)
+        drop = None
+        if self.training and drop_connect_rate:
+            drop = functools.partial(drop_connect, p=drop_connect_rate, training=True)
+        return hooked(self._swish) or block_parts(expand, depthwise, excite, project, residual, drop)

@@ -11,7 +11,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from effnet_fast.interop.adapters.base import PeerBlock, block_parts, hooked
-from effnet_fast.nn.fused import (
+from effnet_fast.nn.parts import (
     BlockParts,
     ConvNormAct,
     SqueezeExciteParts,
@@ -75,8 +75,9 @@ def _block(
     excite = _squeeze_excite(child["se"]) if "se" in child else None
     if excite is not None and depthwise is None:
         return "a squeeze-excite follows its dense convolution"
-    drops = type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob > 0
-    return hooked(aa, drop_path) or block_parts(expand, depthwise, excite, project, block.has_skip, drops)
+    drops = type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob
+    drop = drop_path if drops else None
+    return hooked(aa, drop_path) or block_parts(expand, depthwise, excite, project, block.has_skip, drop)
 
 
 class InvertedResidual(_TimmBlock):

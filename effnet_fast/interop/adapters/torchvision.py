@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDepth
 
 from effnet_fast.interop.adapters.base import PeerBlock, block_parts, hooked
-from effnet_fast.nn.fused import (
+from effnet_fast.nn.parts import (
     NORMS,
     BlockParts,
     ConvNormAct,
@@ -59,8 +59,8 @@ def _block(
     drop = block.stochastic_depth
     if type(drop) is not StochasticDepth or drop.mode != "row":
         return f"the stochastic depth is {drop}, not one by rows"
-    drops = drop.training and drop.p > 0
-    return hooked(block.block, drop) or block_parts(expand, depthwise, excite, project, block.use_res_connect, drops)
+    active = drop if drop.training and drop.p > 0 else None
+    return hooked(block.block, drop) or block_parts(expand, depthwise, excite, project, block.use_res_connect, active)
 
 
 def _layers(block: Any, counts: tuple[int, int]) -> list[nn.Module] | str:

@@ -1,0 +1,345 @@
+"""The fused forward and backward of a block in training: raw convolution results are kept, and nothing else of its size.
+
+Eager PyTorch keeps the input of every operator: of an expanded tensor the convolution's result, the norm's and the activation's.
+Here each is made again from the convolution's result by whoever reads it (:mod:`effnet_fast.ops.training`). Kept are the block's
+input, one raw result for each convolution, and vectors. ``_Block`` is the one autograd function: it walks the block's convolutions
+forward, then backward, and does between them what is of size C: a batch norm's statistics become mean, scale and bias; the sums
+over gradients become its gradients and the coefficients of the next convolution backward. That place is also where SyncBatchNorm
+reduces over ranks, and where a norm in evaluation mode (a frozen one) differs: its statistics are constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from effnet_fast.nn.padding import sides
+from effnet_fast.nn.parts import BlockParts, ConvNormAct, tensor_of, uses_batch, weight_of
+from effnet_fast.ops import backends
+from effnet_fast.ops import training as ops
+from effnet_fast.ops.common import accumulator, output_size, without_autocast
+from effnet_fast.ops.conv import is_stem
+from effnet_fast.ops.training.reference import activation_and_slope
+
+
+class _Layer(NamedTuple):
+    """What of a convolution, its norm and activation is no tensor."""
+
+    stride: int
+    padding: tuple[int, int, int, int]
+    activation: str
+    eps: float
+    frozen: bool  # the norm has statistics of its own, and not the batch's
+    group: Any  # that a SyncBatchNorm reduces over, or None
+
+
+class _Plan(NamedTuple):
+    layers: tuple[_Layer, ...]
+    squeeze_activation: str | None  # of the squeeze-excite in front of the last convolution
+    residual: bool
+    keeps: bool  # what a backward pass would want
+
+
+_PER_LAYER = 5  # tensors: weight, norm's weight and bias, and the statistics of a frozen norm
+
+
+class _Kept(NamedTuple):
+    """Of a layer, for its backward: weight, raw result, norm [3, K], 1 / sqrt(var + eps), and how many values a channel has."""
+
+    weight: Tensor
+    y: Tensor
+    norm: Tensor
+    inverse: Tensor
+    values: Tensor
+
+
+class _Statistics(NamedTuple):
+    """A norm's, over so many ``values`` a channel: mean [C] and var [C] of a batch, as it was normalised with."""
+
+    mean: Tensor
+    var: Tensor
+    values: Tensor | int
+
+
+def _over_ranks(mean: Tensor, var: Tensor, count: int, group: Any) -> _Statistics:
+    """The statistics of all ranks' batches from those of each: two sums, and no difference of large ones."""
+    first = torch.cat([mean * count, mean.new_full((1,), count)])
+    dist.all_reduce(first, group=group)
+    total = first[-1]
+    mean_of_all = first[:-1] / total
+    second = (var + (mean - mean_of_all) ** 2) * count
+    dist.all_reduce(second, group=group)
+    return _Statistics(mean_of_all, second / total, total)
+
+
+def _squeeze_excite(
+    pooled: Tensor, activation: str, reduce: Tensor, reduce_bias: Tensor | None, expand: Tensor, expand_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gate [N, C], and what the reduction gives before its activation [N, R]."""
+    as_pooled = [None if t is None else t.to(pooled.dtype) for t in (reduce, reduce_bias, expand, expand_bias)]
+    hidden = F.linear(pooled, as_pooled[0].flatten(1), as_pooled[1])  # type: ignore[union-attr]
+    active = activation_and_slope(hidden, activation)[0]
+    return torch.sigmoid(F.linear(active, as_pooled[2].flatten(1), as_pooled[3])), hidden  # type: ignore[union-attr]
+
+
+def _squeeze_excite_backward(
+    grad: Tensor, gate: Tensor, hidden: Tensor, pooled: Tensor, activation: str, reduce: Tensor, expand: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """From the gate's gradient [N, C]: the pooled means' [N, C], and those of both weights and biases."""
+    active, slope = activation_and_slope(hidden, activation)
+    of_expanded = grad * gate * (1 - gate)
+    of_hidden = of_expanded @ expand.flatten(1).to(grad.dtype) * slope
+    weights = of_hidden.T @ pooled, of_hidden.sum(0), of_expanded.T @ active, of_expanded.sum(0)
+    return of_hidden @ reduce.flatten(1).to(grad.dtype), list(weights)
+
+
+class _Block(torch.autograd.Function):
+    """out = keep * norm(conv(... x)) + x, and the statistics of each layer, which have no gradient.
+
+    x        [N, C, H, W]
+    keep     [N, K], the factor of stochastic depth for each image, or None
+    tensors  _PER_LAYER of each layer, then weight and bias of both convolutions of the squeeze-excite
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor | None, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        read: Tensor = x
+        norm, activation, gate, kept = None, "identity", None, []
+        statistics: list[Tensor] = []
+        squeezed: list[Tensor] = []
+        for number, layer in enumerate(plan.layers):
+            weight, norm_weight, norm_bias, mean, var = tensors[number * _PER_LAYER : (number + 1) * _PER_LAYER]
+            if plan.squeeze_activation is not None and number == len(plan.layers) - 1:
+                pooled = ops.norm_act_mean(read, norm, activation)  # type: ignore[arg-type]
+                gate, hidden = _squeeze_excite(pooled, plan.squeeze_activation, *tensors[-4:])  # type: ignore[arg-type]
+                squeezed = [pooled, hidden, gate]
+            y, batch_mean, batch_var = ops.conv_stats(
+                read,
+                weight,  # type: ignore[arg-type]
+                norm,
+                activation=activation,
+                gate=gate,
+                stride=layer.stride,
+                padding=layer.padding,
+            )
+            count: Tensor | int = y.numel() // y.shape[1]
+            if not layer.frozen:
+                if layer.group is not None:
+                    batch_mean, batch_var, count = _over_ranks(batch_mean, batch_var, count, layer.group)  # type: ignore[arg-type]
+                mean, var = batch_mean, batch_var
+            inverse = torch.rsqrt(var.to(batch_var.dtype) + layer.eps)  # type: ignore[union-attr]
+            scale = inverse if norm_weight is None else norm_weight.to(inverse.dtype) * inverse
+            bias = torch.zeros_like(inverse) if norm_bias is None else norm_bias.to(inverse.dtype)
+            norm, activation, read = torch.stack([mean.to(inverse.dtype), scale, bias]), layer.activation, y  # type: ignore[union-attr]
+            counted = count if isinstance(count, Tensor) else inverse.new_full((), count)
+            statistics += [batch_mean, batch_var, counted]
+            if plan.keeps:
+                kept += [weight, y, norm, inverse, counted]
+        out = ops.norm_act(read, norm, activation, keep, x if plan.residual else None)  # type: ignore[arg-type]
+        if plan.keeps:
+            ctx.save_for_backward(x, keep, *kept, *squeezed, *tensors[len(plan.layers) * _PER_LAYER :: 2])
+        ctx.plan, ctx.like = plan, [None if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
+        ctx.mark_non_differentiable(*statistics)
+        return out, *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *of_statistics: Any) -> tuple[Tensor | None, ...]:
+        return _backward(grad.contiguous(memory_format=torch.channels_last), ctx)
+
+
+@without_autocast
+def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
+    plan: _Plan = ctx.plan
+    layers, size = plan.layers, len(_Kept._fields)
+    x, keep, *saved = ctx.saved_tensors
+    kept = [_Kept(*saved[at : at + size]) for at in range(0, len(layers) * size, size)]
+    wanted = ctx.needs_input_grad[3:]
+    gradients: list[Tensor | None] = [None] * len(wanted)
+    residual = grad if plan.residual else None
+    activation, y_gate, y_pool = layers[-1].activation, keep, None
+    sums = ops.norm_act_sums(grad, kept[-1].y, kept[-1].norm, activation, keep)
+    for number in reversed(range(len(layers))):
+        layer, at, (weight, y, norm, inverse, values) = layers[number], number * _PER_LAYER, kept[number]
+        if wanted[at + 1]:
+            gradients[at + 1] = sums[1] * inverse
+        if wanted[at + 2]:
+            gradients[at + 2] = sums[0]
+        squeeze_activation = plan.squeeze_activation if number == len(layers) - 1 else None
+        need_x = ctx.needs_input_grad[0] or any(wanted[:at]) or (squeeze_activation is not None and any(wanted[-4:]))
+        if not need_x and not wanted[at]:
+            break
+        before = kept[number - 1] if number > 0 else None
+        if squeeze_activation is not None:
+            pooled, hidden, gate, reduce, expand = saved[len(layers) * size :]
+        grad, grad_weight, sums = ops.conv_backward(
+            grad,
+            y,
+            norm,
+            _coefficients(layer, sums, norm[1], inverse, values),
+            x if before is None else before.y,
+            weight,
+            None if before is None else before.norm,
+            activation="identity" if before is None else layers[number - 1].activation,
+            gate=None if squeeze_activation is None else gate,
+            y_activation=activation,
+            y_gate=y_gate,
+            y_pool=y_pool,
+            residual=residual if before is None else None,
+            stride=layer.stride,
+            padding=layer.padding,
+            need_x=need_x,
+            need_weight=wanted[at],
+        )
+        if wanted[at]:
+            gradients[at] = grad_weight
+        if not need_x:
+            break
+        activation, y_gate, y_pool = "identity", None, None
+        if squeeze_activation is not None and before is not None:
+            of_pooled, of_weights = _squeeze_excite_backward(sums[:, 0], gate, hidden, pooled, squeeze_activation, reduce, expand)
+            gradients[-4:] = [g if want else None for g, want in zip(of_weights, wanted[-4:], strict=True)]
+            activation, y_gate, y_pool = layers[number - 1].activation, gate, of_pooled / (before.y.shape[2] * before.y.shape[3])
+            sums = torch.stack([(y_gate * sums[:, i] + y_pool * sums[:, i + 1]).sum(0) for i in (1, 3)])
+    made = [None if g is None else _like(g, *like) for g, like in zip(gradients, ctx.like, strict=True)]
+    return grad if ctx.needs_input_grad[0] else None, None, None, *made
+
+
+def _coefficients(layer: _Layer, sums: Tensor, scale: Tensor, inverse: Tensor, values: Tensor) -> Tensor:
+    """Of the backward of a layer's norm, as :func:`effnet_fast.ops.training.conv_backward` takes them, [3, K].
+
+    sums  [2, K], of the gradient G of what the norm gives and of G * (y - mean)
+    """
+    if layer.frozen:
+        zeros = torch.zeros_like(scale)
+        return torch.stack([scale, zeros, zeros])
+    if layer.group is not None:
+        sums = sums.clone()
+        dist.all_reduce(sums, group=layer.group)
+    mean = -scale / values
+    return torch.stack([scale, mean * inverse**2 * sums[1], mean * sums[0]])
+
+
+def _like(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int]) -> Tensor:
+    """In a parameter's shape, dtype and strides: DistributedDataParallel copies what has others, and warns."""
+    gradient = gradient.view(shape)
+    if gradient.dtype == dtype and gradient.stride() == strides:
+        return gradient
+    return gradient.new_empty_strided(shape, strides, dtype=dtype).copy_(gradient)
+
+
+def _group(norm: nn.Module) -> Any:
+    """What a SyncBatchNorm in training reduces over, or None."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _layer(part: ConvNormAct, shape: Sequence[int]) -> tuple[_Layer, list[int]]:
+    """And the shape of what its convolution makes of an x of ``shape``."""
+    conv, norm = part.conv, part.norm
+    zeros = top, bottom, left, right = sides(conv, part.padding, shape) if isinstance(part.padding, str) else part.padding
+    (rows, columns), stride = conv.kernel_size, conv.stride[0]
+    height, width = output_size(shape[2], rows, stride, top, bottom), output_size(shape[3], columns, stride, left, right)
+    layer = _Layer(stride, zeros, part.activation, norm.eps, not uses_batch(norm), _group(norm))
+    return layer, [shape[0], conv.out_channels, height, width]
+
+
+def _tensors(part: ConvNormAct) -> list[Tensor | None]:
+    norm = part.norm
+    affine = [tensor_of(norm, "weight"), tensor_of(norm, "bias")]
+    frozen = [None, None] if uses_batch(norm) else [tensor_of(norm, "running_mean"), tensor_of(norm, "running_var")]
+    return [weight_of(part.conv), *affine, *frozen]
+
+
+def _track(norm: nn.BatchNorm2d, statistics: _Statistics) -> None:
+    """Bring a norm's running statistics up to date, as its own forward does."""
+    running_mean, running_var, batches = (tensor_of(norm, name) for name in ("running_mean", "running_var", "num_batches_tracked"))
+    if not (uses_batch(norm) and norm.training and norm.track_running_stats) or running_mean is None or running_var is None:
+        return
+    momentum: Any = norm.momentum
+    if batches is not None:
+        batches.add_(1)
+        if momentum is None:
+            momentum = 1 / batches.to(running_mean.dtype)
+    mean, var, values = statistics
+    for running, now in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
+        running.lerp_(now.to(running.dtype), 0.0 if momentum is None else momentum)
+
+
+_apply = without_autocast(_Block.apply)
+
+
+def train_block(parts: BlockParts, x: Tensor) -> Tensor:
+    """A block's result, with a gradient for x and for every parameter; its norms' running statistics follow."""
+    convs = [part for part in (parts.expand, parts.depthwise, parts.project) if part is not None]
+    layers, tensors, shape = [], [], list(x.shape)
+    for part in convs:
+        layer, shape = _layer(part, shape)
+        if uses_batch(part.norm) and layer.group is None and min(shape) > 0:  # else the convolution says what is wrong
+            F._verify_batch_size(torch.Size(shape))  # type: ignore[attr-defined]
+        layers.append(layer)
+        tensors += _tensors(part)
+    squeeze = parts.squeeze_excite
+    if squeeze is not None:
+        tensors += [tensor_of(conv, name) for conv in (squeeze.reduce, squeeze.expand) for name in ("weight", "bias")]
+    keep = None
+    if parts.residual and parts.drop is not None:
+        keep = parts.drop(x.new_ones((len(x), 1, 1, 1)))  # drawn in x's dtype, as the block's own forward would
+        keep = keep.to(accumulator(x.dtype)).view(-1, 1).expand(-1, shape[1]).contiguous()
+    plan = _Plan(tuple(layers), None if squeeze is None else squeeze.activation, parts.residual, torch.is_grad_enabled())
+    out, *statistics = _apply(x.contiguous(memory_format=torch.channels_last), keep, plan, *tensors)
+    with torch.no_grad():
+        for number, part in enumerate(convs):
+            _track(part.norm, _Statistics(*statistics[3 * number : 3 * number + 3]))
+    return out
+
+
+def why_not_trained(parts: BlockParts, x: Tensor) -> str | None:
+    """Why a block is not trained fused for ``x``, or None.
+
+    Where an op has no kernel plain PyTorch runs, unless the reference is asked for; and where it is faster, unless a backend is.
+    """
+    convs = [part for part in (parts.expand, parts.depthwise, parts.project) if part is not None]
+    if 0 in x.shape:
+        if any(_group(part.norm) is not None for part in convs):
+            raise ValueError("SyncBatchNorm: this process has an empty batch, and the others would wait; an image or more would do")
+        return "the batch is empty"
+    if backends.requested() == "reference":
+        return None
+    for part in convs:
+        conv = part.conv
+        if (reason := ops.why_no_kernel(x, conv.in_channels, weight_of(conv), conv.stride[0])) is not None:
+            backends.refuse_strictly("training", reason)
+            return f"training: {reason}"
+    slower = None if backends.requested() is not None else _why_slower(parts, x)
+    return None if slower is None else f"training: {slower}"
+
+
+# On a CPU (two cores with AVX-512, B0 to B5 at batch 1 to 16) plain PyTorch trains these faster: products dominate them, which
+# oneDNN makes faster; it has a bfloat16 kernel for 3x3 depthwise convolutions, and none for 5x5.
+FEWEST_PIXELS, OF_CHANNELS = 256, 480  # of the batch, where the expanded channels are so many
+WIDE, WIDE_BF16 = 500, 160  # channels in and out of a 3x3 block, together
+
+
+def _why_slower(parts: BlockParts, x: Tensor) -> str | None:
+    """Why plain PyTorch is faster on a block. Asking symbolic sizes would fix them."""
+    if parts.depthwise is None:
+        stem = is_stem(weight_of(parts.project.conv), parts.project.conv.stride[0])
+        return None if stem else "without a depthwise convolution PyTorch's own kernels are as fast"
+    conv = parts.depthwise.conv
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if conv.in_channels >= OF_CHANNELS and isinstance(pixels, int) and pixels < FEWEST_PIXELS * conv.stride[0] ** 2:
+        return f"{pixels} pixels of {conv.in_channels} channels: PyTorch's products are faster on few"
+    around = parts.project.conv.out_channels + (0 if parts.expand is None else parts.expand.conv.in_channels)
+    wide = WIDE_BF16 * conv.stride[0] if x.dtype == torch.bfloat16 else WIDE
+    if tuple(conv.kernel_size) == (3, 3) and around >= wide:
+        return f"{around} channels around a 3x3 depthwise convolution in {x.dtype}: PyTorch's products are faster on many"
+    return None

@@ -1,0 +1,245 @@
+"""A convolution that gives its result's statistics, and its backward: see the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_fast.ops import backends, native
+from effnet_fast.ops.common import (
+    accumulator,
+    check_activation,
+    check_no_gradient,
+    check_tensor,
+    conv_flops,
+    differentiates,
+    empty_output,
+)
+from effnet_fast.ops.depthwise import KERNELS, STRIDES
+from effnet_fast.ops.library import define, implement
+from effnet_fast.ops.training import composed, normalization, reference
+from effnet_fast.ops.training.checks import check_conv, check_images, check_norm, check_read, check_weight
+
+KINDS = ("depthwise", "pointwise", "dense")
+_CHECK: dict[str, Callable[..., None]] = {}
+
+
+def _name(kind: str, what: str) -> str:
+    return f"{'' if kind == 'dense' else kind + '_'}conv_{what}"
+
+
+def _define(kind: str) -> None:
+    stats, backward = _name(kind, "stats"), _name(kind, "backward")
+
+    def check_stats(x, weight, norm, activation, gate, stride, padding):
+        check_read(stats, "x", x, norm, activation, gate)
+        check_conv(stats, kind, x, weight, stride, padding)
+
+    def allocate_stats(x, weight, norm, activation, gate, stride, padding):
+        y = empty_output(x, weight, stride, padding, x.dtype)
+        vector = y.new_empty(weight.shape[0], dtype=accumulator(x.dtype))
+        return y, vector, torch.empty_like(vector)
+
+    def flops_stats(x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
+        return conv_flops(x_shape, weight_shape, out_shape[0])
+
+    def check_backward(
+        grad, y, y_norm, y_coefficients, y_activation, y_gate, y_pool,
+        x, weight, norm, activation, gate, residual, stride, padding, need_x, need_weight,
+    ):  # fmt: skip
+        check_read(backward, "x", x, norm, activation, gate)
+        shape, total, device = check_conv(backward, kind, x, weight, stride, padding), (accumulator(x.dtype),), x.device
+        check_tensor(backward, "y", y, shape, (x.dtype,), device)
+        check_tensor(backward, "grad", grad, shape, (x.dtype,), device)
+        check_norm(backward, "y_norm", y_norm, y)
+        check_norm(backward, "y_coefficients", y_coefficients, y)
+        check_activation(backward, y_activation)
+        for name, tensor in (("y_gate", y_gate), ("y_pool", y_pool)):
+            if tensor is not None:
+                check_tensor(backward, name, tensor, shape[:2], total, device)
+        if residual is not None:
+            check_tensor(backward, "residual", residual, tuple(x.shape), (x.dtype,), device)
+
+    def allocate_backward(
+        grad, y, y_norm, y_coefficients, y_activation, y_gate, y_pool,
+        x, weight, norm, activation, gate, residual, stride, padding, need_x, need_weight,
+    ):  # fmt: skip
+        images, channels, _, _ = x.shape
+        sums = 0 if norm is None or not need_x else (2, channels) if gate is None else (images, 5, channels)
+        return (
+            torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0),
+            weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
+            x.new_empty(sums, dtype=accumulator(x.dtype)),
+        )
+
+    def flops_backward(grad, y, a, b, c, d, e, x_shape, weight_shape, *args, out_shape, **kwargs) -> int:
+        need_x, need_weight = args[-2:]
+        return (need_x + need_weight) * conv_flops(x_shape, weight_shape, y)
+
+    forward_arguments = "Tensor x, Tensor weight, Tensor? norm, str activation, Tensor? gate, int stride, SymInt[] padding"
+    backward_arguments = (
+        "Tensor grad, Tensor y, Tensor y_norm, Tensor y_coefficients, str y_activation, Tensor? y_gate, Tensor? y_pool,"
+        " Tensor x, Tensor weight, Tensor? norm, str activation, Tensor? gate, Tensor? residual, int stride, SymInt[] padding,"
+        " bool need_x, bool need_weight"
+    )
+    names = {stats: ("y", "mean", "var"), backward: ("grad_x", "grad_weight", "sums")}
+    references = {
+        stats: define(
+            stats,
+            forward_arguments,
+            names[stats],
+            reference=reference.conv_stats,
+            check=check_stats,
+            allocate=allocate_stats,
+            flops=flops_stats,
+            backends=("native",),
+        ),
+        backward: define(
+            backward,
+            backward_arguments,
+            names[backward],
+            reference=reference.conv_backward,
+            check=check_backward,
+            allocate=allocate_backward,
+            flops=flops_backward,
+            backends=("native",),
+        ),
+    }
+    _CHECK[stats], _CHECK[backward] = check_stats, check_backward
+    for name, run in references.items():
+        backends.register(name, backends.Kernel("native", getattr(torch.ops.effnet_fast, name).native, native.why_not))
+        backends.register(name, backends.Kernel("reference", run, backends.always))
+
+
+for _kind in KINDS:
+    _define(_kind)
+
+
+def _compose(backend: str, key: str) -> None:
+    """Give the dense convolution's ops a kernel for a dispatch key: PyTorch's own convolution between that backend's passes."""
+    runs = composed.implementations(normalization.passes(backend), getattr(torch.ops.effnet_fast.batch_stats, backend))
+    for what, run in zip(("stats", "backward"), runs, strict=True):
+
+        def out_form(*args: Any, _run: Callable[..., Any] = run, **out: Tensor) -> None:
+            for made, given in zip(_run(*args), out.values(), strict=True):
+                given.copy_(made)
+
+        implement(f"{_name('dense', what)}.{backend}", run, key)
+        implement(f"{_name('dense', what)}.{backend}_out", out_form, key)
+
+
+_compose("native", "CPU")
+
+
+def kind_of(weight: Tensor, channels: int, stride: int) -> str:
+    """Which of the ops convolves so many channels with ``weight``."""
+    if tuple(weight.shape[2:]) == (1, 1) and stride == 1:
+        return "pointwise"
+    return "depthwise" if weight.shape[1] == 1 and channels == weight.shape[0] else "dense"
+
+
+def run(name: str, x: Tensor, unsupported: dict[str, str] | None, *args: Any) -> Any:
+    """The op by the kernel that is chosen for ``x``, one of ``args``, once these are checked.
+
+    A compiler, which does not tell a tensor's layout in a backward pass, comes to the same check in the op's fake.
+    """
+    if not torch.compiler.is_compiling():
+        _CHECK[name](*args)
+    return backends.choose(name, x, unsupported).run(*args)
+
+
+def _unsupported(kind: str, weight: Tensor, stride: int) -> dict[str, str] | None:
+    rows, columns = weight.shape[2:]
+    if kind != "depthwise" or ((rows, columns) in KERNELS and stride in STRIDES):
+        return None
+    return {"native": f"kernel {rows}x{columns}, stride {stride}: it takes 3x3 and 5x5, stride 1 and 2"}
+
+
+def why_no_kernel(x: Tensor, channels: int, weight: Tensor, stride: int) -> str | None:
+    """Why nothing but the reference convolves ``channels`` channels, of x's dtype and device, with ``weight``; or None."""
+    return native.why_not(x) or (_unsupported(kind_of(weight, channels, stride), weight, stride) or {}).get("native")
+
+
+def _run(what: str, x: Tensor, weight: Tensor, stride: int, *args: Any) -> Any:
+    eager = not torch.compiler.is_compiling()  # a compiler, which may not tell a layout, comes to the same checks in the op's fake
+    if eager:
+        check_images(f"conv_{what}", "x", x)
+        check_weight(f"conv_{what}", weight)
+    kind = kind_of(weight, x.shape[1], stride)
+    name = _name(kind, what)
+    if eager:
+        _CHECK[name](*args)
+        if differentiates():
+            check_no_gradient(name, *(arg for arg in args if isinstance(arg, Tensor)))
+    return backends.choose(name, x, _unsupported(kind, weight, stride)).run(*args)
+
+
+def conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    norm: Tensor | None,
+    *,
+    activation: str,
+    gate: Tensor | None = None,
+    stride: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y = conv(activation(norm(x)) * gate)`` and y's mean and variance per channel.
+
+    x           [N, C, H, W], fp32, bf16, fp16 or fp64, any strides; nothing empty
+    weight      [K, C, k, k] dense or, with k = 1 and stride 1, pointwise; [C, 1, k, k] depthwise; of any of these dtypes
+    norm, gate  of x, as above; None: x is read as it is
+    padding     (top, bottom, left, right), zeros after the activation
+    returns     y [N, K, H', W'] channels_last in x's dtype; mean [K] and var [K] (not corrected) of the stored y
+
+    No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
+    """
+    return _run("stats", x, weight, stride, x, weight, norm, activation, gate, stride, padding)
+
+
+def conv_backward(
+    grad: Tensor,
+    y: Tensor,
+    y_norm: Tensor,
+    y_coefficients: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm: Tensor | None,
+    *,
+    activation: str,
+    gate: Tensor | None = None,
+    y_activation: str = "identity",
+    y_gate: Tensor | None = None,
+    y_pool: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    need_x: bool = True,
+    need_weight: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`conv_stats`'s x and weight, in one pass.
+
+    grad                   [N, K, H', W'] in x's dtype, like y
+    y, y_norm              what the forward made, and the norm [3, K] that follows it
+    y_coefficients         [3, K]: the gradient of y is ``[0] * G + [1] * (y - mean) + [2]``, where
+                           ``G = (grad * y_gate + y_pool) * y_activation'(norm(y))``
+    y_gate, y_pool         [N, K] each, or None: ones and zeros
+    x .. gate              as the forward read them
+    residual               [N, C, H, W] in x's dtype: added to grad_x
+    need_x, need_weight    which gradients are wanted; others come back empty, [0]
+    returns                grad_x channels_last in x's dtype; grad_weight in weight's; and sums
+
+    Without a norm grad_x is the gradient of x, and sums are empty. With a norm and no gate it is that of ``u``, called G above, and
+    sums [2, C] are those of G and of ``G * (x - mean)``. With a gate it is that of what was convolved, called Z, since the gate's
+    own gradient must be known first; sums [N, 5, C] over each image are those of ``Z * activation(u)``, of ``Z * s`` and ``s``
+    with ``s = activation'(u)``, and of these two times ``x - mean``.
+
+    No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
+    """
+    return _run(
+        "backward", x, weight, stride, grad, y, y_norm, y_coefficients, y_activation, y_gate, y_pool,
+        x, weight, norm, activation, gate, residual, stride, padding, need_x, need_weight,
+    )  # fmt: skip
