@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 KERNELS = ("csrc", "effnet_fast/ops")  # whose changes make timings old
+HEADLINES = {"model": "Speed", "train": "Training step"}  # suites of whole nets
 TIMINGS = tuple(f"{suite}-{device}" for device in ("cuda", "cpu") for suite in ("model", "train", "kernels"))
 
 
@@ -89,16 +90,30 @@ def plots_of(path: Path) -> list[Path]:
     return sorted(RESULTS.glob(f"{path.stem}-*.png"))
 
 
+def kept_memory(results: dict[str, Any]) -> str:
+    """What a training step keeps, ours and a peer's accelerated net beside the same net in eager PyTorch."""
+    parts = []
+    for net in dict.fromkeys(case["net"] for case in results["cases"]):
+        share = {case["entrant"]: f"{100 * case['of_eager']:.0f} %" for case in results["cases"] if case["net"] == net}
+        parts.append(
+            f"{net.removeprefix('efficientnet_')} {share['ours']}, where torch.compile keeps {share['timm, torch.compile']}"
+        )
+    return f"**Training memory** kept between forward and backward, of eager PyTorch's: {'; '.join(parts)}."
+
+
 def headline() -> str:
     """How fast nets are against the fastest peer of each kind, what was not measured, and how often a peer is faster."""
     told, kept = [], list(timings().values())
     for results in kept:
-        if results["suite"] == "model":
+        if results["suite"] in HEADLINES:
             leads = []
             for case in results["cases"]:
                 against = " and ".join(f"{lead:.2f} times {kind}'s" for kind, lead in findings.leads(case).items())
                 leads += [f"{case['group']} at batch {case['batch']}, {findings.fastest(case)}, has {against}"] if against else []
-            told.append(f"**Speed** ({findings.setting(results)}), beside the fastest peer of each kind: {'; '.join(leads)}.")
+            label = HEADLINES[results["suite"]]
+            told.append(f"**{label}** ({findings.setting(results)}), beside the fastest peer of each kind: {'; '.join(leads)}.")
+    if (path := RESULTS / "memory-cpu.json").exists():
+        told.append(kept_memory(json.loads(path.read_text())))
     for device, named in (("cuda", "a GPU"), ("cpu", "a CPU")):
         of_device = {results["suite"]: results for results in kept if results["device"] == device}
         if "model" not in of_device and "kernels" in of_device:

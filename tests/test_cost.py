@@ -192,8 +192,8 @@ def test_saved_elements_are_what_autograd_keeps(config: NetConfig, batch: int) -
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0", "efficientnetv2_s", "efficientnet_lite0"])
 def test_saved_elements_of_our_own_nets(name: str) -> None:
-    net = create_model(name).train()
-    x = torch.randn(2, 3, 67, 65)
+    net = create_model(name).train().double()  # which trains as plain PyTorch
+    x = torch.randn(2, 3, 67, 65, dtype=torch.float64)
     assert saved_elements(net, x) == Cost.of(net.config, (67, 65)).saved_elements(2)
 
 
