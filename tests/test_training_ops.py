@@ -27,6 +27,9 @@ POINTWISE = [  # images, in, out, height, width
     (5, 96, 24, 8, 8),
     (2, 900, 48, 6, 5),  # more than a slice of the GEMM's, and of weights more than a panel
     (4, 8, 8, 1, 1),
+    (1, 304, 24, 5, 4),  # just more than the backward's columns, and two of those and more
+    (2, 300, 8, 3, 5),
+    (1, 620, 40, 7, 6),
 ]
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6, "identity": lambda x: x}
 
@@ -161,6 +164,22 @@ def test_pointwise(shape, dtype):
     check_conv(x, weight, norm_of(channels), "silu", None, *rest, ("silu", True, False), dtype=dtype)
     check_conv(x, weight, norm_of(channels), "silu", gate, *rest, ("identity", True, True), dtype=dtype)
     check_conv(x, weight, norm_of(channels), "relu", gate, *rest, ("relu6", False, True), residual=True, dtype=dtype)
+
+
+FAMILY = sorted({(case.channels, case.out, case.gate) for case in cases.pointwise_shapes()})
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_pointwise_of_the_family(part, backend):
+    """Every width of B0 to B7, of few pixels."""
+    if backend == "reference":
+        pytest.skip("of the kernels")
+    torch.manual_seed(0)
+    for channels, outs, gated in FAMILY[part::4]:
+        x, weight = made(2, channels, 4, 3), made(outs, channels, 1, 1, scale=channels**-0.5)
+        norm, gate = (norm_of(channels), torch.rand(2, channels)) if gated else (None, None)
+        activation = "silu" if gated else "identity"
+        check_conv(x, weight, norm, activation, gate, 1, (0, 0, 0, 0), residual=not gated)
 
 
 @pytest.mark.parametrize("case", [case for case in cases.depthwise_shapes() if case.height <= 112][::4], ids=str)

@@ -276,15 +276,17 @@ template <int W> EFFNET_INLINE void run_backward(const Task& t) {
   const Pointwise& p = *t.p;
   const Gradients& made = *t.gradients;
   const int in = p.in_channels, out = p.out_channels;
+  const int alone =
+      pointwise::panel_channels() / 2;  // channels that the GEMM packs with what is before them, where they are left over
   const int64_t most = block_rows(2 * out + 3 * std::min(in, kColumns)), padded_out = rounded_up(out, W);
-  const int64_t made_pitch = rounded_up(in, W), widest = rounded_up(std::min(in, kColumns + W), 16) + 16;
+  const int64_t made_pitch = rounded_up(in, W), widest = rounded_up(std::min(in, kColumns + alone), 16) + 16;
   float* panels = scratch<Task>(most * (padded_out + out + 3 * widest));
   float *dense = panels + most * padded_out, *a = dense + most * out, *slope = a + most * widest, *z = slope + most * widest;
   for (int64_t row = t.part->first; row < t.part->last; row += most) {
     const int64_t rows = std::min(most, t.part->last - row);
     gradient_rows<W>(p, made.of_y, row, rows, dense, panels);
     for (int first = 0, last; first < in; first = last) {
-      last = in - first < kColumns + W ? in : first + kColumns;
+      last = in - first <= kColumns + alone ? in : first + kColumns;
       const Columns c{first, last, (rounded_up(last - first, 16) / 16 | 1) * 16};
       activate_columns<W>(p, c, row, rows, a, slope);
       if (made.grad_x) {

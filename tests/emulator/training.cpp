@@ -124,7 +124,7 @@ void pointwise() {
   Pointwise p{};
   p.images = draw(1, 5);
   p.pixels = draw(1, 150);
-  p.in_channels = draw(1, coin() ? 40 : 200);
+  p.in_channels = draw(1, coin() ? 40 : 640);
   p.out_channels = draw(1, coin() ? 40 : 200);
   p.dtype = dtype();
   p.weight_dtype = dtype();
