@@ -22,8 +22,9 @@ _MARKS = "os^Dv<>P"
 
 
 def draw(results: Path) -> list[Path]:
-    """Write ``NAME-speed.png`` and ``NAME-roofline.png`` beside ``NAME.json``."""
-    return [_written(results, "speed", _speed), _written(results, "roofline", _roofline)]
+    """Write ``NAME-speed.png`` beside ``NAME.json`` and, where what must be moved is known, ``NAME-roofline.png``."""
+    bounded = any(case["bound_us"] is not None for case in json.loads(results.read_text())["cases"])
+    return [_written(results, "speed", _speed), *([_written(results, "roofline", _roofline)] if bounded else [])]
 
 
 def draw_memory(results: Path) -> Path:
