@@ -2,8 +2,9 @@
 //
 // A thread owns a range of rows (pixels of the batch) and takes them on in blocks whose tiles stay in L2. Forward: the block is
 // activated into a tile, the GEMM of csrc/pointwise writes its rows of y, and those are added to the statistics while they are hot.
-// Backward: the gradient of y becomes a tile G [rows, K], the activated x a tile A [rows, C] with a tile of slopes beside it; the
-// GEMM makes Z = G W, a pass over it the gradient of x and the sums, and G^T A is added to the thread's own grad_weight. So every
+// Backward: the gradient of y becomes a tile G [rows, K], in rows and in panels of W channels; then, kColumns channels of x at a
+// time, the activated x becomes a tile A with a tile of slopes beside it, the GEMM makes Z = G W, a pass over it the gradient of x
+// and the sums, and G^T A is added to the thread's own grad_weight. So every
 // tensor is read or written once. The multiply-adds bind where C and K are large; SiLU and its slope, 20 instructions and a
 // division for each element of x, where they are small.
 //
@@ -276,8 +277,7 @@ template <int W> EFFNET_INLINE void run_backward(const Task& t) {
   const Pointwise& p = *t.p;
   const Gradients& made = *t.gradients;
   const int in = p.in_channels, out = p.out_channels;
-  const int alone =
-      pointwise::panel_channels() / 2;  // channels that the GEMM packs with what is before them, where they are left over
+  const int alone = pointwise::panel_channels() / 2;  // so many channels left over are of the GEMM's last panel
   const int64_t most = block_rows(2 * out + 3 * std::min(in, kColumns)), padded_out = rounded_up(out, W);
   const int64_t made_pitch = rounded_up(in, W), widest = rounded_up(std::min(in, kColumns + alone), 16) + 16;
   float* panels = scratch<Task>(most * (padded_out + out + 3 * widest));

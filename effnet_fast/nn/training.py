@@ -24,7 +24,6 @@ from effnet_fast.nn.parts import BlockParts, ConvNormAct, tensor_of, uses_batch,
 from effnet_fast.ops import backends
 from effnet_fast.ops import training as ops
 from effnet_fast.ops.common import accumulator, output_size, without_autocast
-from effnet_fast.ops.conv import is_stem
 from effnet_fast.ops.training.reference import activation_and_slope
 
 
@@ -332,8 +331,7 @@ WIDE, WIDE_BF16 = 500, 160  # channels in and out of a 3x3 block, together
 def _why_slower(parts: BlockParts, x: Tensor) -> str | None:
     """Why plain PyTorch is faster on a block. Asking symbolic sizes would fix them."""
     if parts.depthwise is None:
-        stem = is_stem(weight_of(parts.project.conv), parts.project.conv.stride[0])
-        return None if stem else "without a depthwise convolution PyTorch's own kernels are as fast"
+        return "without a depthwise convolution PyTorch's own kernels are as fast"
     conv = parts.depthwise.conv
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if conv.in_channels >= OF_CHANNELS and isinstance(pixels, int) and pixels < FEWEST_PIXELS * conv.stride[0] ** 2:

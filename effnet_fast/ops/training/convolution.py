@@ -141,16 +141,6 @@ def kind_of(weight: Tensor, channels: int, stride: int) -> str:
     return "depthwise" if weight.shape[1] == 1 and channels == weight.shape[0] else "dense"
 
 
-def run(name: str, x: Tensor, unsupported: dict[str, str] | None, *args: Any) -> Any:
-    """The op by the kernel that is chosen for ``x``, one of ``args``, once these are checked.
-
-    A compiler, which does not tell a tensor's layout in a backward pass, comes to the same check in the op's fake.
-    """
-    if not torch.compiler.is_compiling():
-        _CHECK[name](*args)
-    return backends.choose(name, x, unsupported).run(*args)
-
-
 def _unsupported(kind: str, weight: Tensor, stride: int) -> dict[str, str] | None:
     rows, columns = weight.shape[2:]
     if kind != "depthwise" or ((rows, columns) in KERNELS and stride in STRIDES):
