@@ -117,3 +117,9 @@ VIEWS = {
     "every second": every_second,
     "transposed": transposed,
 }
+
+
+def without_kinks(name: str) -> dict[str, type[torch.nn.Module]]:
+    """Arguments that make a net's activation smooth, for its gradients: of a million ReLU6 of the lite nets some are so close to a
+    kink that rounding decides on the slope, 0 or 1."""
+    return {"act_layer": torch.nn.SiLU} if "lite" in name else {}
