@@ -1,4 +1,4 @@
-// Training's ops for the CPU. The schemas are in effnet_fast/ops/training.
+// Training's ops for the CPU, and the depthwise ones for CUDA. The schemas are in effnet_fast/ops/training.
 #include "../training/params.h"
 
 #include "conv.h"
@@ -81,8 +81,12 @@ struct IsPointwise {
     return {read,           a.weight(weight),        x.size(0), x.size(2) * x.size(3),
             int(x.size(1)), int(shape.out_channels), a.dtype,   stored(op, weight)};
   }
-  static void run(const training::Pointwise& p, const training::Stats& made) { training::pointwise_stats_cpu(p, made); }
-  static void run(const training::Pointwise& p, const training::Gradients& made) { training::pointwise_backward_cpu(p, made); }
+  static void run(const training::Pointwise& p, const training::Stats& made, const Tensor&) {
+    training::pointwise_stats_cpu(p, made);
+  }
+  static void run(const training::Pointwise& p, const training::Gradients& made, const Tensor&) {
+    training::pointwise_backward_cpu(p, made);
+  }
 };
 
 struct IsDepthwise {
@@ -103,9 +107,39 @@ struct IsDepthwise {
             shape.kernel,   int(stride),       int(padding[0]),  int(padding[2]),
             a.dtype,        stored(op, weight)};
   }
-  static void run(const training::Depthwise& p, const training::Stats& made) { training::depthwise_stats_cpu(p, made); }
-  static void run(const training::Depthwise& p, const training::Gradients& made) { training::depthwise_backward_cpu(p, made); }
+  static void run(const training::Depthwise& p, const training::Stats& made, const Tensor&) {
+    training::depthwise_stats_cpu(p, made);
+  }
+  static void run(const training::Depthwise& p, const training::Gradients& made, const Tensor&) {
+    training::depthwise_backward_cpu(p, made);
+  }
 };
+
+#ifdef EFFNET_FAST_CUDA
+struct IsDepthwiseCuda : IsDepthwise {
+  static void run(const training::Depthwise& p, const training::Stats& made, const Tensor& x) {
+    on_device(x,
+              [&](const training::Allocate& allocate, void* stream) { training::depthwise_stats_cuda(p, made, allocate, stream); });
+  }
+  static void run(const training::Depthwise& p, const training::Gradients& made, const Tensor& x) {
+    on_device(
+        x, [&](const training::Allocate& allocate, void* stream) { training::depthwise_backward_cuda(p, made, allocate, stream); });
+  }
+
+ private:
+  // torch's allocator hands memory out again in the order of the stream, so it may end before the kernels do.
+  template <typename F> static void on_device(const Tensor& x, const F& start) {
+    const int32_t device = x.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    std::vector<Tensor> kept;
+    const auto allocate = [&](int64_t floats) {
+      kept.push_back(torch::stable::new_empty(x, {floats}, ScalarType::Float));
+      return static_cast<float*>(kept.back().mutable_data_ptr());
+    };
+    start(allocate, current_cuda_stream(device));
+  }
+};
+#endif
 
 // Throws where a result shares memory with another, or with what is read.
 void check_all_apart(const char* op, std::initializer_list<std::pair<const char*, Tensor>> results,
@@ -136,7 +170,8 @@ template <typename Kind> void stats_out(const Tensor& x, const Tensor& weight, c
   const training::Read read = a.read(norm, activation, gate);
   Kind::run(Kind::params(Kind::stats, a, read, x, weight, stride, padding, shape),
             training::Stats{y.mutable_data_ptr(), static_cast<float*>(mean.mutable_data_ptr()),
-                            static_cast<float*>(var.mutable_data_ptr())});
+                            static_cast<float*>(var.mutable_data_ptr())},
+            x);
 }
 
 template <typename Kind> std::tuple<Tensor, Tensor, Tensor> stats(const Tensor& x, const Tensor& weight, const OptionalTensor& norm,
@@ -187,7 +222,7 @@ template <typename Kind> void backward_out(const Tensor& grad, const Tensor& y, 
                                  need_x ? grad_x.mutable_data_ptr() : nullptr,
                                  need_weight ? static_cast<float*>(made_weight.mutable_data_ptr()) : nullptr,
                                  need_x && norm ? static_cast<float*>(sums.mutable_data_ptr()) : nullptr};
-  Kind::run(Kind::params(op, a, read, x, weight, stride, padding, shape), made);
+  Kind::run(Kind::params(op, a, read, x, weight, stride, padding, shape), made, x);
   if (need_weight && weight.scalar_type() != ScalarType::Float) torch::stable::copy_(const_cast<Tensor&>(grad_weight), made_weight);
 }
 
@@ -387,6 +422,15 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
   m.impl("batch_stats.native", TORCH_BOX(&batch_stats));
   m.impl("batch_stats.native_out", TORCH_BOX(&batch_stats_out));
 }
+
+#ifdef EFFNET_FAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CUDA, m) {
+  m.impl("depthwise_conv_stats.native", TORCH_BOX(&stats<IsDepthwiseCuda>));
+  m.impl("depthwise_conv_stats.native_out", TORCH_BOX(&stats_out<IsDepthwiseCuda>));
+  m.impl("depthwise_conv_backward.native", TORCH_BOX(&backward<IsDepthwiseCuda>));
+  m.impl("depthwise_conv_backward.native_out", TORCH_BOX(&backward_out<IsDepthwiseCuda>));
+}
+#endif
 
 }  // namespace
 }  // namespace effnet_fast::binding

@@ -2,6 +2,7 @@
 // contiguous as channels_last, vectors are fp32.
 #pragma once
 #include <cstdint>
+#include <functional>
 
 #include "../common/activation.h"
 #include "../common/dtype.h"
@@ -69,6 +70,12 @@ void pointwise_stats_cpu(const Pointwise& p, const Stats& made);
 void pointwise_backward_cpu(const Pointwise& p, const Gradients& made);
 void depthwise_stats_cpu(const Depthwise& p, const Stats& made);
 void depthwise_backward_cpu(const Depthwise& p, const Gradients& made);
+
+// Memory for so many floats on the device, alive until what was started there has ended.
+using Allocate = std::function<float*(int64_t floats)>;
+void depthwise_stats_cuda(const Depthwise& p, const Stats& made, const Allocate& allocate, void* stream);  // on the current device
+void depthwise_backward_cuda(const Depthwise& p, const Gradients& made, const Allocate& allocate, void* stream);
+
 void norm_act_cpu(const Elements& p, const void* residual, void* out);
 void norm_act_mean_cpu(const Elements& p, float* mean);
 void norm_act_sums_cpu(const Elements& p, const void* grad, float* sums);

@@ -1,49 +1,24 @@
-// The emulated kernels as functions of NumPy arrays. Every array is copied into memory exactly as long as it, shifted by
-// `misalign` elements, so that AddressSanitizer stands at its end; outputs start as NaN.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// The emulated kernels as functions of NumPy arrays, each of them in a Buffer; outputs start as NaN.
 #include <array>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <optional>
 #include <tuple>
-#include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 
-namespace py = pybind11;
 using effnet_fast::Activation;
 using effnet_fast::DType;
 
 namespace {
 
-// Memory of its own for an array, or for so many bytes.
-class Buffer {
- public:
-  Buffer(const py::array& source, int misalign) : Buffer(source.nbytes(), misalign * source.itemsize()) {
-    std::memcpy(data(), source.data(), source.nbytes());
-  }
-  Buffer(size_t bytes, size_t offset) : memory_(static_cast<char*>(std::malloc(bytes + offset)), std::free), offset_(offset) {}
-  char* data() const { return memory_.get() + offset_; }
-
- private:
-  std::unique_ptr<char, void (*)(void*)> memory_;
-  size_t offset_;
-};
-
 // On a GPU of so many multiprocessors, or for 0 on the CPU.
 py::array_t<float> squeeze_excite_gate(const py::array& partial, int count, const py::array& reduce_weight,
-                                       const std::optional<py::array>& reduce_bias, const py::array& expand_weight,
-                                       const std::optional<py::array>& expand_bias, int activation, int dtype, int multiprocessors,
+                                       const OptionalArray& reduce_bias, const py::array& expand_weight,
+                                       const OptionalArray& expand_bias, int activation, int dtype, int multiprocessors,
                                        int largest_cluster, unsigned seed, int misalign) {
   const Buffer sums(partial, misalign), reduce(reduce_weight, misalign), expand(expand_weight, misalign);
-  const auto optional = [&](const std::optional<py::array>& a) {
-    return a ? std::optional<Buffer>(std::in_place, *a, misalign) : std::nullopt;
-  };
-  const std::optional<Buffer> reduce_shift = optional(reduce_bias), expand_shift = optional(expand_bias);
+  const std::optional<Buffer> reduce_shift = optional_buffer(reduce_bias, misalign),
+                              expand_shift = optional_buffer(expand_bias, misalign);
 
   effnet_fast::squeeze_excite::GateParams p{};
   p.batch = partial.shape(0);
@@ -73,14 +48,11 @@ py::array_t<float> squeeze_excite_gate(const py::array& partial, int count, cons
 
 // On a GPU of so many multiprocessors of so much shared memory, or for 0 on the CPU; x is [rows, C], norm [4, K]: weight, bias,
 // mean and variance.
-py::array pointwise(const py::array& x, const py::array& weight, const py::array& norm, const std::optional<py::array>& gate,
-                    const std::optional<py::array>& residual, int pixels, int activation, int dtype, int weight_dtype,
-                    int multiprocessors, int shared_bytes, unsigned seed, int misalign) {
+py::array pointwise(const py::array& x, const py::array& weight, const py::array& norm, const OptionalArray& gate,
+                    const OptionalArray& residual, int pixels, int activation, int dtype, int weight_dtype, int multiprocessors,
+                    int shared_bytes, unsigned seed, int misalign) {
   const Buffer inputs(x, misalign), weights(weight, misalign), norms(norm, misalign);
-  const auto optional = [&](const std::optional<py::array>& a) {
-    return a ? std::optional<Buffer>(std::in_place, *a, misalign) : std::nullopt;
-  };
-  const std::optional<Buffer> gates = optional(gate), residuals = optional(residual);
+  const std::optional<Buffer> gates = optional_buffer(gate, misalign), residuals = optional_buffer(residual, misalign);
 
   effnet_fast::pointwise::Params p{};
   p.rows = x.shape(0);
@@ -120,13 +92,12 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
 // On a GPU of so many multiprocessors, or for 0 on the CPU: y and partial. x is [N, H, W, at least C], of which the kernel gets the
 // first C channels; the weight is [C, k, k]; norm is weight, bias, mean, var; window is stride, top, left, H', W'; types are those
 // of x, weight and norm.
-std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& weight,
-                                          const std::vector<std::optional<py::array>>& norm, float eps,
-                                          const std::array<int, 5>& window, int activation, int pieces,
+std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& weight, const std::vector<OptionalArray>& norm,
+                                          float eps, const std::array<int, 5>& window, int activation, int pieces,
                                           const std::array<int, 3>& types, int multiprocessors, unsigned seed, int misalign) {
   const Buffer input(x, misalign), taps(weight, multiprocessors > 0 ? 0 : misalign);
   std::vector<std::optional<Buffer>> vectors;
-  for (const auto& v : norm) vectors.push_back(v ? std::optional<Buffer>(std::in_place, *v, misalign) : std::nullopt);
+  for (const auto& v : norm) vectors.push_back(optional_buffer(v, misalign));
 
   effnet_fast::depthwise::ForwardParams p{};
   p.batch = x.shape(0);
@@ -171,20 +142,16 @@ std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& w
 // On a GPU of so many multiprocessors, or for 0 on the CPU; x is [N, H, W, C], by_channel: handed over as [N, C, H, W]; norm is
 // weight, bias, mean, var; window is stride, top, left, H', W'; pixels are [2, C] beside an x of bytes; types are those of y,
 // weight and norm.
-py::array conv(const py::array& x, bool by_channel, const py::array& weight, const std::vector<std::optional<py::array>>& norm,
-               const std::array<int, 5>& window, int activation, const std::optional<py::array>& pixels,
-               const std::optional<py::array>& residual, const std::array<int, 3>& types, int multiprocessors, unsigned seed,
-               int misalign) {
+py::array conv(const py::array& x, bool by_channel, const py::array& weight, const std::vector<OptionalArray>& norm,
+               const std::array<int, 5>& window, int activation, const OptionalArray& pixels, const OptionalArray& residual,
+               const std::array<int, 3>& types, int multiprocessors, unsigned seed, int misalign) {
   const py::array laid =
       by_channel ? py::array(py::module_::import("numpy").attr("ascontiguousarray")(x.attr("transpose")(0, 3, 1, 2))) : x;
   const Buffer input(laid, misalign), taps(weight, misalign);
-  const auto optional = [&](const std::optional<py::array>& a, int moved) {
-    return a ? std::optional<Buffer>(std::in_place, *a, moved) : std::nullopt;
-  };
   std::vector<std::optional<Buffer>> vectors;
-  for (const auto& v : norm) vectors.push_back(optional(v, misalign));
+  for (const auto& v : norm) vectors.push_back(optional_buffer(v, misalign));
   const int moved = multiprocessors > 0 ? 0 : misalign;  // what a GPU needs aligned
-  const std::optional<Buffer> table = optional(pixels, misalign), added = optional(residual, moved);
+  const std::optional<Buffer> table = optional_buffer(pixels, misalign), added = optional_buffer(residual, moved);
   effnet_fast::conv::Params p{};
   p.batch = x.shape(0);
   p.height = int(x.shape(1));
@@ -249,4 +216,5 @@ PYBIND11_MODULE(emulated, m) {
   m.def("pointwise", &pointwise);
   m.def("depthwise", &depthwise);
   m.def("conv", &conv);
+  bind_training(m);
 }

@@ -27,7 +27,9 @@ rule kernel
 rule link
   command = g++ -shared {sanitizers} $in -o $out
 build binding.o: binding {here}/binding.cpp
+build binding_training.o: binding {here}/binding_training.cpp
 """
+BINDING = "binding.o binding_training.o"
 # The objects of a module: name, source, options; what takes longest first. The CPU's kernels compile in half the time without
 # optimisation, and run as fast.
 KERNELS = {
@@ -38,6 +40,9 @@ KERNELS = {
     "pointwise_fp16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16 -DONE_KERNEL"),
     "pointwise_cpu": ("pointwise_cpu.cpp", "-O0"),
     "conv": ("conv.cpp", ""),
+    "training_bf16": ("training_depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
+    "training_fp16": ("training_depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
+    "training_fp32": ("training_depthwise.cpp", "-DEMULATED_TYPE=float"),
     "depthwise_fp32": ("depthwise.cpp", "-DEMULATED_TYPE=float"),
     "squeeze_excite": ("squeeze_excite.cpp", ""),
     "conv_cpu": ("conv_cpu.cpp", "-O0"),
@@ -84,12 +89,12 @@ def build(directory: Path, bugs: dict[str, Bug]) -> dict[str, Path]:
     text = NINJA.format(here=HERE, csrc=CSRC, pybind=pybind11.get_include(), python=python, sanitizers=SANITIZERS)
     for kernel, (source, options) in KERNELS.items():
         text += f"build {kernel}.o: kernel {HERE / source}\n  options = {options}\n"
-    text += f"build sound.so: link binding.o {' '.join(f'{kernel}.o' for kernel in KERNELS)}\n"
+    text += f"build sound.so: link {BINDING} {' '.join(f'{kernel}.o' for kernel in KERNELS)}\n"
     for name, bug in bugs.items():
         source, options = KERNELS[bug.kernel]
         text += f"build {name}.o: kernel {HERE / source}\n  csrc = {directory / name}\n  options = {options} {bug.options}\n"
         objects = " ".join(f"{name if kernel == bug.kernel else kernel}.o" for kernel in KERNELS)
-        text += f"build {name}.so: link binding.o {objects}\n"
+        text += f"build {name}.so: link {BINDING} {objects}\n"
     for name, bug in bugs.items():
         source = (CSRC / bug.path).read_text()
         assert bug.text in source, f"the seeded bug {name} no longer fits the source"

@@ -4,6 +4,7 @@
 #include "depthwise/params.h"
 #include "pointwise/params.h"
 #include "squeeze_excite/params.h"
+#include "training/params.h"
 
 namespace emulated {
 
@@ -12,6 +13,12 @@ void squeeze_excite_gate(const effnet_fast::squeeze_excite::GateParams& p, int m
 
 // Runs csrc/depthwise/forward.cuh for x of type T.
 template <typename T> void depthwise(const effnet_fast::depthwise::ForwardParams& p, int multiprocessors, unsigned seed);
+
+// Run csrc/training/depthwise_stats.cuh and depthwise_backward.cuh for x of type T.
+template <typename T> void depthwise_stats(const effnet_fast::training::Depthwise& p, const effnet_fast::training::Stats& made,
+                                           int multiprocessors, unsigned seed);
+template <typename T> void depthwise_backward(const effnet_fast::training::Depthwise& p,
+                                              const effnet_fast::training::Gradients& made, int multiprocessors, unsigned seed);
 
 // Runs csrc/conv/forward.cuh.
 void conv(const effnet_fast::conv::Params& p, int multiprocessors, unsigned seed);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,8 +110,9 @@ def _define(kind: str) -> None:
         ),
     }
     _CHECK[stats], _CHECK[backward] = check_stats, check_backward
+    why_not = functools.partial(native.why_not, cuda=kind == "depthwise")
     for name, run in references.items():
-        backends.register(name, backends.Kernel("native", getattr(torch.ops.effnet_fast, name).native, native.why_not))
+        backends.register(name, backends.Kernel("native", getattr(torch.ops.effnet_fast, name).native, why_not))
         backends.register(name, backends.Kernel("reference", run, backends.always))
 
 
