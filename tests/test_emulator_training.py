@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 @dataclass(frozen=True)
 class Run:
-    """One launch each of both kernels. ``normed``: x has a norm and activation, else it has a residual; ``gated``: y has a gate and a
-    gradient of its pool; ``need``: of x and of the weight; ``misalign``: elements by which every tensor is moved."""
+    """One launch each of both kernels. ``normed``: x has a norm and activation, else it has a residual; ``gated``: y has a gate and
+    a gradient of its pool; ``need``: of x and of the weight; ``misalign``: elements by which every tensor is moved."""
 
     case: Case
     dtype: torch.dtype
