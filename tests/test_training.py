@@ -22,7 +22,7 @@ import effnet_fast
 from benchmarks import memory
 from effnet_fast.benchmark import calibrate, images
 from effnet_fast.models import create_model
-from effnet_fast.nn import MBConv
+from effnet_fast.nn import FusedMBConv, MBConv
 from effnet_fast.ops import backends, native
 from effnet_fast.scaling.config import BlockConfig
 
@@ -188,6 +188,30 @@ def test_a_changed_block(change, backend):
             assert a.is_floating_point() or torch.equal(a, b), name
         for parameter in block.parameters():  # as DistributedDataParallel wants them
             assert parameter.grad is None or parameter.grad.stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (MBConv, (3, 2, 2, 6, 3, 2)),
+        (MBConv, (5, 1, 3, 4, 3, 1)),
+        (MBConv, (3, 1, 2, 5, 4, 0)),
+        (MBConv, (5, 1, 3, 3, 3, 2)),
+        (FusedMBConv, (3, 2, 2, 5, 3, 0)),
+    ],
+    ids=str,
+)
+def test_the_references_gradients_are_the_quotients_of_differences(kind, shape, frozen):
+    """In fp64, of x and every parameter: no other code's gradient is believed."""
+    block = block_of(kind, shape).double()
+    for module in block.modules():
+        if frozen and isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    x = channels_last(torch.randn(2, shape[2], 5, 4, dtype=FP64)).requires_grad_()
+    with effnet_fast.backend("reference"):
+        assert is_fused(block, x)
+        assert torch.autograd.gradcheck(lambda x, *parameters: block(x), (x, *block.parameters()))
 
 
 def test_an_input_without_gradient(backend):
