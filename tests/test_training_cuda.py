@@ -1,5 +1,5 @@
-"""Training's native depthwise kernels on an NVIDIA GPU: the shapes of B0 to B7 and the nasty ones by the 2x rule, the same bits each
-time, tensors of more than 2^31 elements. The same source runs on the CPU in test_emulator_training.py."""
+"""Training's native depthwise kernels on an NVIDIA GPU: the shapes of B0 to B7 and the nasty ones by the 2x rule, the same bits
+each time, tensors of more than 2^31 elements. The same source runs on the CPU in test_emulator_training.py."""
 
 from __future__ import annotations
 
