@@ -30,6 +30,31 @@ class _Seeded(Dataset):
             return self.dataset[key[1]]
 
 
+class _Keys:
+    """What the loader is to fetch: the (epoch, index) pairs of each batch of this process, from number ``first`` on."""
+
+    def __init__(self, images: int, batch_size: int, training: bool, seed: int) -> None:
+        self.images, self.batch_size, self.training, self.seed = images, batch_size, training, seed
+        self.rank, self.processes = distributed.rank(), distributed.processes()
+        self.epoch, self.first = 0, 0
+
+    def __len__(self) -> int:
+        if self.training:
+            return self.images // (self.batch_size * self.processes)
+        return -(-len(range(self.rank, self.images, self.processes)) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        if self.training:
+            order = np.random.default_rng(seed_of(self.seed, self.epoch)).permutation(self.images)
+            size, at = self.batch_size * self.processes, self.rank * self.batch_size
+        else:
+            order = np.arange(self.rank, self.images, self.processes)
+            size, at = self.batch_size, 0
+        for number in range(self.first, len(self)):
+            start = number * size + at
+            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+
+
 class Batches:
     """The batches (x [B, ...], y [B]) of a data set that is asked for items by number.
 
@@ -43,43 +68,24 @@ class Batches:
     """
 
     def __init__(self, dataset: Any, batch_size: int, *, training: bool, seed: int = 0, workers: int = 0) -> None:
-        self.dataset, self.batch_size, self.training, self.seed = dataset, batch_size, training, seed
-        self._epoch, self._first = 0, 0
-        if len(self) == 0 and distributed.rank() == 0:
-            wanted = batch_size * distributed.processes() if training else 1
-            raise ValueError(f"the {len(dataset)} images fill no batch of {wanted}; a smaller batch_size or more images would do")
+        self.dataset = dataset
+        self._keys = _Keys(len(dataset), batch_size, training, seed)
+        least = batch_size * distributed.processes() if training else 1
+        if len(dataset) < least:
+            raise ValueError(f"the {len(dataset)} images fill no batch of {least}; a smaller batch_size or more images would do")
         self._loader: DataLoader = DataLoader(
             _Seeded(dataset, seed),
-            batch_sampler=self,
+            batch_sampler=self._keys,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
     def __len__(self) -> int:
-        """Batches of one process in an epoch."""
-        if self.training:
-            return len(self.dataset) // (self.batch_size * distributed.processes())
-        return -(-len(self._share(np.arange(len(self.dataset)))) // self.batch_size)
+        """Batches of this process in an epoch."""
+        return len(self._keys)
 
     def of_epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from number ``first`` on."""
-        self._epoch, self._first = epoch, first
+        self._keys.epoch, self._keys.first = epoch, first
         return iter(self._loader)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """What the loader is to fetch: the keys of each batch."""
-        if not self.training:
-            share = self._share(np.arange(len(self.dataset)))
-            batches = [share[at : at + self.batch_size] for at in range(0, len(share), self.batch_size)]
-        else:
-            order = np.random.default_rng(seed_of(self.seed, self._epoch)).permutation(len(self.dataset))
-            size = self.batch_size * distributed.processes()
-            mine = slice(distributed.rank() * self.batch_size, (distributed.rank() + 1) * self.batch_size)
-            batches = [order[at * size : (at + 1) * size][mine] for at in range(len(self))]
-        for batch in batches[self._first :]:
-            yield [(self._epoch, int(index)) for index in batch]
-
-    @staticmethod
-    def _share(indices: np.ndarray) -> np.ndarray:
-        return indices[distributed.rank() :: distributed.processes()]

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from effnet_fast.ops import backend
@@ -71,11 +70,17 @@ class Trainer:
         )
         self.ema = AveragedModel(model, use_buffers=True) if recipe.model_ema else None
         self.optimizer = build_optimizer(model, recipe, distributed.processes())
-        self.scheduler = LambdaLR(self.optimizer, schedule(recipe, self.steps, distributed.processes()))
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.factor = schedule(recipe, self.steps, distributed.processes())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
         self.epoch, self.step = 0, 0
-        self.lr: float = 0.0  # the highest group's at the last step
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch's losses
+
+    @property
+    def lr(self) -> float:
+        """The highest learning rate of the last step."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     @property
     def judged(self) -> nn.Module:
@@ -108,7 +113,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on exactly, tensors and plain values; the weights under timm's names."""
         averaged = {} if self.ema is None else {"state_dict_ema": self.ema.module.state_dict()}
-        parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "scaler")}
+        parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scaler")}
         return {
             "state_dict": self.model.state_dict(),
             **averaged,
@@ -120,7 +125,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["state_dict"])
-        for name in ("optimizer", "scheduler", "scaler"):
+        for name in ("optimizer", "scaler"):
             getattr(self, name).load_state_dict(state[name])
         self.epoch, self.step = state["epoch"], state["step"]
         # The sum is of all processes, which share one file.
@@ -138,6 +143,9 @@ class Trainer:
                 freeze_batch_norm(self.model)
 
     def _take_step(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        done = self.epoch * self.steps + self.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.factor(done)
         self.optimizer.zero_grad()
         for number, (x, y) in enumerate(batches, start=1):
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
@@ -153,10 +161,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.lr = float(max(self.scheduler.get_last_lr()))
-        self.scheduler.step()
         if self.ema is not None:
-            self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(self.recipe.model_ema_decay, int(self.scheduler.last_epoch)))
+            self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(self.recipe.model_ema_decay, done + 1))
             self.ema.update_parameters(self.model)
 
     def _context(self, shares: bool) -> AbstractContextManager:

@@ -75,7 +75,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, processes: int = 1) -> Opt
 
 
 def schedule(recipe: Recipe, steps: int, processes: int = 1) -> Callable[[int], float]:
-    """step -> factor of the learning rate, of ``steps`` in an epoch, for ``torch.optim.lr_scheduler.LambdaLR``.
+    """step -> factor of the learning rate, with ``steps`` in an epoch.
 
     A line from 0 over the warm-up's steps (the first step takes 1 / steps of the way, so that it moves), then a cosine from there
     to ``min_lr`` at the end, or ``decay_rate`` for every full ``decay_epochs`` since the beginning.
