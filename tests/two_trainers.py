@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from effnet_fast.training.run import _AGREE_EVERY
 def main() -> None:
     folder, calls = Path(sys.argv[1]), 0
     torch.set_num_threads(1)
+    recipe = replace(PLAIN, freeze_epochs=1, model_ema=True, grad_accum_steps=2)  # parameters that begin to train later
 
     def told_to_stop(x, y):
         nonlocal calls
@@ -30,8 +32,8 @@ def main() -> None:
 
     def run(name: str, **settings):
         model = net(drop=0.3)
-        seen = Batches(images(4 * (_AGREE_EVERY + 2)), 2, training=True)
-        history = train(model, seen, PLAIN, out=folder / name, **settings)
+        seen = Batches(images(8 * (_AGREE_EVERY + 2)), 2, training=True)
+        history = train(model, seen, recipe, out=folder / name, **settings)
         if distributed.rank() == 0:
             torch.save((history, model.state_dict()), folder / f"{name}.pt")
 

@@ -2,11 +2,11 @@
 
 DATA is a directory with train and val of one directory of images for each class; or, with --dataset, what torchvision reads
 CIFAR-10, CIFAR-100, Flowers-102 or Stanford Cars from. The folder --output gets model.pth (the last epoch's weights: the average
-where one is kept), best.pth (the best epoch's on the held-out images), log.csv, curves.png, and last.pth, from which --resume goes
-on exactly where a crash, Ctrl-C or SIGTERM stopped it. model.pth and best.pth are MODEL to predict, eval and cam.
+where one is kept) and best.pth (the best epoch's on the held-out images), which are MODEL to predict, eval and cam; log.csv and
+curves.png; and last.pth, from which --resume goes on exactly where Ctrl-C or SIGTERM stopped it, or at the epoch of a crash.
 
 examples: effnet-fast train pets --model efficientnet_b0 --pretrained --recipe finetune --output pets-b0
-          effnet-fast train pets --model efficientnet_b0 --resume pets-b0/last.pth --recipe finetune
+          effnet-fast train pets --model efficientnet_b0 --pretrained --recipe finetune --resume pets-b0/last.pth
           effnet-fast train cifar --dataset cifar10 --model efficientnet_b0 --img-size 64 --epochs 10 --scale 0.5 1
           torchrun --nproc-per-node 8 -m effnet_fast train imagenet --model tf_efficientnet_b0 --recipe paper --sync-bn --amp
 """
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recipe", choices=sorted(PRESETS), default=DEFAULT, help=f"settings to begin with (default: {DEFAULT})")
     parser.add_argument("--output", type=Path, metavar="DIR", help="(default: the folder of --resume, else output)")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a last.pth, under the same options")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a last.pth; the other options as before")
     parser.add_argument(
         "--workers", type=index, default=LOADERS, metavar="N", help=f"processes that load images (default {LOADERS})"
     )
@@ -105,8 +105,8 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
     model = _model(arguments, len(seen.classes))
     preprocessing = preprocessing_of(model)
     if arguments.img_size:
-        own = preprocessing
-        preprocessing = Preprocessing.of(arguments.img_size, own.crop_pct, **{name: getattr(own, name) for name in _KEPT})
+        resize = max(arguments.img_size, int(arguments.img_size / preprocessing.crop_pct))
+        preprocessing = replace(preprocessing, crop=arguments.img_size, resize=resize)
     teacher = _teacher(arguments.teacher, model, preprocessing) if arguments.teacher else None
     settings = {"seed": recipe.seed, "workers": arguments.workers}
     folder = arguments.output or (arguments.resume.parent if arguments.resume else Path("output"))
@@ -121,7 +121,7 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
         device=device,
         out=folder,
         resume=arguments.resume,
-        same={"img_size": preprocessing.crop, "teacher_model": arguments.teacher},
+        same={"preprocessing": preprocessing.to_dict(), "teacher": arguments.teacher},
         after_epoch=best.save,
     )
     if distributed.rank() == 0:
@@ -129,9 +129,6 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
         print(f"{100 * history[-1]['top1']:.2f} % of {len(held_out)} held-out images right, at best {100 * top['top1']:.2f} %")
         print(f"effnet-fast predict {folder / 'model.pth'} IMAGE")
     return 0
-
-
-_KEPT = ("crop_mode", "interpolation", "mean", "std")
 
 
 class _Best:
@@ -159,8 +156,6 @@ def _model(arguments: argparse.Namespace, classes: int) -> EfficientNet:
         raise ValueError(f"--num-classes is {wanted}, and {arguments.data} has {classes} classes; at least as many would do")
     rates = {"drop_rate": arguments.drop, "drop_path_rate": arguments.drop_path}
     sizes = {"num_classes": wanted, **{name: value for name, value in rates.items() if value is not None}}
-    if arguments.resume:  # its weights are loaded from there
-        return create_model(arguments.model.partition(".")[0], **sizes)  # type: ignore[return-value]
     return create_model(arguments.model, arguments.pretrained_path or arguments.pretrained, **sizes)  # type: ignore[return-value]
 
 

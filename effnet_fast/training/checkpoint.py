@@ -57,14 +57,13 @@ def _run(trainer: Trainer, same: Mapping[str, Any]) -> dict[str, Any]:
         "model": _describe(trainer.model),
         "images": len(trainer.batches.dataset),
         "processes": distributed.processes(),
-        "teacher": trainer.loss.teacher is not None,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(trainer.recipe).items()},
         **same,
     }
 
 
 def _describe(model: nn.Module) -> str:
-    """One line that differs between nets; settings of the same class differ in the number of parameters, padding or dropout."""
+    """One line that is another for another net: its class and size, and of ours what the weights do not show."""
     config = getattr(model, "config", None)
     settings = [f"{name} {getattr(config, name)}" for name in ("name", "num_classes", "padding", "bn_eps", "drop_path") if config]
     settings += [f"dropout {model.drop_rate}"] if hasattr(model, "drop_rate") else []

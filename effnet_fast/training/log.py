@@ -23,6 +23,7 @@ def write_csv(history: History, path: Path) -> None:
 def draw_curves(history: History, path: Path) -> None:
     """Losses, accuracies and the learning rate over the epochs, as PNG; the file is replaced whole."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     panels = [("loss", ("train_loss", "loss")), ("share of images right", ("top1", "top5")), ("learning rate", ("lr",))]
     panels = [(title, tuple(name for name in names if name in history[0])) for title, names in panels]
@@ -32,6 +33,7 @@ def draw_curves(history: History, path: Path) -> None:
     for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, colour in zip(names, _COLOURS, strict=False):
             axes.plot(epochs, [row[name] for row in history], color=colour, label=name, marker="." if len(epochs) < 30 else None)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel("epoch", fontsize=8)
         axes.legend(fontsize=8, frameon=False)

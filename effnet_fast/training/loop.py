@@ -37,7 +37,8 @@ class Trainer:
 
     model    any classifier x [N, C, H, W] -> logits [N, K]; it is changed in place
     batches  what it learns from, of this process
-    augment  of a batch on the model's device, such as MixUp: (x, labels [N]) -> (x, labels [N] or their shares [N, K])
+    device   that the model is moved to (default: where it is)
+    augment  of a batch on that device, such as MixUp: (x, labels [N]) -> (x, labels [N] or their shares [N, K])
     teacher  see :class:`effnet_fast.training.distillation.Loss`
 
     torch's generators are seeded at every step from (seed, epoch, step, rank), so that dropout and ``augment`` follow from those.
@@ -52,9 +53,10 @@ class Trainer:
         *,
         augment: Augment | None = None,
         teacher: nn.Module | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> None:
-        self.recipe, self.batches, self.augment, self.device = recipe, batches, augment, torch.device(device)
+        self.recipe, self.batches, self.augment = recipe, batches, augment
+        self.device = _device_of(model) if device is None else torch.device(device)
         self.steps = len(batches) // recipe.grad_accum_steps
         if self.steps == 0:
             raise ValueError(
@@ -185,6 +187,10 @@ def ema_decay(decay: float, step: int) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def _configure(model: nn.Module, recipe: Recipe) -> None:
     if recipe.bn_momentum is not None:
         for module in model.modules():
@@ -197,8 +203,9 @@ def _configure(model: nn.Module, recipe: Recipe) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu") -> Scores:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str | None = None) -> Scores:
     """The scores of a model, in eval mode for the while, over all processes' batches (x [N, C, H, W], labels [N])."""
+    device = _device_of(model) if device is None else device
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)

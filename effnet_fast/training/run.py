@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -42,7 +43,7 @@ def train(
     validation: Batches | None = None,
     augment: Augment | None = None,
     teacher: nn.Module | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     same: Mapping[str, Any] | None = None,
@@ -50,7 +51,7 @@ def train(
 ) -> History:
     """Train a classifier in place; returns for each epoch its number, learning rate, losses, accuracies (shares) and seconds.
 
-    model, batches, augment, teacher   as :class:`effnet_fast.training.loop.Trainer` takes them
+    model, batches, augment, teacher, device   as :class:`effnet_fast.training.loop.Trainer` takes them
     validation   held-out batches, scored after every epoch
     out          a folder for ``last.pth``, from which a run goes on, ``log.csv`` and ``curves.png``; each is replaced whole. A
                  SIGTERM or SIGINT then ends the run after the step it is at, with ``last.pth`` written, by raising Stopped
@@ -67,6 +68,7 @@ def train(
     if folder is not None:
         if resume is None and (folder / LAST).exists():
             raise ValueError(f"{folder} holds a run already; to resume from its {LAST}, or another folder, would do")
+        importlib.import_module("matplotlib.figure")  # what the curves will want: missing, it is told before any work
         folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, recipe, batches, augment=augment, teacher=teacher, device=device)
     history = [] if resume is None else checkpoint.load(resume, trainer, same)
@@ -86,7 +88,7 @@ def train(
             row["train_loss"] = trainer.end_epoch()
             if validation is not None:
                 with trainer.autocast():
-                    scores = evaluate(trainer.judged, validation.of_epoch(0), device)
+                    scores = evaluate(trainer.judged, validation.of_epoch(0), trainer.device)
                 row |= {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
             history.append({**row, "seconds": time.perf_counter() - started})
             if first:
