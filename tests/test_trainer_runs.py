@@ -139,8 +139,12 @@ def test_an_interrupt_stops_after_the_step_and_a_second_one_at_once(tmp_path: Pa
 
 def torchrun(*arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as agent:
+        try:
+            told = agent.communicate(timeout=300)[0]
+        finally:
+            agent.terminate()  # and, where they wait for each other, its two processes
+    assert agent.returncode == 0, told
 
 
 @pytest.mark.skipif(native.REASON is not None, reason=f"{native.REASON}; PyTorch has no SyncBatchNorm on a CPU")
@@ -171,16 +175,31 @@ def test_two_processes_stop_together_and_resume(tmp_path: Path) -> None:
     assert without_seconds(got) == without_seconds(expected) and same(again, weights)
 
 
-def test_eval_counts_the_labels_of_predict(folder: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    model = str(uninterrupted / "best.pth")
+def opinionated(folder: Path, preprocessing: Preprocessing) -> torch.nn.Module:
+    """An untrained B0 that finds the held-out images different: with their statistics, and a large classifier."""
+    torch.manual_seed(0)
+    model = create_model("efficientnet_b0", num_classes=3, drop_path_rate=0.0).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        x = torch.stack([held_out_transform(preprocessing)(read_image(path)) for path in sorted(folder.glob("val/*/*.png"))])
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
+        torch.nn.init.normal_(model.classifier.weight)
+        model.classifier.bias -= model.classifier(features).mean(0)
+    return model.eval()
+
+
+def test_eval_counts_the_labels_of_predict(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preprocessing, model = Preprocessing(32, 36), str(tmp_path / "model.pth")
+    save_checkpoint(opinionated(folder, preprocessing), model, classes=COLOURS, preprocessing=preprocessing)
     assert main(["eval", model, str(folder), "--json", "--batch-size", "5", "--workers", "0"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert main(["predict", model, str(folder / "val"), "--json"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     right = [answer["labels"][0]["name"] == Path(answer["image"]).parent.name for answer in answers]
     assert scores["images"] == len(right) == 12 and scores["top1"] == pytest.approx(np.mean(right)) and scores["top5"] == 1
-    assert scores["top1"] == pytest.approx(max(float(row["top1"]) for row in rows(uninterrupted / "log.csv")))
+    assert len({answer["labels"][0]["name"] for answer in answers}) > 1  # or it would not matter what the network saw
     assert {label["name"] for label in answers[0]["labels"]} == set(COLOURS)
     assert main(["eval", model, str(folder / "val")]) == 0  # the directory of classes itself
     assert f"{100 * np.mean(right):.2f} %" in capsys.readouterr().out
