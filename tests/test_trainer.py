@@ -285,6 +285,17 @@ def test_any_classifier_trains():
         train(broken, batches(), PLAIN)
 
 
+def test_an_accelerated_peer_trains():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("efficientnet_b0", num_classes=3)
+    effnet_fast.accelerate(model)
+    before = copy.deepcopy(model.state_dict())
+    recipe = replace(PLAIN, epochs=1, opt="adamw", lr=1e-3, layer_decay=0.8, model_ema=True, grad_checkpointing=True)
+    (row,) = train(model, batches(recipe), recipe)
+    assert math.isfinite(row["train_loss"]) and row["lr"] < 1e-3  # the last step's, on the cosine
+    assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "weight" in name)
+
+
 def test_scores():
     class Fixed(nn.Module):
         def forward(self, x):

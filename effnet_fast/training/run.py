@@ -55,7 +55,7 @@ def train(
     validation   held-out batches, scored after every epoch
     out          a folder for ``last.pth``, from which a run goes on, ``log.csv`` and ``curves.png``; each is replaced whole. A
                  SIGTERM or SIGINT then ends the run after the step it is at, with ``last.pth`` written, by raising Stopped
-    resume       a ``last.pth``: go on where it stopped, also within an epoch, with what would have come on a CPU to the last bit
+    resume       a ``last.pth``: go on where it stopped, also within an epoch: on a CPU as if it had not, to the last bit
     same         what else a resumed run must have in common, as plain values by name
     after_epoch  called in the first process with the model that is judged (the average where there is one) and the history
 
