@@ -49,7 +49,7 @@ _HOMES = {  # of the names above; else models
     "backend": "ops",
     "optimize_for_inference": "inference",
 }
-_PACKAGES = ("inference", "interop", "models", "nn", "ops", "scaling", "weights")
+_PACKAGES = ("inference", "interop", "models", "nn", "ops", "scaling", "training", "weights")
 
 if not TYPE_CHECKING:
     # torch comes, and all of the package with it, when a name is first asked for: the command says its help at once, and an

@@ -13,10 +13,11 @@ import torch
 
 from effnet_fast.benchmark import compare, nets
 from effnet_fast.benchmark.case import Case, Entrant
-from effnet_fast.benchmark.results import whole, write
+from effnet_fast.benchmark.results import write
 from effnet_fast.benchmark.timing import Skipped, held, peak
 from effnet_fast.cli import main
 from effnet_fast.models import create_model
+from effnet_fast.weights.files import whole
 
 BATCH = 3
 

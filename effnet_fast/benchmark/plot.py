@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 
 from effnet_fast.benchmark.case import is_ours
 from effnet_fast.benchmark.compare import described, fastest_first, in_order
-from effnet_fast.benchmark.results import whole
+from effnet_fast.weights.files import whole
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; ours are warm.
 OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442")

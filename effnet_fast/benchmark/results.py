@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +12,13 @@ from effnet_fast.benchmark.case import Case
 from effnet_fast.benchmark.machine import last_level_cache
 from effnet_fast.benchmark.roofline import Launch, Machine, bound, launches
 from effnet_fast.models import config_of
+from effnet_fast.weights.files import whole
 
 
 def write(results: dict[str, Any], out: Path) -> None:
     """As JSON: all of it or nothing."""
     with whole(out) as aside:
         aside.write_text(json.dumps(results, indent=1) + "\n")
-
-
-@contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``out`` when it is written."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        yield aside
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def rates_facts(rates: Machine, dtype: str, device: str) -> dict[str, Any]:

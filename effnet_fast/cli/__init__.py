@@ -19,6 +19,8 @@ COMMANDS = {
     "scale": "a network from the compound scaling law, or the largest one within a budget",
     "predict": "classify images",
     "cam": "where in an image the evidence for a class is",
+    "train": "train or fine-tune a network on images, with recipes, exact resumption and any number of GPUs",
+    "eval": "accuracy on the held-out images of a data set",
     "bench": "a network's speed beside every peer that is installed, each checked",
     "convert": "rewrite a checkpoint in the layout of timm, torchvision or lukemelas",
     "demo": "train, save, reload, predict and explain on real scanned digits, offline, in about two minutes",
@@ -28,6 +30,7 @@ _EXTRAS = {
     "PIL": ("Pillow", "cli"),
     "tqdm": ("tqdm", "cli"),
     "sklearn": ("scikit-learn", "cli"),
+    "torchvision": ("torchvision", "train"),
     "matplotlib": ("matplotlib", "bench"),
 }
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141

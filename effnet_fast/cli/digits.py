@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,9 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from effnet_fast.models import EfficientNet
 from effnet_fast.scaling import B0, CompoundScaling
+from effnet_fast.training import Batches, Recipe, train
 
 CLASSES = list("0123456789")
 DEPTH, WIDTH, SIDE = 0.3, 0.35, 32
@@ -50,27 +51,15 @@ def load_digits() -> Digits:
     return Digits(scans, digits, np.sort(train), np.sort(held_out))
 
 
-def train_model(x: Tensor, y: Tensor, epochs: int) -> EfficientNet:
-    """Train the network of ``CONFIG`` on x [N, 1, H, W] and y [N]; AdamW, one cycle of the learning rate, shifted images."""
-    from tqdm import tqdm
+RECIPE = Recipe(epochs=8, batch_size=BATCH, lr=4e-3, weight_decay=0.02, warmup_epochs=2, smoothing=0.1)
 
-    torch.manual_seed(0)
-    model = EfficientNet(CONFIG).train()
-    steps = len(x) // BATCH
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=epochs * steps)
-    with tqdm(total=epochs * steps, unit="step", disable=None, leave=False) as bar:
-        for epoch in range(1, epochs + 1):
-            total = 0.0
-            for chosen in torch.randperm(len(x))[: steps * BATCH].split(BATCH):
-                loss = F.cross_entropy(model(_shifted(x[chosen])), y[chosen], label_smoothing=0.1)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += float(loss.detach())
-                bar.update()
-            bar.write(f"epoch {epoch} of {epochs}: training loss {total / steps:.3f}", file=sys.stderr)
+
+def train_model(x: Tensor, y: Tensor, epochs: int) -> EfficientNet:
+    """Train the network of ``CONFIG`` on x [N, 1, H, W] and y [N] for some epochs of ``RECIPE``, on shifted images."""
+    torch.manual_seed(RECIPE.seed)
+    model = EfficientNet(CONFIG)
+    recipe = replace(RECIPE, epochs=epochs, warmup_epochs=min(RECIPE.warmup_epochs, epochs / 4))
+    train(model, Batches(TensorDataset(x, y), BATCH, training=True), recipe, augment=lambda x, y: (_shifted(x), y))
     return model
 
 

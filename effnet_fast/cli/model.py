@@ -52,7 +52,7 @@ def load_model(arguments: argparse.Namespace) -> Loaded:
     """Build MODEL and its weights as the options say."""
     device = device_of(arguments.device)
     classes = None
-    saved = Path(arguments.model).suffix in _SUFFIXES or os.sep in arguments.model
+    saved = is_path(arguments.model)
     if arguments.ema and not (saved or arguments.checkpoint):
         raise ValueError("--ema chooses among the weights of a checkpoint; it needs one, as MODEL or --checkpoint")
     if saved:
@@ -69,6 +69,11 @@ def load_model(arguments: argparse.Namespace) -> Loaded:
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} class names for a model of {model.num_classes} classes")
     return Loaded(model.to(device).eval(), preprocessing_of(model), classes, trained)
+
+
+def is_path(model: str) -> bool:
+    """Whether MODEL is the path of a checkpoint, and not a name."""
+    return Path(model).suffix in _SUFFIXES or os.sep in model
 
 
 def load_saved(path: str | Path, ema: bool = False) -> tuple[EfficientNet, list[str] | None]:

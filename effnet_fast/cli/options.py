@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+LOADERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _QUANTITY = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
 

@@ -9,7 +9,8 @@ import pickle
 import re
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -127,23 +128,32 @@ def write(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metada
         raise FileNotFoundError(f"checkpoint {path} cannot be written: there is no directory {path.parent}")
     tensors = OrderedDict((key, value.detach().cpu().contiguous()) for key, value in state_dict.items())
     text = json.dumps(dict(metadata))
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    with whole(path) as aside, open(aside, "xb") as file:
+        if path.suffix == ".safetensors":
+            file.write(_safetensors().save(tensors, metadata={"format": "pt", _METADATA: text}))
+        else:
+            setattr(tensors, _METADATA, json.loads(text))
+            torch.save(tensors, file)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``path`` once it is written and on the disk; a failure leaves what was there.
+
+    Raises OSError that names ``path``.
+    """
+    aside = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            if path.suffix == ".safetensors":
-                file.write(_safetensors().save(tensors, metadata={"format": "pt", _METADATA: text}))
-            else:
-                setattr(tensors, _METADATA, json.loads(text))
-                torch.save(tensors, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield aside
+        with open(aside, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(aside, path)
     except OSError as error:
         if error.errno is None:
             raise
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
 
 
 def _safetensors() -> Any:

@@ -1,0 +1,169 @@
+"""Train or fine-tune a network on images. A recipe is a named set of all settings; options change single ones.
+
+DATA is a directory with train and val of one directory of images for each class; or, with --dataset, what torchvision reads
+CIFAR-10, CIFAR-100, Flowers-102 or Stanford Cars from. The folder --output gets model.pth (the last epoch's weights: the average
+where one is kept) and best.pth (the best epoch's on the held-out images), which are MODEL to predict, eval and cam; log.csv and
+curves.png; and last.pth, from which --resume goes on exactly where Ctrl-C or SIGTERM stopped it, or at the epoch of a crash.
+
+examples: effnet-fast train pets --model efficientnet_b0 --pretrained --recipe finetune --output pets-b0
+          effnet-fast train pets --model efficientnet_b0 --pretrained --recipe finetune --resume pets-b0/last.pth
+          effnet-fast train cifar --dataset cifar10 --model efficientnet_b0 --img-size 64 --epochs 10 --scale 0.5 1
+          torchrun --nproc-per-node 8 -m effnet_fast train imagenet --model tf_efficientnet_b0 --recipe paper --sync-bn --amp
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from effnet_fast.cli import say
+from effnet_fast.cli.model import device_of, is_path, load_saved
+from effnet_fast.cli.options import LOADERS, count, index
+from effnet_fast.models import EfficientNet, create_model
+from effnet_fast.training import PRESETS, Batches, Recipe, Stopped, distributed, train
+from effnet_fast.training.data import DATASETS, Images, check_classes, held_out_transform, mixing, open_dataset, training_transform
+from effnet_fast.weights import Preprocessing, preprocessing_of, save_checkpoint
+
+DEFAULT = "cosine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="directory of the data set")
+    parser.add_argument("--dataset", choices=DATASETS, default="folder", help="what DATA is (default: folder)")
+    parser.add_argument("--dataset-download", action="store_true", help="fetch the data set into DATA where it is not there")
+    parser.add_argument("--model", required=True, metavar="NAME", help="the network, or NAME.TAG for one set of pretrained weights")
+    weights_from = parser.add_mutually_exclusive_group()
+    weights_from.add_argument("--pretrained", action="store_true", help="begin with its default weights and a new classifier")
+    weights_from.add_argument(
+        "--pretrained-path", metavar="FILE", help="begin with the weights of a checkpoint, or of a directory's"
+    )
+    parser.add_argument("--num-classes", type=count, metavar="N", help="at least the data set's, which is the default")
+    parser.add_argument("--img-size", type=count, metavar="PIXELS", help="side of the network's input (default: the weights')")
+    parser.add_argument("--drop", type=float, metavar="P", help="dropout (default: the network's)")
+    parser.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth of the last block (default: the network's)")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="distil from it: a checkpoint of effnet-fast's, or NAME with its weights"
+    )
+    parser.add_argument("--recipe", choices=sorted(PRESETS), default=DEFAULT, help=f"settings to begin with (default: {DEFAULT})")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="(default: the folder of --resume, else output)")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a last.pth; the other options as before")
+    parser.add_argument(
+        "--workers", type=index, default=LOADERS, metavar="N", help=f"processes that load images (default {LOADERS})"
+    )
+    parser.add_argument("--device", default="auto", help="as in predict (default: auto)")
+    group = parser.add_argument_group("settings (in place of the recipe's)")
+    for setting in fields(Recipe):
+        _add_setting(group, setting.name, setting.default, setting.metadata)
+
+
+def _add_setting(group: Any, name: str, default: Any, metadata: Any) -> None:
+    option = "--" + name.replace("_", "-")
+    common = {"dest": f"recipe_{name}", "default": None, "help": metadata["help"]}
+    if isinstance(default, bool):
+        group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+    elif metadata["choices"]:
+        group.add_argument(option, choices=metadata["choices"], **common)
+    elif isinstance(default, tuple):
+        group.add_argument(option, nargs=len(default), type=float, metavar="X", **common)
+    else:
+        kind = int if isinstance(default, int) else float
+        group.add_argument(option, type=kind, metavar="N" if kind is int else "X", **common)
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The named recipe with the options in place of its own; ValueError names one that is out of range."""
+    given = {setting.name: getattr(arguments, f"recipe_{setting.name}") for setting in fields(Recipe)}
+    changed: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
+    }
+    return replace(PRESETS[arguments.recipe], **changed)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    recipe, device = recipe_of(arguments), device_of(arguments.device)
+    with distributed.process_group(device):
+        try:
+            return _train(arguments, recipe, device)
+        except Stopped as stopped:
+            if distributed.rank() == 0:
+                say("note", f"{stopped} (--resume {stopped.path})")
+            return 128 + stopped.signal
+
+
+def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) -> int:
+    if arguments.dataset_download and distributed.processes() > 1:
+        raise ValueError("--dataset-download with several processes, which would all fetch it; one process, first, would do")
+    opening = {"kind": arguments.dataset, "download": arguments.dataset_download}
+    seen, held_out = (open_dataset(arguments.data, training=training, **opening) for training in (True, False))
+    check_classes(seen.classes, held_out.classes)
+    torch.manual_seed(recipe.seed)
+    model = _model(arguments, len(seen.classes))
+    preprocessing = preprocessing_of(model)
+    if arguments.img_size:
+        resize = max(arguments.img_size, int(arguments.img_size / preprocessing.crop_pct))
+        preprocessing = replace(preprocessing, crop=arguments.img_size, resize=resize)
+    teacher = _teacher(arguments.teacher, model, preprocessing) if arguments.teacher else None
+    settings = {"seed": recipe.seed, "workers": arguments.workers}
+    folder = arguments.output or (arguments.resume.parent if arguments.resume else Path("output"))
+    best = _Best(folder, _named(seen.classes, model.num_classes), preprocessing)
+    history = train(
+        model,
+        Batches(Images(seen, training_transform(recipe, preprocessing)), recipe.batch_size, training=True, **settings),
+        recipe,
+        validation=Batches(Images(held_out, held_out_transform(preprocessing)), recipe.batch_size, training=False, **settings),
+        augment=mixing(recipe, model.num_classes),
+        teacher=teacher,
+        device=device,
+        out=folder,
+        resume=arguments.resume,
+        same={"preprocessing": preprocessing.to_dict(), "teacher": arguments.teacher},
+        after_epoch=best.save,
+    )
+    if distributed.rank() == 0:
+        top = max(history, key=lambda row: row["top1"])
+        print(f"{100 * history[-1]['top1']:.2f} % of {len(held_out)} held-out images right, at best {100 * top['top1']:.2f} %")
+        print(f"effnet-fast predict {folder / 'model.pth'} IMAGE")
+    return 0
+
+
+class _Best:
+    """Writes model.pth after every epoch, and best.pth after the best."""
+
+    def __init__(self, folder: Path, classes: list[str], preprocessing: Preprocessing) -> None:
+        self.folder, self.classes, self.preprocessing = folder, classes, preprocessing
+
+    def save(self, model: nn.Module, history: list[dict[str, float]]) -> None:
+        names = ["model.pth"]
+        if history[-1]["top1"] >= max(row["top1"] for row in history):
+            names.append("best.pth")
+        for name in names:
+            save_checkpoint(model, self.folder / name, classes=self.classes, preprocessing=self.preprocessing)  # type: ignore[arg-type]
+
+
+def _named(classes: list[str], outputs: int) -> list[str]:
+    """The classes, and a number for each output beyond them."""
+    return [*classes, *map(str, range(len(classes), outputs))]
+
+
+def _model(arguments: argparse.Namespace, classes: int) -> EfficientNet:
+    wanted = arguments.num_classes or classes
+    if wanted < classes:
+        raise ValueError(f"--num-classes is {wanted}, and {arguments.data} has {classes} classes; at least as many would do")
+    rates = {"drop_rate": arguments.drop, "drop_path_rate": arguments.drop_path}
+    sizes = {"num_classes": wanted, **{name: value for name, value in rates.items() if value is not None}}
+    return create_model(arguments.model, arguments.pretrained_path or arguments.pretrained, **sizes)  # type: ignore[return-value]
+
+
+def _teacher(name: str, model: EfficientNet, preprocessing: Preprocessing) -> EfficientNet:
+    teacher: Any = load_saved(name)[0] if is_path(name) else create_model(name, pretrained=True)
+    if teacher.num_classes != model.num_classes:
+        raise ValueError(f"--teacher {name} has {teacher.num_classes} classes; {model.num_classes}, as the student, would do")
+    theirs = preprocessing_of(teacher)
+    if (theirs.mean, theirs.std) != (preprocessing.mean, preprocessing.std):
+        raise ValueError(f"--teacher {name} wants images of mean {theirs.mean} and deviation {theirs.std}; the student's would do")
+    return teacher

@@ -1,0 +1,29 @@
+"""Training: recipes, a loop over any batches, and runs that can be stopped and resumed exactly. Only ``data`` needs torchvision."""
+
+from effnet_fast.training.batches import Batches
+from effnet_fast.training.distillation import distillation_loss
+from effnet_fast.training.loop import Scores, Trainer, evaluate
+from effnet_fast.training.optimizer import build_optimizer, layers, parameter_groups, schedule
+from effnet_fast.training.recipes import PRESETS, Recipe
+from effnet_fast.training.run import Stopped, train
+from effnet_fast.training.transfer import freeze, freeze_batch_norm, head_of, unfreeze
+
+__all__ = [
+    "PRESETS",
+    "Batches",
+    "Recipe",
+    "Scores",
+    "Stopped",
+    "Trainer",
+    "build_optimizer",
+    "distillation_loss",
+    "evaluate",
+    "freeze",
+    "freeze_batch_norm",
+    "head_of",
+    "layers",
+    "parameter_groups",
+    "schedule",
+    "train",
+    "unfreeze",
+]

@@ -1,0 +1,42 @@
+"""The log of a run as CSV, and its curves as a picture (matplotlib)."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from effnet_fast.training.checkpoint import History
+from effnet_fast.weights.files import whole
+
+# Okabe and Ito's, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73")
+
+
+def write_csv(history: History, path: Path) -> None:
+    """A line for each epoch, under the names of its figures; the file is replaced whole."""
+    with whole(path) as aside, open(aside, "w", newline="") as file:
+        lines = csv.DictWriter(file, list(history[0]))
+        lines.writeheader()
+        lines.writerows(history)
+
+
+def draw_curves(history: History, path: Path) -> None:
+    """Losses, accuracies and the learning rate over the epochs, as PNG; the file is replaced whole."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels = [("loss", ("train_loss", "loss")), ("share of images right", ("top1", "top5")), ("learning rate", ("lr",))]
+    panels = [(title, tuple(name for name in names if name in history[0])) for title, names in panels]
+    panels = [(title, names) for title, names in panels if names]
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, colour in zip(names, _COLOURS, strict=False):
+            axes.plot(epochs, [row[name] for row in history], color=colour, label=name, marker="." if len(epochs) < 30 else None)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.legend(fontsize=8, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    with whole(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")

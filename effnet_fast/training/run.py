@@ -1,0 +1,147 @@
+"""A whole run: epochs, scores, files, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from effnet_fast.training import checkpoint, distributed
+from effnet_fast.training.batches import Batches
+from effnet_fast.training.checkpoint import History
+from effnet_fast.training.log import draw_curves, write_csv
+from effnet_fast.training.loop import Augment, Trainer, evaluate
+from effnet_fast.training.recipes import Recipe
+
+LAST, LOG, CURVES = "last.pth", "log.csv", "curves.png"
+_AGREE_EVERY = 8  # steps: processes ask each other whether to stop, which waits for the device
+
+
+class Stopped(Exception):
+    """Training was asked by ``signal`` to stop, and has saved what it needs to go on."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {path} is where it can go on from")
+        self.signal, self.path = number, path
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    recipe: Recipe,
+    *,
+    validation: Batches | None = None,
+    augment: Augment | None = None,
+    teacher: nn.Module | None = None,
+    device: torch.device | str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    same: Mapping[str, Any] | None = None,
+    after_epoch: Callable[[nn.Module, History], None] | None = None,
+) -> History:
+    """Train a classifier in place; returns for each epoch its number, learning rate, losses, accuracies (shares) and seconds.
+
+    model, batches, augment, teacher, device   as :class:`effnet_fast.training.loop.Trainer` takes them
+    validation   held-out batches, scored after every epoch
+    out          a folder for ``last.pth``, from which a run goes on, ``log.csv`` and ``curves.png``; each is replaced whole. A
+                 SIGTERM or SIGINT then ends the run after the step it is at, with ``last.pth`` written, by raising Stopped
+    resume       a ``last.pth``: go on where it stopped, also within an epoch: on a CPU as if it had not, to the last bit
+    same         what else a resumed run must have in common, as plain values by name
+    after_epoch  called in the first process with the model that is judged (the average where there is one) and the history
+
+    With ``torchrun`` and a process group every process calls this with batches of its own; the first writes. Progress is told on
+    stderr. Raises ValueError for a loss that is not finite, an ``out`` that holds another run, and what resuming finds wrong.
+    """
+    from tqdm import tqdm
+
+    folder, first, same = None if out is None else Path(out), distributed.rank() == 0, same or {}
+    if folder is not None:
+        if resume is None and (folder / LAST).exists():
+            raise ValueError(f"{folder} holds a run already; to resume from its {LAST}, or another folder, would do")
+        importlib.import_module("matplotlib.figure")  # what the curves will want: missing, it is told before any work
+        folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(model, recipe, batches, augment=augment, teacher=teacher, device=device)
+    history = [] if resume is None else checkpoint.load(resume, trainer, same)
+    done = trainer.epoch * trainer.steps + trainer.step
+    bar = tqdm(
+        total=recipe.epochs * trainer.steps, initial=done, unit="step", disable=None if first else True, leave=False, delay=2
+    )
+    with bar, _signals(folder is not None) as caught:
+        while trainer.epoch < recipe.epochs:
+            started = time.perf_counter()
+            for _ in trainer.run_epoch():
+                bar.update()
+                if folder is not None and trainer.step < trainer.steps and (number := _agreed(caught, trainer.step)):
+                    checkpoint.save(folder / LAST, trainer, history, same)
+                    raise Stopped(number, folder / LAST)
+            row = {"epoch": trainer.epoch + 1, "lr": trainer.lr}
+            row["train_loss"] = trainer.end_epoch()
+            if validation is not None:
+                with trainer.autocast():
+                    scores = evaluate(trainer.judged, validation.of_epoch(0), trainer.device)
+                row |= {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
+            history.append({**row, "seconds": time.perf_counter() - started})
+            if first:
+                bar.write(_line(history[-1], recipe.epochs), file=sys.stderr)
+            if first and after_epoch is not None:
+                after_epoch(trainer.judged, history)
+            if folder is not None:
+                if first:
+                    write_csv(history, folder / LOG)
+                    draw_curves(history, folder / CURVES)
+                checkpoint.save(folder / LAST, trainer, history, same)
+                if trainer.epoch < recipe.epochs and (number := _agreed(caught)):
+                    raise Stopped(number, folder / LAST)
+    return history
+
+
+@contextmanager
+def _signals(wanted: bool) -> Iterator[list[int]]:
+    """SIGTERM and SIGINT into a list; the second one has its usual effect. Only a main thread is told of signals."""
+    caught: list[int] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+def _agreed(caught: list[int], step: int = 0) -> int:
+    """The signal to stop by, or 0; all processes get the same answer, at the same step."""
+    if distributed.processes() == 1:
+        return caught[0] if caught else 0
+    if step % _AGREE_EVERY:
+        return 0
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.distributed.get_backend() == "nccl" else "cpu"
+    number = torch.tensor(caught[0] if caught else 0, device=device)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return int(number)
+
+
+def _line(row: dict[str, float], epochs: int) -> str:
+    told = f"epoch {row['epoch']:.0f} of {epochs}: training loss {row['train_loss']:.3f}"
+    return told + (f", held out: loss {row['loss']:.3f}, {100 * row['top1']:.2f} % right" if "top1" in row else "")

@@ -1,0 +1,50 @@
+"""Parts of a network that do not train: everything but the classifier, or its batch norms."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The classifier: what ``get_classifier()`` gives (our nets, timm's), else the child named classifier or fc."""
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    head = head or getattr(model, "classifier", None) or getattr(model, "fc", None)
+    if not isinstance(head, nn.Module) or not any(True for _ in head.parameters()):
+        raise ValueError(f"{type(model).__name__} has no classifier to train alone; get_classifier(), classifier or fc would do")
+    return head
+
+
+def freeze(model: nn.Module) -> None:
+    """Train only the classifier: no other parameter has a gradient, and no batch norm's statistics move."""
+    model.requires_grad_(False)
+    freeze_batch_norm(model)
+    head_of(model).requires_grad_(True)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Train everything, batch norms too."""
+    model.requires_grad_(True)
+    for norm in _norms(model):
+        norm.__dict__.pop("train", None)
+        norm.train(model.training)
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Batch norms normalise with the statistics that they have; neither these nor their weights move, whatever ``train()`` says.
+
+    They stay the modules they are, so blocks train fused as before. :func:`unfreeze` undoes it; copies and pickles stay frozen.
+    """
+    for norm in _norms(model):
+        norm.requires_grad_(False).eval()
+        norm.train = partial(_stay, norm)  # type: ignore[method-assign]
+
+
+def _stay(norm: nn.Module, mode: bool = True) -> nn.Module:
+    return norm
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]

@@ -1,0 +1,360 @@
+"""The trainer's parts: recipes, schedules, groups, batches, frozen parts, losses, steps, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from states import same
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import effnet_fast
+from effnet_fast.training import (
+    PRESETS,
+    Batches,
+    Recipe,
+    Trainer,
+    build_optimizer,
+    distillation_loss,
+    evaluate,
+    freeze,
+    freeze_batch_norm,
+    head_of,
+    layers,
+    parameter_groups,
+    schedule,
+    train,
+    unfreeze,
+)
+from effnet_fast.training import checkpoint as checkpoints
+from effnet_fast.training.loop import ema_decay
+
+PLAIN = Recipe(epochs=2, batch_size=4, opt="sgd", lr=0.05, weight_decay=0.0)
+
+
+def net(classes: int = 3, drop: float = 0.0, width: float = 0.25) -> effnet_fast.models.EfficientNet:
+    torch.manual_seed(0)
+    return effnet_fast.efficientnet(depth=0.3, width=width, num_classes=classes, drop_rate=drop, drop_path_rate=drop)
+
+
+def images(count: int = 12, classes: int = 3) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % classes)
+
+
+def batches(recipe: Recipe = PLAIN, count: int = 12, **settings) -> Batches:
+    return Batches(images(count), recipe.batch_size, training=True, seed=recipe.seed, **settings)
+
+
+def test_presets_are_their_sources():
+    paper = PRESETS["paper"]
+    assert (paper.opt, paper.momentum, paper.opt_eps, paper.weight_decay) == ("rmsprop", 0.9, 1e-3, 1e-5)
+    assert (paper.epochs, paper.decay_rate, paper.decay_epochs, paper.smoothing) == (350, 0.97, 2.4, 0.1)
+    assert (paper.aa, paper.model_ema_decay, paper.model_ema, paper.bn_momentum) == ("autoaugment", 0.9999, True, 0.01)
+    assert replace(paper, batch_size=512).learning_rate(8) == pytest.approx(0.256)
+    assert PRESETS["randaugment"].learning_rate(2) == pytest.approx(0.016)
+    assert replace(PRESETS["cosine"], batch_size=32, grad_accum_steps=2).learning_rate(4) == pytest.approx(0.1)
+    optimizer = build_optimizer(net(), paper)
+    assert optimizer.defaults["alpha"] == 0.9 and optimizer.defaults["eps"] == pytest.approx(math.sqrt(1e-3))
+
+
+@pytest.mark.parametrize(
+    ("changed", "piece"),
+    [
+        ({"epochs": 0}, "epochs is 0; a whole number >= 1"),
+        ({"lr": -1.0}, "lr is -1.0; a number above 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"smoothing": 1.0}, "smoothing is 1.0; a number from 0 and below 1"),
+        ({"opt": "adam"}, "opt is 'adam'; 'sgd' or 'adamw' or 'rmsprop' would do"),
+        ({"scale": (0.5, 0.2)}, "scale is (0.5, 0.2); two shares"),
+        ({"warmup_epochs": 3.0}, "warmup_epochs is 3 of 2 epochs"),
+        ({"freeze_bn": True, "sync_bn": True}, "freeze_bn with sync_bn"),
+        ({"amp": 1}, "amp is 1; True or False"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"epochs": None}, "epochs is None"),
+    ],
+    ids=str,
+)
+def test_a_recipe_out_of_range_is_named(changed, piece):
+    with pytest.raises(ValueError) as caught:
+        replace(PLAIN, **changed)
+    assert piece in str(caught.value)
+
+
+def test_learning_rates_of_steps():
+    cosine = schedule(replace(PLAIN, epochs=10, lr=1.0, warmup_epochs=2, min_lr=0.1), steps=5)
+    assert [cosine(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert [cosine(step) for step in (10, 30, 50)] == pytest.approx([1.0, 0.55, 0.1])
+    paper = schedule(replace(PRESETS["paper"], warmup_epochs=5), steps=10)
+    assert [paper(step) for step in (0, 49)] == pytest.approx([1 / 50, 1.0])
+    for step, decays in ((50, 2), (71, 2), (72, 3), (239, 9), (240, 10), (3499, 145)):
+        assert paper(step) == pytest.approx(0.97**decays), step
+    assert schedule(replace(PLAIN, epochs=1), steps=4)(0) == 1.0
+
+
+def test_layer_decay_is_timms():
+    timm = pytest.importorskip("timm")
+    from timm.optim import param_groups_layer_decay
+
+    theirs = timm.create_model("efficientnet_b0", num_classes=5)
+    scales = {id(p): group["lr_scale"] for group in param_groups_layer_decay(theirs, layer_decay=0.7) for p in group["params"]}
+    expected = {name: scales[id(p)] for name, p in theirs.named_parameters()}
+    for model in (theirs, effnet_fast.create_model("efficientnet_b0", num_classes=5)):
+        groups = parameter_groups(model, 2.0, 0.1, 0.7)
+        ours = {name: group["lr"] / 2 for group in groups for name, _ in group["params"]}
+        assert ours == pytest.approx(expected)
+        for group in groups:
+            for name, parameter in group["params"]:
+                assert group["weight_decay"] == (0.0 if name.endswith("bias") or parameter.dim() == 1 else 0.1)
+    with pytest.raises(ValueError, match="layer_decay wants layers, and Sequential tells none"):
+        layers(nn.Sequential())
+
+
+def keys(b: Batches, epoch: int, first: int = 0) -> list[list[int]]:
+    return [y.tolist() for _, y in b.of_epoch(epoch, first)]
+
+
+def test_batches_depend_on_seed_epoch_and_index_alone():
+    class Noisy:
+        def __len__(self) -> int:
+            return 11
+
+        def __getitem__(self, index: int):
+            return torch.rand(2), index
+
+    made = Batches(Noisy(), 3, training=True, seed=5)
+    one, other = list(made.of_epoch(0)), list(made.of_epoch(1))
+    assert [len(y) for _, y in one] == [3, 3, 3] and len({*torch.cat([y for _, y in one]).tolist()}) == 9
+    assert not torch.equal(one[0][1], other[0][1])
+    torch.manual_seed(99)
+    with_workers = Batches(Noisy(), 3, training=True, seed=5, workers=2)
+    for again in (list(made.of_epoch(0)), list(with_workers.of_epoch(0))):
+        assert all(torch.equal(a, b) for pair, twin in zip(one, again, strict=True) for a, b in zip(pair, twin, strict=True))
+    middle = list(with_workers.of_epoch(1, first=2))
+    assert len(middle) == 1 and torch.equal(middle[0][0], other[2][0]) and torch.equal(middle[0][1], other[2][1])
+    assert len(torch.cat([x for x, _ in one]).unique()) == 18  # no two images were augmented alike
+    del with_workers  # and its processes
+    assert keys(Batches(Noisy(), 4, training=False), 0) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    with pytest.raises(ValueError, match="the 11 images fill no batch of 12"):
+        Batches(Noisy(), 12, training=True)
+
+
+def test_frozen_norms_survive_train_and_blocks_train_fused():
+    model = net(width=0.5).train()
+    x = images()[:4][0]
+    freeze_batch_norm(model)
+    model.train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with effnet_fast.backend("native"):
+        rows = effnet_fast.explain(model, x, grad=True)
+        assert effnet_fast.ops.native.REASON or all(row.plain is None for row in rows), rows
+        model(x).sum().backward()
+    assert same(dict(model.named_buffers()), before)
+    assert not any(norm.training or norm.weight.requires_grad or norm.weight.grad is not None for norm in norms)
+    assert model.conv_stem.weight.grad is not None and model.blocks[0].training
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.train()(x)
+        assert same(dict(twin.named_buffers()), before)
+        assert twin.bn1.train.args[0] is twin.bn1
+    unfreeze(model)
+    model(x)
+    assert all(norm.training and norm.weight.requires_grad for norm in norms)
+    assert not same(dict(model.named_buffers()), before)
+
+
+def test_only_the_classifier_trains_at_first():
+    recipe = replace(PLAIN, freeze_epochs=1)
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    trainer = Trainer(model, recipe, batches(recipe))
+    assert len(list(trainer.run_epoch())) == 3
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["classifier.weight", "classifier.bias"]
+    trainer.end_epoch()
+    list(trainer.run_epoch())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"conv_stem.weight", "bn1.weight", "bn1.running_mean"} <= changed
+    freeze(model)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["classifier.weight", "classifier.bias"]
+    with pytest.raises(ValueError, match="Sequential has no classifier"):
+        head_of(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_heads_of_peers():
+    for library in ("timm", "torchvision.models"):
+        module = pytest.importorskip(library)
+        model = (module.create_model if library == "timm" else module.get_model)("efficientnet_b0", num_classes=3)
+        assert [tuple(p.shape) for p in head_of(model).parameters()] == [(3, 1280), (3,)]
+
+
+def test_distillation():
+    student, teacher = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.randn(4, 5, dtype=torch.float64)
+    t = 3.0
+    distillation_loss(student, teacher, t).backward()
+    # arXiv 1503.02531, equation 2: (q - p) / T for each image, here times T^2 and averaged.
+    expected = t * ((student / t).softmax(1) - (teacher / t).softmax(1)).detach() / 4
+    torch.testing.assert_close(student.grad, expected)
+    assert distillation_loss(teacher, teacher, t).item() == pytest.approx(0, abs=1e-12)
+
+    model, other = net(), net()
+    nn.init.normal_(other.classifier.weight)
+    x, y = images()[:4]
+    for share, like_teacher in ((1.0, True), (0.0, False)):
+        recipe = replace(PLAIN, distill=share, temperature=2.0)
+        trainer = Trainer(copy.deepcopy(model), recipe, batches(recipe), teacher=other)
+        logits = trainer.model(x)
+        loss = trainer.loss(x, logits, y)
+        wanted = distillation_loss(logits, other(x), 2.0) if like_teacher else nn.functional.cross_entropy(logits, y)
+        torch.testing.assert_close(loss, wanted)
+    assert not other.training and not any(p.requires_grad for p in other.parameters())
+    with pytest.raises(ValueError, match="the teacher has 7 classes; 3, as the student"):
+        list(Trainer(model, PLAIN, batches(), teacher=net(7)).run_epoch())
+
+
+def test_the_average_is_one_of_weights_and_statistics():
+    recipe = replace(PLAIN, model_ema=True, model_ema_decay=0.3)
+    model = net()
+    trainer = Trainer(model, recipe, batches(recipe))
+    expected = None
+    for number, _ in enumerate(trainer.run_epoch(), start=1):
+        now = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+        decay = min(0.3, (1 + number) / (10 + number))
+        assert ema_decay(0.3, number) == decay
+        expected = now if expected is None else {name: decay * expected[name] + (1 - decay) * now[name] for name in now}
+    averaged = trainer.judged.state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name], value)
+    assert not torch.equal(averaged["bn1.running_mean"], model.bn1.running_mean)
+
+
+def gradients(recipe: Recipe, taken: list) -> dict[str, torch.Tensor]:
+    model = net(width=0.5)
+    with torch.no_grad():  # statistics that let the images through
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        model.train()(images()[:][0])
+    trainer = Trainer(model, recipe, batches(recipe))
+    trainer._set_trainable()
+    trainer.model.train()
+    trainer._take_step(taken)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_accumulated_gradients_are_the_large_batchs():
+    x, y = images()[:8]
+    whole = gradients(replace(PLAIN, batch_size=8, freeze_bn=True), [(x, y)])
+    parts = gradients(replace(PLAIN, grad_accum_steps=2, freeze_bn=True), [(x[:4], y[:4]), (x[4:], y[4:])])
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()) + 1e-7, msg=name)
+    clipped = gradients(replace(PLAIN, batch_size=8, freeze_bn=True, clip_grad=1e-3), [(x, y)])
+    assert torch.linalg.vector_norm(torch.stack([g.norm() for g in clipped.values()])).item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_and_checkpointing_train(dtype):
+    recipe = replace(PLAIN, amp=True, amp_dtype=dtype, grad_checkpointing=True, epochs=8, lr=0.01)
+    history = train(net(), batches(recipe), recipe)
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_any_classifier_trains():
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.fc = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(self.body(x).mean((2, 3)))
+
+    history = train(Tiny(), batches(), replace(PLAIN, epochs=3, freeze_epochs=1))
+    assert [row["epoch"] for row in history] == [1, 2, 3] and "top1" not in history[0]
+    with pytest.raises(ValueError, match="grad_checkpointing: Tiny has no"):
+        train(Tiny(), batches(), replace(PLAIN, grad_checkpointing=True))
+    with pytest.raises(ValueError, match="grad_accum_steps is 4, and an epoch has 3 batches"):
+        train(Tiny(), batches(), replace(PLAIN, grad_accum_steps=4))
+    broken = Tiny()
+    nn.init.constant_(broken.fc.weight, float("nan"))
+    with pytest.raises(ValueError, match="the training loss of epoch 1 is nan; a smaller lr"):
+        train(broken, batches(), PLAIN)
+
+
+def test_an_accelerated_peer_trains():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("efficientnet_b0", num_classes=3)
+    effnet_fast.accelerate(model)
+    before = copy.deepcopy(model.state_dict())
+    recipe = replace(PLAIN, epochs=1, opt="adamw", lr=1e-3, layer_decay=0.8, model_ema=True, grad_checkpointing=True)
+    (row,) = train(model, batches(recipe), recipe)
+    assert math.isfinite(row["train_loss"]) and row["lr"] < 1e-3  # the last step's, on the cosine
+    assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "weight" in name)
+
+
+def test_scores():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x
+
+    logits = torch.eye(7) * 3 - torch.arange(7) / 10  # without a tie
+    labels = torch.tensor([0, 1, 2, 6, 6, 0, 0])
+    held_out = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]
+    model = Fixed().train()
+    scores = evaluate(model, held_out)
+    assert model.training and scores.images == 7 and scores.top1 == pytest.approx(3 / 7)
+    expected = (logits.topk(5, 1).indices == labels[:, None]).any(1).double().mean().item()
+    assert scores.top5 == pytest.approx(expected) and scores.top5 < 1
+    assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert evaluate(Fixed(), [(torch.eye(2), torch.tensor([0, 1]))]).top5 == 1.0
+
+
+def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    trainer = Trainer(net(), PLAIN, batches())
+    path = tmp_path / "last.pth"
+    checkpoints.save(path, trainer, [], {})
+    before = path.read_bytes()
+    list(trainer.run_epoch())
+    write = torch.save
+
+    def breaks(content, target):
+        write(content, target)
+        with open(target, "r+b") as file:
+            file.truncate(1000)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", breaks)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(path, trainer, [], {})
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_what_is_no_checkpoint_of_this_run_is_refused(tmp_path):
+    trainer = Trainer(net(), PLAIN, batches())
+    path = tmp_path / "last.pth"
+    checkpoints.save(path, trainer, [], {"img_size": 32})
+    for model, recipe, count, size, piece in (
+        (net(), replace(PLAIN, lr=0.1), 12, 32, "a run with lr 0.05, this one has 0.1; the same would do"),
+        (net(4), PLAIN, 12, 32, "a run with model 'EfficientNet, "),
+        (net(), PLAIN, 16, 32, "a run with images 12, this one has 16"),
+        (net(), PLAIN, 12, 64, "a run with img_size 32, this one has 64"),
+    ):
+        other = Trainer(model, recipe, batches(recipe, count))
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError) as caught:
+            checkpoints.load(path, other, {"img_size": size})
+        assert piece in str(caught.value)
+        assert same(model.state_dict(), before)
+    (tmp_path / "garbage.pth").write_text("no checkpoint")
+    torch.save(net().state_dict(), tmp_path / "weights.pth")
+    for name, piece in (("garbage.pth", "damaged or no checkpoint of a run"), ("weights.pth", "no run to go on with")):
+        with pytest.raises(ValueError, match=piece):
+            checkpoints.load(tmp_path / name, trainer, {})
+    with pytest.raises(FileNotFoundError):
+        checkpoints.load(tmp_path / "nowhere.pth", trainer, {})
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(net(), batches(), PLAIN, out=tmp_path)

@@ -1,0 +1,366 @@
+"""Whole runs of the trainer: data sets, resumption to the last bit, two processes, the commands."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import picture_folders
+import pytest
+import torch
+from picture_folders import COLOURS, image_folder
+from PIL import Image
+from states import same
+from test_readme import blocks
+from test_trainer import PLAIN, batches, images, net
+
+from effnet_fast.cli import COMMANDS, main
+from effnet_fast.inference.images import prepare, read_image
+from effnet_fast.models import create_model
+from effnet_fast.ops import native
+from effnet_fast.training import Batches, Stopped, train
+from effnet_fast.training.data import DATASETS, check_classes, held_out_transform, mixing, open_dataset, training_transform
+from effnet_fast.weights import Preprocessing, read, save_checkpoint
+
+SMALL = ["--model", "efficientnet_b0", "--img-size", "32", "--epochs", "2", "--warmup-epochs", "0", "--lr", "0.01"]
+EVERYTHING = shlex.split(
+    "--batch-size 4 --mixup 0.2 --cutmix 1 --aa randaugment --reprob 0.5 --model-ema --model-ema-decay 0.5 --opt adamw"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images") / "data")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    """The output folder of a run with everything that is drawn by chance."""
+    out = folder.parent / "whole"
+    assert main(["train", str(folder), *SMALL, *EVERYTHING, "--workers", "0", "--output", str(out)]) == 0
+    return out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+KILLED = """
+import os, signal, sys
+from effnet_fast.cli import main, train
+made, calls = train.mixing, 0
+def mixing(*arguments):
+    mixed = made(*arguments)
+    def augment(x, y):
+        global calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return mixed(x, y)
+    return augment
+train.mixing = mixing
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_sigterm_stopped_goes_on_to_the_same_weights(folder: Path, uninterrupted: Path) -> None:
+    """In the middle of an epoch, in a process of its own, with other workers before and after."""
+    out = folder.parent / "stopped"
+    command = ["train", str(folder), *SMALL, *EVERYTHING, "--output", str(out)]
+    stopped = subprocess.run(
+        [sys.executable, "-c", KILLED, *command, "--workers", "2"], capture_output=True, text=True, timeout=300
+    )
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert stopped.stdout == "" and re.fullmatch(r"effnet-fast: note: stopped by SIGTERM; \S+last.pth is[^\n]+\n", stopped.stderr)
+    state = torch.load(out / "last.pth", weights_only=True)
+    assert (state["epoch"], state["step"]) == (0, 3) and [path.name for path in out.iterdir()] == ["last.pth"]
+    assert main(["train", str(folder), *SMALL, *EVERYTHING, "--workers", "1", "--resume", str(out / "last.pth")]) == 0
+    assert rows(out / "log.csv") == rows(uninterrupted / "log.csv") and len(rows(out / "log.csv")) == 2
+    for name in ("model.pth", "best.pth"):
+        assert same(read(out / name).state_dict, read(uninterrupted / name).state_dict), name
+    ends = [torch.load(path / "last.pth", weights_only=True) for path in (out, uninterrupted)]
+    assert same(*(end["state_dict"] for end in ends)) and not same(ends[0]["state_dict"], ends[0]["state_dict_ema"])
+
+
+@pytest.mark.parametrize("crashes_in", [1, 2])
+def test_a_run_that_crashed_goes_on_from_its_last_epoch(crashes_in: int, tmp_path: Path) -> None:
+    recipe = replace(PLAIN, epochs=3, opt="rmsprop", opt_eps=1e-3, lr=1e-3, freeze_epochs=1, model_ema=True, grad_accum_steps=2)
+    held_out = Batches(images(5), 4, training=False)
+    whole, again = net(drop=0.3), net(drop=0.3)
+    expected = train(whole, batches(recipe, 16), recipe, validation=held_out)
+
+    def crash(model, history):
+        if len(history) == crashes_in + 1:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train(copy.deepcopy(again), batches(recipe, 16), recipe, validation=held_out, out=tmp_path, after_epoch=crash)
+    assert len(rows(tmp_path / "log.csv")) == crashes_in
+    got = train(again, batches(recipe, 16), recipe, validation=held_out, out=tmp_path, resume=tmp_path / "last.pth")
+    assert without_seconds(got) == without_seconds(expected) and same(again.state_dict(), whole.state_dict())
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size[0] > picture.size[1] > 300
+
+
+def test_an_interrupt_stops_after_the_step_and_a_second_one_at_once(tmp_path: Path) -> None:
+    calls = []
+
+    def interrupted(x, y):
+        calls.append(len(x))
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+            if twice:
+                signal.raise_signal(signal.SIGINT)
+        return x, y
+
+    for twice, kind in ((False, Stopped), (True, KeyboardInterrupt)):
+        calls.clear()
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(kind) as caught:
+            train(net(), batches(), PLAIN, augment=interrupted, out=tmp_path / str(twice))
+        assert signal.getsignal(signal.SIGINT) is before and len(calls) == 2
+        assert (tmp_path / str(twice) / "last.pth").exists() == (not twice)
+        assert twice or caught.value.signal == signal.SIGINT
+
+
+def torchrun(*arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as agent:
+        try:
+            told = agent.communicate(timeout=300)[0]
+        finally:
+            agent.terminate()  # and, where they wait for each other, its two processes
+    assert agent.returncode == 0, told
+
+
+@pytest.mark.skipif(native.REASON is not None, reason=f"{native.REASON}; PyTorch has no SyncBatchNorm on a CPU")
+def test_two_processes_train_as_one_on_batches_twice_as_large(folder: Path) -> None:
+    """torchrun, gloo, DistributedDataParallel and SyncBatchNorm. Augmentation is an image's, so it is the same too.
+
+    One step an epoch: what rounding changes grows a thousandfold in every step of an untrained net.
+    """
+    options = [*SMALL, *shlex.split("--img-size 64 --drop 0 --drop-path 0 --mixup 0 --workers 0 --opt sgd --lr 0.001")]
+    outs = [folder.parent / name for name in ("one", "two")]
+    assert main(["train", str(folder), *options, "--batch-size", "24", "--output", str(outs[0])]) == 0
+    torchrun("-m", "effnet_fast", "train", str(folder), *options, "--batch-size", "12", "--sync-bn", "--output", str(outs[1]))
+    for one, two, precision in zip(rows(outs[0] / "log.csv"), rows(outs[1] / "log.csv"), (1e-5, 1e-3), strict=True):
+        for name in ("lr", "train_loss", "loss"):
+            assert float(two[name]) == pytest.approx(float(one[name]), rel=precision), name
+    one, two = (read(out / "model.pth").state_dict for out in outs)
+    torch.manual_seed(0)
+    start = create_model("efficientnet_b0", num_classes=3).state_dict()
+    for name, value in one.items():
+        moved = float((value - start[name]).abs().max())
+        torch.testing.assert_close(two[name], value, rtol=0, atol=0.02 * moved + 1e-7, msg=name)
+    assert not same(one, start)
+
+
+def test_two_processes_stop_together_and_resume(tmp_path: Path) -> None:
+    torchrun(str(Path(__file__).parent / "two_trainers.py"), str(tmp_path))
+    (expected, weights), (got, again) = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
+    assert without_seconds(got) == without_seconds(expected) and same(again, weights)
+
+
+def opinionated(folder: Path, preprocessing: Preprocessing) -> torch.nn.Module:
+    """An untrained B0 that finds the held-out images different: with their statistics, and a large classifier."""
+    torch.manual_seed(0)
+    model = create_model("efficientnet_b0", num_classes=3, drop_path_rate=0.0).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        x = torch.stack([held_out_transform(preprocessing)(read_image(path)) for path in sorted(folder.glob("val/*/*.png"))])
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
+        torch.nn.init.normal_(model.classifier.weight)
+        model.classifier.bias -= model.classifier(features).mean(0)
+    return model.eval()
+
+
+def test_eval_counts_the_labels_of_predict(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preprocessing, model = Preprocessing(32, 36), str(tmp_path / "model.pth")
+    save_checkpoint(opinionated(folder, preprocessing), model, classes=COLOURS, preprocessing=preprocessing)
+    assert main(["eval", model, str(folder), "--json", "--batch-size", "5", "--workers", "0"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert main(["predict", model, str(folder / "val"), "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    right = [answer["labels"][0]["name"] == Path(answer["image"]).parent.name for answer in answers]
+    assert scores["images"] == len(right) == 12 and scores["top1"] == pytest.approx(np.mean(right)) and scores["top5"] == 1
+    assert len({answer["labels"][0]["name"] for answer in answers}) > 1  # or it would not matter what the network saw
+    assert {label["name"] for label in answers[0]["labels"]} == set(COLOURS)
+    assert main(["eval", model, str(folder / "val")]) == 0  # the directory of classes itself
+    assert f"{100 * np.mean(right):.2f} %" in capsys.readouterr().out
+
+
+SIZES = {"cifar10": (50, 10, 10), "cifar100": (4, 4, 100), "flowers102": (3, 2, 102), "stanford_cars": (2, 2, 2)}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DATASETS if kind != "folder"])
+def test_torchvisions_data_sets(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = getattr(picture_folders, kind)(tmp_path / "data", monkeypatch)
+    splits = [open_dataset(root, kind=kind, training=training) for training in (True, False)]
+    assert (*map(len, splits), len(splits[0].classes)) == SIZES[kind]
+    for split in splits:
+        image, label = split[0]
+        assert image.mode == "RGB" and 0 <= label < len(split.classes)
+    monkeypatch.undo()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"empty does not hold {kind} as torchvision's"):
+        open_dataset(tmp_path / "empty", kind=kind, training=True)
+
+
+def test_a_network_learns_cifar_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = picture_folders.cifar10(tmp_path / "data", monkeypatch)
+    out = tmp_path / "out"
+    options = ["--dataset", "cifar10", "--epochs", "1", "--batch-size", "16", "--workers", "0", "--num-classes", "11"]
+    assert main(["train", str(root), *SMALL, *options, "--output", str(out)]) == 0
+    saved = read(out / "model.pth")
+    assert saved.metadata["classes"] == [*(f"class {number}" for number in range(10)), "10"]
+    assert saved.preprocessing is not None and (saved.preprocessing.crop, saved.preprocessing.resize) == (32, 36)
+    assert len(rows(out / "log.csv")) == 1
+
+
+def test_images_are_augmented_by_torchs_generator_alone(folder: Path) -> None:
+    image = read_image(folder / "train" / "red" / "0.png")
+    small = Preprocessing(24, 28)
+    for recipe in (
+        PLAIN,
+        replace(PLAIN, aa="autoaugment"),
+        replace(PLAIN, aa="randaugment", reprob=1.0),
+    ):
+        transform = training_transform(recipe, small)
+        drawn = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            drawn.append(transform(image))
+        assert drawn[0].shape == (3, 24, 24) and drawn[0].dtype == torch.float32
+        assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    grey = training_transform(PLAIN, small, channels=1)(read_image(folder / "train" / "red" / "0.png", 1))
+    assert grey.shape == (1, 24, 24)
+    whole = training_transform(replace(PLAIN, scale=(1.0, 1.0), hflip=0.0), Preprocessing(40, 40))
+    square = image.crop((0, 0, 40, 40))
+    torch.testing.assert_close(whole(square), torch.from_numpy(prepare(square, Preprocessing(40, 40))), rtol=0, atol=1e-5)
+    assert torch.equal(held_out_transform(small)(image), torch.from_numpy(prepare(image, small)))
+
+
+def test_mixing_makes_shares_of_labels() -> None:
+    x, y = images()[:4]
+    assert mixing(PLAIN, 3) is None
+    torch.manual_seed(0)
+    for recipe in (replace(PLAIN, mixup=0.5), replace(PLAIN, cutmix=1.0), replace(PLAIN, mixup=0.5, cutmix=1.0)):
+        augment = mixing(recipe, 3)
+        assert augment is not None
+        cut = set()
+        for _ in range(20):
+            mixed, shares = augment(x, y)
+            assert shares.shape == (4, 3) and torch.allclose(shares.sum(1), torch.ones(4)) and shares.min() >= 0
+            cut.add(bool((mixed == x).any()))  # MixUp changes every pixel
+        assert cut == {recipe.cutmix > 0, not recipe.mixup > 0}
+    history = train(net(), batches(), replace(PLAIN, smoothing=0.1), augment=augment)
+    assert len(history) == 2
+
+
+BAD = [
+    ("train data", "required: --model"),
+    ("train nowhere --model efficientnet_b0", "nowhere is no directory"),
+    ("train data/val --model efficientnet_b0", "has no directory train"),
+    ("train halves --model efficientnet_b0", "has no directory val or validation or test"),
+    ("train hollow --model efficientnet_b0", "hollow/train is no directory of one directory of images for each class"),
+    ("train strange --model efficientnet_b0", "different classes: green, purple"),
+    ("train data --model efficientnet_c0", "unknown model 'efficientnet_c0'"),
+    ("train data --model efficientnet_b0 --lr 0", "lr is 0.0; a number above 0 would do"),
+    ("train data --model efficientnet_b0 --opt adam", "invalid choice: 'adam'"),
+    ("train data --model efficientnet_b0 --recipe best", "invalid choice: 'best'"),
+    ("train data --model efficientnet_b0 --epochs 2 --warmup-epochs 3", "warmup_epochs is 3 of 2 epochs"),
+    ("train data --model efficientnet_b0 --num-classes 2", "--num-classes is 2, and data has 3 classes"),
+    ("train data --model efficientnet_b0 --batch-size 25", "the 24 images fill no batch of 25"),
+    ("train data --model efficientnet_b0 --batch-size 8 --grad-accum-steps 4", "grad_accum_steps is 4, and an epoch has 3 batches"),
+    ("train data --model efficientnet_b0 --drop 1.5", "drop_rate is 1.5"),
+    ("train data --model efficientnet_b0 --pretrained-path nowhere.pth", "nowhere.pth"),
+    ("train data --model efficientnet_b0 --teacher two.pth", "--teacher two.pth has 2 classes; 3, as the student"),
+    ("train data --model efficientnet_lite0 --teacher three.pth", "--teacher three.pth wants images of mean"),
+    ("train data --model efficientnet_b0 --batch-size 8 --resume three.pth", "three.pth holds no run to go on with"),
+    ("train data --model efficientnet_b0 --batch-size 8 --resume nowhere.pth", "nowhere.pth does not exist"),
+    ("train data --model efficientnet_b0 --device toaster", "--device is 'toaster'"),
+    ("train data --model efficientnet_b0 --dataset cifar10", "data does not hold cifar10 as torchvision's CIFAR10 wants it"),
+    ("eval three.pth", "required: DATA"),
+    ("eval three.pth nowhere", "nowhere is no directory"),
+    ("eval three.pth data", "different classes: "),
+    ("eval efficientnet_b0.nobody data", "no pretrained weights 'nobody'"),
+    ("eval two.pth data", "data has 3 classes, more than the model's 2"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad(folder: Path) -> Path:
+    root = folder.parent
+    (root / "halves" / "train").mkdir(parents=True)
+    (root / "halves" / "train" / "red").symlink_to(folder / "train" / "red")
+    for split in ("train", "val"):
+        (root / "hollow" / split).mkdir(parents=True)
+    for split, names in (("train", ("red", "green")), ("val", ("red", "purple"))):
+        (root / "strange" / split).mkdir(parents=True)
+        for name in names:
+            (root / "strange" / split / name).symlink_to(folder / "train" / "red")
+    save_checkpoint(create_model("efficientnet_b0", num_classes=2), root / "two.pth")
+    save_checkpoint(create_model("efficientnet_b0", num_classes=3), root / "three.pth", classes=["a", "b", "c"])
+    return root
+
+
+@pytest.mark.parametrize(("line", "piece"), BAD, ids=[line for line, _ in BAD])
+def test_bad_input_gets_one_line(
+    line: str, piece: str, bad: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(bad)
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"effnet-fast: error: [^\n]+\n", err), err
+    assert piece in err
+    assert not list((bad / "output").glob("*")) if (bad / "output").exists() else True
+
+
+def test_without_torchvision_one_line_says_what_brings_it(folder: Path) -> None:
+    script = (
+        "import sys; sys.modules['torchvision'] = None\nfrom effnet_fast.cli import main\nimport effnet_fast.training\n"
+        f"sys.exit(main(['train', {str(folder)!r}, '--model', 'efficientnet_b0']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "effnet-fast: error: this needs torchvision: pip install 'effnet-fast[train]' would do\n"
+
+
+def test_classes_in_another_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="different classes: their order"):
+        check_classes(["a", "b"], ["b", "a"])
+
+
+def test_the_readmes_commands_run(
+    tmp_path: Path, folder: Path, bad: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that train and evaluate, on small images, without what is downloaded."""
+    (block,) = [block for block in blocks("bash") if "--resume pets/last.pth" in block]
+    cifar = picture_folders.cifar10(tmp_path / "cifar", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(create_model("efficientnet_b0", num_classes=10), tmp_path / "TEACHER.pth")
+    lines = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+    assert [line[0] for line in lines] == ["train", "train", "train", "eval"] and "train" in COMMANDS
+    for line in lines:
+        data = cifar if "cifar10" in line else folder
+        made = [str(data) if word == "DATA" else word for word in line if word != "--pretrained"]
+        small = [*SMALL[2:], "--batch-size", "8"] if line[0] == "train" else []
+        assert main([*made, *small, "--workers", "0"]) == 0, line
+    assert "top-1" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "pets").iterdir()} == {"model.pth", "best.pth", "last.pth", "log.csv", "curves.png"}
