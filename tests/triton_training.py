@@ -1,5 +1,5 @@
-"""Training's ops in Triton by the tests of every backend, test_training_ops.py's, and blocks trained with them against plain PyTorch:
-on a GPU, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1). test_triton.py runs this file in a pytest of its own."""
+"""Training's ops in Triton by the tests of every backend, test_training_ops.py's, and blocks trained beside plain PyTorch's: on a
+GPU, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1). test_triton.py runs this file in a pytest of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 import pytest
 import test_training_ops as every_backend
 import torch
-from test_training_ops import DTYPES, POINTWISE, SHAPES, test_the_others_are_registered  # noqa: F401
+from test_training_ops import DTYPES, POINTWISE, SHAPES
 
 from effnet_fast.ops import backends, training, triton_backend
 from effnet_fast.ops.training import triton as passes
@@ -97,3 +97,24 @@ def test_the_same_to_the_bit(processors):
 @pytest.mark.parametrize("kind", ["depthwise_", "pointwise_", ""])
 def test_convolutions_are_registered(kind):
     every_backend.test_convolutions_are_registered(kind, "triton")
+
+
+def test_the_others_are_registered():
+    every_backend.test_the_others_are_registered("triton")
+
+
+# kernel, stride, channels in, expanded, out, and of the squeeze-excite: without an expansion, with a shortcut, with SAME padding.
+TRAINED = [((3, 1, 16, 16, 8, 4), "symmetric"), ((5, 1, 16, 48, 16, 4), "symmetric"), ((3, 2, 8, 40, 12, 0), "same")]
+
+
+@pytest.mark.parametrize(("block", "dtype"), in_turn(TRAINED), ids=str)
+def test_a_trained_block(block, dtype):
+    """Forward, backward and running statistics, by autocast where there are halves, beside plain PyTorch."""
+    trained = pytest.importorskip("test_training")
+    (shape, padding), x = block, every_backend.channels_last(torch.randn(3, block[0][2], 9, 8))
+    module = trained.block_of(trained.MBConv, shape, padding=padding)
+    module.residual = module.residual and dtype == torch.float32  # else the shortcut is float32, and children run one by one
+    with torch.enable_grad():
+        trained.check_step(module, x, autocast=None if dtype == torch.float32 else dtype)
+        chosen = trained.choices(module, x)
+    assert set(chosen) == {"triton"}
