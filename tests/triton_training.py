@@ -12,6 +12,8 @@ from test_training_ops import DTYPES, POINTWISE, SHAPES
 
 from effnet_fast.ops import backends, training, triton_backend
 from effnet_fast.ops.training import triton as passes
+from effnet_fast.ops.training import triton_pointwise as pointwise
+from effnet_fast.ops.training import triton_pointwise_backward as pointwise_backward
 
 INTERPRETED = triton_backend.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -35,10 +37,11 @@ def backend():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[1, 132])
+@pytest.fixture(params=[1, 9])
 def processors(request, monkeypatch):
-    """One, whose programs have many tiles each, and as many as cut the batch and each image into pieces."""
-    monkeypatch.setattr(passes, "processors", lambda device: request.param)
+    """One, whose programs have many tiles each, and as many as cut the batch and images into pieces."""
+    for module in (passes, pointwise, pointwise_backward):
+        monkeypatch.setattr(module, "processors", lambda device: request.param)
     return request.param
 
 
@@ -60,8 +63,11 @@ def test_depthwise(case, dtype):
     every_backend.test_depthwise(case, dtype, "triton")
 
 
-@pytest.mark.parametrize(("shape", "dtype"), in_turn([s for s in POINTWISE if s[1] <= 304] if INTERPRETED else POINTWISE), ids=str)
-def test_pointwise(shape, dtype):
+SMALL = [*(shape for shape in POINTWISE if shape[1] < 100 and shape[3] * shape[4] <= 64), (2, 33, 67, 9, 8), (1, 130, 20, 5, 4)]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), in_turn(SMALL if INTERPRETED else POINTWISE), ids=str)
+def test_pointwise(shape, dtype, processors):
     every_backend.test_pointwise(shape, dtype)
 
 
@@ -111,7 +117,7 @@ TRAINED = [((3, 1, 16, 16, 8, 4), "symmetric"), ((5, 1, 16, 48, 16, 4), "symmetr
 def test_a_trained_block(block, dtype):
     """Forward, backward and running statistics, by autocast where there are halves, beside plain PyTorch."""
     trained = pytest.importorskip("test_training")
-    (shape, padding), x = block, every_backend.channels_last(torch.randn(3, block[0][2], 9, 8))
+    (shape, padding), x = block, every_backend.channels_last(torch.randn(3, block[0][2], 6, 5))
     module = trained.block_of(trained.MBConv, shape, padding=padding)
     module.residual = module.residual and dtype == torch.float32  # else the shortcut is float32, and children run one by one
     with torch.enable_grad():

@@ -108,6 +108,10 @@ def _define(kind: str) -> None:
             backends=("native", "triton"),
         ),
     }
+    if kind == "pointwise":
+        module = "effnet_fast.ops.training.triton_pointwise"
+        triton_backend.register(stats, check_stats, allocate_stats, launcher=(module, stats))
+        triton_backend.register(backward, check_backward, allocate_backward, launcher=(f"{module}_backward", backward))
     _CHECK[stats], _CHECK[backward] = check_stats, check_backward
     for name, run in references.items():
         backends.register(name, backends.Kernel("native", getattr(torch.ops.effnet_fast, name).native, native.why_not))
@@ -133,7 +137,7 @@ def _compose(kind: str, backend: str, key: str) -> None:
 
 
 _compose("dense", "native", "CPU")
-for _kind in KINDS:
+for _kind in ("dense", "depthwise"):
     _compose(_kind, "triton", triton_backend.KEY)
 
 

@@ -181,34 +181,38 @@ def _statistics(x, partial, rows, share, channel_groups, ALIGN_C: tl.constexpr, 
     tl.store(to + channels, tl.sum(squares.to(tl.float64), 0) - of_piece * of_piece / count, mask=c_inside)
 
 
-@triton.jit(do_not_specialize=["rows", "piece_rows", "pieces", "channels"])
-def _finish_statistics(partial, mean, var, rows, piece_rows, pieces, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of all rows, from the pieces', each of ``piece_rows`` but the last. In fp64, which few numbers take."""
+@triton.jit(do_not_specialize=["groups", "rows", "piece_rows", "pieces", "channels"])
+def _finish_statistics(
+    partial, mean, var, groups, rows, piece_rows, pieces, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Of ``groups`` of ``rows``, from their ``pieces`` each of ``piece_rows`` but the last. In fp64, which few numbers take."""
     c, p = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     c_inside = c < channels
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float64)
-    for start in range(0, pieces, BLOCK_P):
-        center, _, values = _piece(partial, start + p, c, c_inside, rows, piece_rows, pieces, channels)
+    for start in range(0, groups * pieces, BLOCK_P):
+        center, _, values = _piece(partial, start + p, c, c_inside, groups, rows, piece_rows, pieces, channels)
         total += values * center
-    of_all = tl.sum(total, 0) / rows
+    of_all = tl.sum(total, 0) / (groups.to(tl.float64) * rows)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float64)
-    for start in range(0, pieces, BLOCK_P):
-        center, squares, values = _piece(partial, start + p, c, c_inside, rows, piece_rows, pieces, channels)
+    for start in range(0, groups * pieces, BLOCK_P):
+        center, squares, values = _piece(partial, start + p, c, c_inside, groups, rows, piece_rows, pieces, channels)
         rest = center - of_all[None, :]
         total += squares + values * rest * rest
     tl.store(mean + c, of_all.to(tl.float32), mask=c_inside)
-    tl.store(var + c, (tl.sum(total, 0) / rows).to(tl.float32), mask=c_inside)
+    tl.store(var + c, (tl.sum(total, 0) / (groups.to(tl.float64) * rows)).to(tl.float32), mask=c_inside)
 
 
 @triton.jit
-def _piece(partial, piece, c, c_inside, rows, piece_rows, pieces, channels):
+def _piece(partial, piece, c, c_inside, groups, rows, piece_rows, pieces, channels):
     """The pieces' means, sums of squared differences and rows; none of these beyond the last piece."""
-    at, mask = partial + piece.to(tl.int64)[:, None] * 2 * channels + c[None, :], (piece < pieces)[:, None] & c_inside[None, :]
+    inside = piece < groups * pieces
+    at, mask = partial + piece.to(tl.int64)[:, None] * 2 * channels + c[None, :], inside[:, None] & c_inside[None, :]
     center, squares = tl.load(at, mask=mask, other=0.0), tl.load(at + channels, mask=mask, other=0.0)
-    values = tl.maximum(tl.minimum(rows - piece.to(tl.int64) * piece_rows, piece_rows), 0).to(tl.float64)
+    values = tl.where(inside, tl.minimum(rows - (piece % pieces).to(tl.int64) * piece_rows, piece_rows), 0).to(tl.float64)
     return center, squares, values[:, None]
 
 
+MOST_REGISTERS = 128  # said outright: ptxas would spill a few of them to fit one program more
 CHAIN = 16  # fp32 values that statistics add up one by one before they are fp64
 
 
@@ -287,6 +291,7 @@ def _launch(
         BLOCK_P=config.block_p,
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,
+        maxnreg=MOST_REGISTERS,
     )
     if sums is not None and partial is not None and pieces > 1:
         add_up(partial, sums)
@@ -299,10 +304,13 @@ def add_up(partial: Tensor, out: Tensor) -> None:
     run(_add_up, groups * cdiv(width, block_w), partial, out, pieces, width, BLOCK_P=32, BLOCK_W=block_w, num_warps=4)
 
 
-def finish_statistics(partial: Tensor, rows: int, piece_rows: int, mean: Tensor, var: Tensor) -> None:
-    """Write the statistics [C] of ``rows`` from the pieces', partial [pieces, 2, C] of ``piece_rows`` each but the last."""
+def finish_statistics(partial: Tensor, groups: int, rows: int, piece_rows: int, mean: Tensor, var: Tensor) -> None:
+    """Write the statistics [C] of ``groups`` of ``rows`` from those of their pieces, partial [groups * pieces, 2, C] in fp64.
+
+    A piece has ``piece_rows``, the last of its group what is left.
+    """
     pieces, _, channels = partial.shape
-    arguments = partial, mean, var, rows, piece_rows, pieces, channels
+    arguments = partial, mean, var, groups, rows, piece_rows, pieces // groups, channels
     run(_finish_statistics, cdiv(channels, 8), *arguments, BLOCK_P=128, BLOCK_C=8, num_warps=4)
 
 
@@ -364,5 +372,6 @@ def batch_stats(y: Tensor, *, mean: Tensor, var: Tensor) -> None:
         BLOCK_P=config.block_p,
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,
+        maxnreg=MOST_REGISTERS,
     )
-    finish_statistics(partial, rows, share * config.block_p, mean, var)
+    finish_statistics(partial, 1, rows, share * config.block_p, mean, var)
