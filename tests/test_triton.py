@@ -184,7 +184,7 @@ def test_launches_compile_within_their_budget(arch, part):
     assert done.returncode == 0, done.stderr[-4000:]
     *kernels, summary = map(json.loads, done.stdout.splitlines())
     print(f"sm_{arch}: {summary}" + ("" if everything else f"; all of them with {ALL_LAUNCHES}=1"))
-    of_one_launch = {"training._add_up", "training._finish_statistics"}  # in one of the parts
+    of_one_launch = {"training._add_up", "training.statistics_finish"}  # in one of the parts
     assert {kernel["kernel"] for kernel in kernels} | of_one_launch == {
         "conv._kernel",
         "depthwise._kernel",
@@ -194,7 +194,7 @@ def test_launches_compile_within_their_budget(arch, part):
         "squeeze_excite._expand",
         "squeeze_excite._of_images",
         "training._elements",
-        "training._statistics",
+        "training.statistics_of_pieces",
         "training.pointwise_forward",
         "training.pointwise_backward_input",
         "training.pointwise_backward_weight",

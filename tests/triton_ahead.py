@@ -35,6 +35,7 @@ from effnet_fast.ops.squeeze_excite import triton as squeeze_excite
 from effnet_fast.ops.training import triton as passes
 from effnet_fast.ops.training import triton_pointwise as training_forward
 from effnet_fast.ops.training import triton_pointwise_backward as training_backward
+from effnet_fast.ops.training import triton_statistics as statistics
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 # x, weights, norms: a model in one dtype, or autocast over float32 weights; float32 with and without TF32.
@@ -67,9 +68,9 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
                 signature.append((name, "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"))
         recorded.append((kernel, tuple(signature), tuple(sorted(constants.items())), num_warps, num_stages, maxnreg))
 
-    for module in (conv, depthwise, pointwise, squeeze_excite, passes, training_forward, training_backward):
+    for module in (conv, depthwise, pointwise, squeeze_excite, passes, statistics, training_forward, training_backward):
         module.run = record  # type: ignore[attr-defined]
-    for module in (pointwise, squeeze_excite, passes, training_forward, training_backward):
+    for module in (pointwise, squeeze_excite, passes, statistics, training_forward, training_backward):
         module.processors = lambda device: sms  # type: ignore[attr-defined]
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     x_dtype, weight_dtype = DTYPES[dtype]
@@ -96,7 +97,7 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
     def normed(channels: int, size: int, activation: str) -> None:
         """What training does with a convolution's result, all of it."""
         y, n, each = image(channels, size), vectors(3, channels), vectors(batch, channels)
-        passes.batch_stats(y, mean=n[0], var=n[1])
+        statistics.batch_stats(y, mean=n[0], var=n[1])
         passes.norm_act(y, n, activation, each, y, out=y)
         passes.norm_act_mean(y, n, activation, mean=each)
         passes.norm_act_sums(y, y, n, activation, each, sums=vectors(2, channels))

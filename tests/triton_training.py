@@ -14,6 +14,7 @@ from effnet_fast.ops import backends, training, triton_backend
 from effnet_fast.ops.training import triton as passes
 from effnet_fast.ops.training import triton_pointwise as pointwise
 from effnet_fast.ops.training import triton_pointwise_backward as pointwise_backward
+from effnet_fast.ops.training import triton_statistics as statistics
 
 INTERPRETED = triton_backend.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -40,7 +41,7 @@ def backend():
 @pytest.fixture(params=[1, 9])
 def processors(request, monkeypatch):
     """One, whose programs have many tiles each, and as many as cut the batch and images into pieces."""
-    for module in (passes, pointwise, pointwise_backward):
+    for module in (passes, statistics, pointwise, pointwise_backward):
         monkeypatch.setattr(module, "processors", lambda device: request.param)
     return request.param
 

@@ -331,9 +331,9 @@ WIDE, WIDE_BF16 = 500, 160  # channels in and out of a 3x3 block, together
 
 # On a GPU, by a model that nothing has been measured for. Beside what convolutions read and write, eager PyTorch moves a layer's
 # result 13 times a step (forward: norm, 2 reads and a write, activation 1 and 1; backward: activation 2 and 1, norm 4 and 1), one
-# that is squeezed and gated 12 times more. Ours moves it 11 times or fewer: statistics, activation forward and again backward, sums, its
-# gradient. So it always moves less; but it starts more kernels, those over vectors too, and where the host takes longer for that
-# than eager PyTorch's bytes take, they decide.
+# that is squeezed and gated 12 times more. Ours moves it 11 times or fewer: statistics, activation forward and again backward,
+# sums, its gradient. So it always moves less; but it starts more kernels, those over vectors too, and where the host takes longer
+# for that than eager PyTorch's bytes take, they decide.
 OF_RESULT, OF_SQUEEZED = 13, 12
 LAUNCHES = 25  # ours a layer, forward and backward
 BYTES_A_LAUNCH = 15_000_000  # moved at 3 TB/s in the 5 us that one takes the host

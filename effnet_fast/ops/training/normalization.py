@@ -36,7 +36,8 @@ def _define(name: str, arguments: str, results: tuple[str, ...], check: Callable
         backends=("native", "triton"),
     )
     _CHECK[name] = check
-    triton_backend.register(name, check, allocate, launcher=("effnet_fast.ops.training.triton", name))
+    module = "triton_statistics" if name == "batch_stats" else "triton"
+    triton_backend.register(name, check, allocate, launcher=(f"effnet_fast.ops.training.{module}", name))
     overloads = getattr(torch.ops.effnet_fast, name)
     backends.register(name, backends.Kernel("native", overloads.native, native.why_not))
     backends.register(name, backends.Kernel("triton", overloads.triton, triton_backend.can_run))

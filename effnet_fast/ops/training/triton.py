@@ -1,4 +1,4 @@
-"""Training's passes over [N, H, W, C] in Triton: norm and activation, their backwards and the sums of these, a batch's statistics.
+"""Training's passes over [N, H, W, C] in Triton: norm and activation, their backwards and the sums of these.
 
 Rows are pixels. They are cut into tiles of BLOCK_P rows of one image, and the tiles of a group (an image where sums are by image,
 else the batch) into pieces of as many. A program owns BLOCK_C channels of one piece, so that its norm stays in registers; it adds
@@ -6,9 +6,7 @@ up, in each of its BLOCK_P x BLOCK_C places, what falls there, and at the end ov
 pieces a second, small launch adds those up, always in the same order: there are no atomics, and results are the same to the bit.
 
 An element is read once from each tensor and written at most once, 2 to 8 bytes a tensor, for 10 to 30 operations with SiLU (one
-exponential and one reciprocal): HBM binds. A piece's mean and sum of squared differences are those of what it is off its first
-tile's mean, so that no mean far from zero costs the variance its digits; and as that tile is one of the piece's, however far it is
-from the others, at most a factor of the piece's tiles is lost to cancellation. Pieces are merged by Chan's formula, in fp64.
+exponential and one reciprocal): HBM binds.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -154,66 +151,7 @@ def _add_up(partial, out, pieces, width, BLOCK_P: tl.constexpr, BLOCK_W: tl.cons
     tl.store(out + group * width + w, stored(sum_of_rows(total), out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "share", "channel_groups"])
-def _statistics(x, partial, rows, share, channel_groups, ALIGN_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """partial [pieces, 2, C] in fp64: of ``share`` tiles of rows each, their mean and the sum of squared differences from it."""
-    channels = channel_groups * ALIGN_C
-    blocks = tl.cdiv(channels, BLOCK_C)
-    block, piece = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    c, p = block * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-    c_inside = c < channels
-    start = piece * share * BLOCK_P
-    count = tl.minimum(rows - start, share * BLOCK_P).to(tl.int32)
-    x_piece, at = x + start * channels, p[:, None] * channels + c[None, :]
-    value = tl.load(x_piece + at, mask=(p < count)[:, None] & c_inside[None, :], other=0.0).to(tl.float32)
-    near = tl.sum(value, 0) / tl.minimum(count, BLOCK_P)
-    near = stored(near, x.dtype.element_ty).to(tl.float32)  # differences of halves are exact then, and short
-    total, squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32), tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for tile in range(0, tl.cdiv(count, BLOCK_P)):
-        mask = (tile * BLOCK_P + p < count)[:, None] & c_inside[None, :]
-        value = tl.load(x_piece + tl.cast(tile, tl.int64) * BLOCK_P * channels + at, mask=mask, other=0.0).to(tl.float32)
-        off = tl.where(mask, value - near[None, :], 0.0)
-        total += off
-        squares += off * off
-    of_piece = tl.sum(total.to(tl.float64), 0)
-    to = partial + piece * 2 * channels + c
-    tl.store(to, near + of_piece / count, mask=c_inside)
-    tl.store(to + channels, tl.sum(squares.to(tl.float64), 0) - of_piece * of_piece / count, mask=c_inside)
-
-
-@triton.jit(do_not_specialize=["groups", "rows", "piece_rows", "pieces", "channels"])
-def _finish_statistics(
-    partial, mean, var, groups, rows, piece_rows, pieces, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Of ``groups`` of ``rows``, from their ``pieces`` each of ``piece_rows`` but the last. In fp64, which few numbers take."""
-    c, p = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-    c_inside = c < channels
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float64)
-    for start in range(0, groups * pieces, BLOCK_P):
-        center, _, values = _piece(partial, start + p, c, c_inside, groups, rows, piece_rows, pieces, channels)
-        total += values * center
-    of_all = tl.sum(total, 0) / (groups.to(tl.float64) * rows)
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float64)
-    for start in range(0, groups * pieces, BLOCK_P):
-        center, squares, values = _piece(partial, start + p, c, c_inside, groups, rows, piece_rows, pieces, channels)
-        rest = center - of_all[None, :]
-        total += squares + values * rest * rest
-    tl.store(mean + c, of_all.to(tl.float32), mask=c_inside)
-    tl.store(var + c, (tl.sum(total, 0) / (groups.to(tl.float64) * rows)).to(tl.float32), mask=c_inside)
-
-
-@triton.jit
-def _piece(partial, piece, c, c_inside, groups, rows, piece_rows, pieces, channels):
-    """The pieces' means, sums of squared differences and rows; none of these beyond the last piece."""
-    inside = piece < groups * pieces
-    at, mask = partial + piece.to(tl.int64)[:, None] * 2 * channels + c[None, :], inside[:, None] & c_inside[None, :]
-    center, squares = tl.load(at, mask=mask, other=0.0), tl.load(at + channels, mask=mask, other=0.0)
-    values = tl.where(inside, tl.minimum(rows - (piece % pieces).to(tl.int64) * piece_rows, piece_rows), 0).to(tl.float64)
-    return center, squares, values[:, None]
-
-
 MOST_REGISTERS = 128  # said outright: ptxas would spill a few of them to fit one program more
-CHAIN = 16  # fp32 values that statistics add up one by one before they are fp64
 
 
 @dataclass(frozen=True)
@@ -304,16 +242,6 @@ def add_up(partial: Tensor, out: Tensor) -> None:
     run(_add_up, groups * cdiv(width, block_w), partial, out, pieces, width, BLOCK_P=32, BLOCK_W=block_w, num_warps=4)
 
 
-def finish_statistics(partial: Tensor, groups: int, rows: int, piece_rows: int, mean: Tensor, var: Tensor) -> None:
-    """Write the statistics [C] of ``groups`` of ``rows`` from those of their pieces, partial [groups * pieces, 2, C] in fp64.
-
-    A piece has ``piece_rows``, the last of its group what is left.
-    """
-    pieces, _, channels = partial.shape
-    arguments = partial, mean, var, groups, rows, piece_rows, pieces // groups, channels
-    run(_finish_statistics, cdiv(channels, 8), *arguments, BLOCK_P=128, BLOCK_C=8, num_warps=4)
-
-
 def norm_act(y: Tensor, norm: Tensor, activation: str, gate: Tensor | None, residual: Tensor | None, *, out: Tensor) -> None:
     _launch("norm_act", y, norm, activation, gate=gate, residual=residual, out=out)
 
@@ -349,29 +277,3 @@ def norm_gradient(
 ) -> None:
     parts = {"coefficients": coefficients, "gate": gate, "pool": pool}
     _launch("norm_gradient", y, norm, activation, grad=grad, out=grad_y, **parts)
-
-
-def batch_stats(y: Tensor, *, mean: Tensor, var: Tensor) -> None:
-    images, channels, height, width = y.shape
-    rows = images * height * width
-    config = choose_config(rows, channels, y.element_size())
-    blocks = cdiv(channels, config.block_c)
-    tiles = cdiv(rows, config.block_p)
-    share = min(pieces_of(tiles, blocks, processors(y.device))[1], CHAIN)
-    pieces = cdiv(tiles, share)
-    partial = mean.new_empty((pieces, 2, channels), dtype=torch.float64)
-    run(
-        _statistics,
-        pieces * blocks,
-        channels_last(y),
-        partial,
-        rows,
-        share,
-        channels // alignment(channels),
-        ALIGN_C=alignment(channels),
-        BLOCK_P=config.block_p,
-        BLOCK_C=config.block_c,
-        num_warps=config.num_warps,
-        maxnreg=MOST_REGISTERS,
-    )
-    finish_statistics(partial, 1, rows, share * config.block_p, mean, var)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.ops.training.triton import activation_and_slope, finish_statistics, of_channels
+from effnet_fast.ops.training.triton import activation_and_slope, of_channels
+from effnet_fast.ops.training.triton_statistics import finish_statistics
 from effnet_fast.ops.triton_common import (
     INTERPRETED,
     alignment,
@@ -112,7 +113,7 @@ def _forward(
         mask, out = m_inside[:, None] & n_inside[None, :], stored(sums, y.dtype.element_ty)
         tl.store(y + row * outputs + m[:, None] * outputs + n[None, :], out, mask=mask)
         value = tl.where(mask, out.to(tl.float32), 0.0)
-        if tile == first:  # as the pass over y does: see batch_stats
+        if tile == first:  # as batch_stats does
             near = stored(sum_of_rows(value) / left, y.dtype.element_ty).to(tl.float32)
         off = tl.where(mask, value - near[None, :], 0.0)
         total += sum_of_rows(off)
