@@ -58,7 +58,7 @@ gpu_tests() {
   [ "$shards" -ge 1 ] || shards=1
   # A file that needs what is not installed here loses its own tests alone.
   local collect=(python3 -m pytest --collect-only -q -p no:cacheprovider --continue-on-collection-errors)
-  TRITON_INTERPRET=0 "${collect[@]}" tests/triton_kernels.py >"$scratch/triton.ids" 2>&1 &
+  TRITON_INTERPRET=0 "${collect[@]}" tests/triton_kernels.py tests/triton_training.py >"$scratch/triton.ids" 2>&1 &
   "${collect[@]}" tests -m gpu --deselect tests/test_triton.py::test_on_a_gpu >"$scratch/gpu.ids" 2>&1
   wait $!
   grep -h '^ERROR' "$scratch"/*.ids | sort -u

@@ -48,6 +48,13 @@ def seen(block: nn.Module, x: torch.Tensor) -> list[str]:
     return [entry if isinstance(entry, str) else entry.op for entry in trace]
 
 
+def choices(block: nn.Module, x: torch.Tensor) -> list[str]:
+    """The backends of a training step's ops, forward and backward."""
+    with backends.tracing() as trace:
+        step(copy.deepcopy(block), x)
+    return [choice.backend for choice in trace]
+
+
 def is_fused(block: nn.Module, x: torch.Tensor) -> bool:
     return seen(block, x)[-1] == "norm_act"
 
@@ -100,7 +107,7 @@ def check_step(
         ours = copy.deepcopy(block)
         double, theirs = (copy.deepcopy(block if plain is None else plain) for _ in range(2))
         double = double.double()
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             got = step(ours, x)
             expected = step(theirs, x, theirs.forward_children if plain is None else None)
         exact = step(double, x.double(), double.forward_children if plain is None else None)

@@ -21,6 +21,7 @@ REASON = None if importlib.util.find_spec("triton") is not None else "triton is 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in storage; partial sums are fp32
 _DEVICE = "cpu" if INTERPRETED else "cuda"
+KEY = _DEVICE.upper()  # torch's dispatch key there
 
 
 def can_run(x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
@@ -34,14 +35,22 @@ def can_run(x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
     return None if x.dtype in dtypes else f"x is {x.dtype}; Triton's kernels have no such one"
 
 
-def register(name: str, check: Callable[..., Any], allocate: Callable[..., Any], dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """Implement ``name.triton`` and ``name.triton_out`` by ``launch(*args, **out)`` of the module ``triton`` in the op's folder.
+def register(
+    name: str,
+    check: Callable[..., Any],
+    allocate: Callable[..., Any],
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    launcher: tuple[str, str] | None = None,
+) -> None:
+    """Implement ``name.triton`` and ``name.triton_out`` by a launcher, called as ``launcher(*args, **out)``.
 
-    ``check`` and ``allocate`` are those of :func:`effnet_fast.ops.library.define`; ``dtypes`` are those of the first argument.
+    check, allocate  those of :func:`effnet_fast.ops.library.define`
+    dtypes           of the first argument
+    launcher         its module and name; by default ``launch`` of the module ``triton`` in the op's folder
     """
     overload = getattr(getattr(torch.ops, NAMESPACE), name).triton_out
     results = [argument.name for argument in overload._schema.arguments if argument.is_out]
-    module = f"{allocate.__module__}.triton"
+    module, function = launcher or (f"{allocate.__module__}.triton", "launch")
 
     first = overload._schema.arguments[0].name
 
@@ -51,7 +60,7 @@ def register(name: str, check: Callable[..., Any], allocate: Callable[..., Any],
             raise TypeError(f"{name}: {first} is {first_argument.dtype}; {either(dtypes)} would do for Triton")
 
     def launch(args: tuple[Any, ...], out: dict[str, Tensor]) -> None:
-        importlib.import_module(module).launch(*args, **out)
+        getattr(importlib.import_module(module), function)(*args, **out)
 
     def out_form(*args: Any, **out: Tensor) -> None:
         check_all(*args)
@@ -63,5 +72,5 @@ def register(name: str, check: Callable[..., Any], allocate: Callable[..., Any],
         launch(args, dict(zip(results, made if isinstance(made, tuple) else (made,), strict=True)))
         return made
 
-    implement(f"{name}.triton", returning, _DEVICE.upper())
-    implement(f"{name}.triton_out", out_form, _DEVICE.upper())
+    implement(f"{name}.triton", returning, KEY)
+    implement(f"{name}.triton_out", out_form, KEY)

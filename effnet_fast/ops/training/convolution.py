@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends, native
+from effnet_fast.ops import backends, native, triton_backend
 from effnet_fast.ops.common import (
     accumulator,
     check_activation,
@@ -96,7 +96,7 @@ def _define(kind: str) -> None:
             check=check_stats,
             allocate=allocate_stats,
             flops=flops_stats,
-            backends=("native",),
+            backends=("native", "triton"),
         ),
         backward: define(
             backward,
@@ -106,13 +106,18 @@ def _define(kind: str) -> None:
             check=check_backward,
             allocate=allocate_backward,
             flops=flops_backward,
-            backends=("native",),
+            backends=("native", "triton"),
         ),
     }
+    if kind == "pointwise":
+        module = "effnet_fast.ops.training.triton_pointwise"
+        triton_backend.register(stats, check_stats, allocate_stats, launcher=(module, stats))
+        triton_backend.register(backward, check_backward, allocate_backward, launcher=(f"{module}_backward", backward))
     _CHECK[stats], _CHECK[backward] = check_stats, check_backward
     why_not = functools.partial(native.why_not, cuda=kind == "depthwise")
     for name, run in references.items():
         backends.register(name, backends.Kernel("native", getattr(torch.ops.effnet_fast, name).native, why_not))
+        backends.register(name, backends.Kernel("triton", getattr(torch.ops.effnet_fast, name).triton, triton_backend.can_run))
         backends.register(name, backends.Kernel("reference", run, backends.always))
 
 
@@ -120,8 +125,8 @@ for _kind in KINDS:
     _define(_kind)
 
 
-def _compose(backend: str, key: str) -> None:
-    """Give the dense convolution's ops a kernel for a dispatch key: PyTorch's own convolution between that backend's passes."""
+def _compose(kind: str, backend: str, key: str) -> None:
+    """Give such a convolution's ops a kernel for a dispatch key: PyTorch's own convolution between that backend's passes."""
     runs = composed.implementations(normalization.passes(backend), getattr(torch.ops.effnet_fast.batch_stats, backend))
     for what, run in zip(("stats", "backward"), runs, strict=True):
 
@@ -129,11 +134,13 @@ def _compose(backend: str, key: str) -> None:
             for made, given in zip(_run(*args), out.values(), strict=True):
                 given.copy_(made)
 
-        implement(f"{_name('dense', what)}.{backend}", run, key)
-        implement(f"{_name('dense', what)}.{backend}_out", out_form, key)
+        implement(f"{_name(kind, what)}.{backend}", run, key)
+        implement(f"{_name(kind, what)}.{backend}_out", out_form, key)
 
 
-_compose("native", "CPU")
+_compose("dense", "native", "CPU")
+for _kind in ("dense", "depthwise"):
+    _compose(_kind, "triton", triton_backend.KEY)
 
 
 def kind_of(weight: Tensor, channels: int, stride: int) -> str:
@@ -152,7 +159,11 @@ def _unsupported(kind: str, weight: Tensor, stride: int) -> dict[str, str] | Non
 
 def why_no_kernel(x: Tensor, channels: int, weight: Tensor, stride: int) -> str | None:
     """Why nothing but the reference convolves ``channels`` channels, of x's dtype and device, with ``weight``; or None."""
-    return native.why_not(x) or (_unsupported(kind_of(weight, channels, stride), weight, stride) or {}).get("native")
+    kind = kind_of(weight, channels, stride)
+    unsupported = _unsupported(kind, weight, stride) or {}
+    *kernels, _ = backends.kernels(_name(kind, "stats"))
+    reasons = [kernel.can_run(x) or unsupported.get(kernel.backend) for kernel in kernels]
+    return None if None in reasons else "; ".join(reasons)  # type: ignore[arg-type]
 
 
 def _run(what: str, x: Tensor, weight: Tensor, stride: int, *args: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends, native
+from effnet_fast.ops import backends, native, triton_backend
 from effnet_fast.ops.common import accumulator, check_no_gradient, check_tensor, differentiates
 from effnet_fast.ops.library import define
 from effnet_fast.ops.training import composed, reference
@@ -24,7 +24,7 @@ def _elements(x_shape, *args, out_shape, **kwargs) -> int:
 
 
 def _define(name: str, arguments: str, results: tuple[str, ...], check: Callable[..., None], allocate: Callable[..., Any]) -> None:
-    """An op of that name, with reference and native kernels, the function of that name in the module of references."""
+    """An op of that name, with native and Triton kernels; the functions of that name in the modules of references and of Triton."""
     run = define(
         name,
         arguments,
@@ -33,10 +33,14 @@ def _define(name: str, arguments: str, results: tuple[str, ...], check: Callable
         check=check,
         allocate=allocate,
         flops=_elements,
-        backends=("native",),
+        backends=("native", "triton"),
     )
     _CHECK[name] = check
-    backends.register(name, backends.Kernel("native", getattr(torch.ops.effnet_fast, name).native, native.why_not))
+    module = "triton_statistics" if name == "batch_stats" else "triton"
+    triton_backend.register(name, check, allocate, launcher=(f"effnet_fast.ops.training.{module}", name))
+    overloads = getattr(torch.ops.effnet_fast, name)
+    backends.register(name, backends.Kernel("native", overloads.native, native.why_not))
+    backends.register(name, backends.Kernel("triton", overloads.triton, triton_backend.can_run))
     backends.register(name, backends.Kernel("reference", run, backends.always))
 
 

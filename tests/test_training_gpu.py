@@ -1,0 +1,107 @@
+"""Training on an NVIDIA GPU: steps of B0 beside timm's, under autocast and a GradScaler too; what they keep; what runs by default.
+What can be, runs on the CPU too, by the same code."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from plain import channels_last
+from test_gpu import device  # noqa: F401
+from tolerance import assert_2x_of_all
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import effnet_fast
+from effnet_fast.benchmark import calibrate, images
+from effnet_fast.models import create_model
+from effnet_fast.nn import training
+from effnet_fast.ops import triton_backend
+
+WAYS = [(torch.float32, "all"), (torch.bfloat16, "autocast"), (torch.float16, "autocast")]
+
+
+def backend_of(device: torch.device) -> str:  # noqa: F811
+    if device.type == "cpu":
+        return "native"
+    if (reason := triton_backend.can_run(torch.empty(1, device=device))) is not None:
+        pytest.skip(reason)
+    return "triton"
+
+
+def gradients(model: nn.Module, x: torch.Tensor, dtype: torch.dtype, scaler: torch.amp.GradScaler | None = None) -> dict:
+    """Loss, every parameter's gradient and the running statistics after one step's forward and backward."""
+    labels = torch.arange(len(x), device=x.device) % 10
+    with torch.autocast(x.device.type, dtype, enabled=dtype not in (torch.float32, torch.float64)):
+        loss = nn.functional.cross_entropy(model(x).to(torch.promote_types(x.dtype, torch.float32)), labels)
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    if scaler is not None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+    statistics = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    return {"loss": loss.detach()[None]} | {name: p.grad for name, p in model.named_parameters()} | statistics
+
+
+@pytest.mark.parametrize(("dtype", "how"), WAYS, ids=str)
+def test_a_step_of_b0(dtype, how, device):  # noqa: F811
+    """Loss scaled up where halves are fp16: nothing overflows, and gradients are those of the loss."""
+    timm, arguments = pytest.importorskip("timm"), {"num_classes": 10, "drop_rate": 0.0, "drop_path_rate": 0.0}
+    torch.manual_seed(0)
+    ours = calibrate(create_model("efficientnet_b0", **arguments), (64, 64))
+    theirs = timm.create_model("efficientnet_b0", **arguments)
+    theirs.load_state_dict(ours.state_dict())
+    ours, theirs = ours.to(device).train(), theirs.to(device).train()
+    x = channels_last(images(8, (64, 64)).to(device))
+    scalers = [torch.amp.GradScaler(device.type, init_scale=2.0**8) if dtype == torch.float16 else None for _ in range(2)]
+    exact = gradients(copy.deepcopy(theirs).double(), x.double(), torch.float64)
+    plain = gradients(theirs, x, dtype, scalers[0])
+    with effnet_fast.backend(backend_of(device)):
+        rows = effnet_fast.explain(copy.deepcopy(ours), x, grad=True)
+        made = gradients(ours, x, dtype, scalers[1])
+    assert all(row.plain is None for row in rows)
+    assert_2x_of_all(made, plain, exact, f"{dtype}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b1"])
+def test_what_a_step_keeps(name):
+    """By the allocator, in bf16: at most 40 % of eager PyTorch's."""
+    timm, kept = pytest.importorskip("timm"), {}
+    x = channels_last(images(16, (224, 224)).cuda())
+    for made, backend in ((timm.create_model(name), "reference"), (create_model(name), backend_of(torch.device("cuda")))):
+        model = made.cuda().train()
+        with effnet_fast.backend(backend), torch.autocast("cuda", torch.bfloat16):
+            model(x).sum().backward()  # gradients, workspaces
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            y = model(x)
+            torch.cuda.synchronize()
+            kept[backend] = torch.cuda.memory_allocated() - before
+        del y, model
+    assert kept["triton"] <= 0.4 * kept["reference"], kept
+
+
+@pytest.mark.gpu
+def test_by_default_on_a_gpu():
+    """Large activations are trained by Triton, small ones by plain PyTorch."""
+    backend_of(torch.device("cuda"))
+    model = create_model("efficientnet_b0").cuda().train()
+    rows = effnet_fast.explain(model, torch.randn(32, 3, 224, 224, device="cuda"), grad=True)
+    fused = [{choice.backend for choice in row.ops} for row in rows if row.plain is None]
+    assert fused and all(backends <= {"triton", "native"} and "triton" in backends for backends in fused)
+    assert any("our launches" in str(row.plain) for row in rows)
+
+
+@pytest.mark.parametrize(("batch", "plain"), [(16, set("0123456")), (128, set("3456")), (512, set())])
+def test_the_model_of_bytes_leaves_small_activations_to_pytorch(batch, plain):
+    model, size, left = create_model("efficientnet_b0"), 112, set()
+    with FakeTensorMode():
+        for block in model.config.blocks():
+            x = torch.empty(batch, block.in_channels, size, size, device="cuda", dtype=torch.bfloat16)
+            reason = training._why_slower(model.get_submodule(f"blocks.{block.stage}.{block.layer}").parts(), x)
+            left |= set() if reason is None else {str(block.stage)}
+            assert reason is None or "MB (modelled)" in reason
+            size = (size + block.stride - 1) // block.stride
+    assert left == plain
