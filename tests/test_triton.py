@@ -151,14 +151,14 @@ def outcomes_on_a_gpu(tmp_path_factory) -> dict[str, list[str]]:
     return outcomes
 
 
-def tests_of(file: str) -> list[str]:
+def names_in(file: str) -> list[str]:
     """The tests of one of FILES, which this process may not be able to import."""
     return [f"{file}::{name}" for name in re.findall(r"^def (test_\w+)", (HERE / file).read_text(), re.MULTILINE)]
 
 
 @needs_triton
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for file in FILES for name in tests_of(file)])
+@pytest.mark.parametrize("name", [name for file in FILES for name in names_in(file)])
 def test_on_a_gpu(name, outcomes_on_a_gpu):
     wrong = outcomes_on_a_gpu.get(name, ["it did not run"])
     assert not wrong, f"{len(wrong)} cases of {name}:\n" + "\n".join(wrong[:5])
