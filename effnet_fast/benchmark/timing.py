@@ -256,14 +256,19 @@ def race(
     advance: Callable[[int], Any] = lambda turns: None,
 ) -> dict[str, Answer]:
     """Two passes of ``rounds`` rounds over lanes that are prepared, ``seconds`` a turn: a :class:`Summary` each, or why not.
-    ``advance`` is called with 1 after each turn."""
+
+    Each round begins with another lane, so that none always follows the same one, whose threads may still be spinning.
+    ``advance`` is called with 1 after each turn.
+    """
     passes: dict[str, list[list[float]]] = {name: [[], []] for name in lanes}
     lost: dict[str, Answer] = {}
+    order = list(lanes)
     for number in range(2):
         for _ in range(rounds):
-            for name, lane in lanes.items():
+            order.append(order.pop(0))
+            for name in order:
                 if name not in lost:
-                    answer = lane.ask(timeout, "burst", seconds)
+                    answer = lanes[name].ask(timeout, "burst", seconds)
                     if answer.status == "ok":
                         passes[name][number] += answer.value
                     else:

@@ -10,7 +10,6 @@ reduces over ranks, and where a norm in evaluation mode (a frozen one) differs: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -329,34 +328,12 @@ FEWEST_PIXELS, OF_CHANNELS = 256, 480  # of the batch, where the expanded channe
 WIDE, WIDE_BF16 = 500, 160  # channels in and out of a 3x3 block, together
 
 
-# On a GPU, by a model that nothing has been measured for. Beside what convolutions read and write, eager PyTorch moves a layer's
-# result 13 times a step (forward: norm, 2 reads and a write, activation 1 and 1; backward: activation 2 and 1, norm 4 and 1), one
-# that is squeezed and gated 12 times more. Ours moves it 11 times or fewer: statistics, activation forward and again backward,
-# sums, its gradient. So it always moves less; but it starts more kernels, those over vectors too, and where the host takes longer
-# for that than eager PyTorch's bytes take, they decide.
-OF_RESULT, OF_SQUEEZED = 13, 12
-LAUNCHES = 25  # ours a layer, forward and backward
-BYTES_A_LAUNCH = 15_000_000  # moved at 3 TB/s in the 5 us that one takes the host
-
-
-def _why_launches_decide(parts: BlockParts, x: Tensor) -> str | None:
-    moved, shape, convs = 0, list(x.shape), [part for part in (parts.expand, parts.depthwise, parts.project) if part is not None]
-    for part in convs:
-        _, shape = _layer(part, shape)
-        squeezed = part is parts.depthwise and parts.squeeze_excite is not None
-        moved += math.prod(shape) * x.element_size() * (OF_RESULT + (OF_SQUEEZED if squeezed else 0))
-    least = LAUNCHES * len(convs) * BYTES_A_LAUNCH
-    if not isinstance(moved, int) or moved >= least:
-        return None
-    return f"eager PyTorch moves {moved // 10**6} MB (modelled): below {least // 10**6} our launches, which are more, decide"
-
-
 def _why_slower(parts: BlockParts, x: Tensor) -> str | None:
     """Why plain PyTorch is faster on a block. Asking symbolic sizes would fix them."""
     if parts.depthwise is None:
         return "without a depthwise convolution PyTorch's own kernels are as fast"
     if x.is_cuda:
-        return _why_launches_decide(parts, x)
+        return "on a GPU the kernels of training have not been timed: effnet_fast.backend('native') asks for them"
     conv = parts.depthwise.conv
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if conv.in_channels >= OF_CHANNELS and isinstance(pixels, int) and pixels < FEWEST_PIXELS * conv.stride[0] ** 2:
