@@ -186,6 +186,24 @@ def test_only_the_classifier_trains_at_first():
         head_of(nn.Sequential(nn.Linear(2, 2)))
 
 
+def test_what_the_user_froze_stays_frozen():
+    whole, norms, single = net(), net(), net()
+    freeze(whole)
+    freeze_batch_norm(norms)
+    single.conv_stem.weight.requires_grad_(False)
+    single.classifier.bias.requires_grad_(False)
+    for model in (whole, norms, single):
+        flags = [p.requires_grad for p in model.parameters()]
+        assert not all(flags)
+        for freeze_epochs in (0, 1):
+            before = copy.deepcopy(model.state_dict())
+            train(model, batches(), replace(PLAIN, freeze_epochs=freeze_epochs))
+            assert [p.requires_grad for p in model.parameters()] == flags
+            moved = [not torch.equal(p, before[name]) for name, p in model.named_parameters()]
+            assert any(moved) and not any(now and not trains for now, trains in zip(moved, flags, strict=True))
+            assert torch.equal(model.bn1.running_mean, before["bn1.running_mean"]) == (model is not single)
+
+
 def test_heads_of_peers():
     for library in ("timm", "torchvision.models"):
         module = pytest.importorskip(library)
@@ -241,7 +259,6 @@ def gradients(recipe: Recipe, taken: list) -> dict[str, torch.Tensor]:
                 module.momentum = None
         model.train()(images()[:][0])
     trainer = Trainer(model, recipe, batches(recipe))
-    trainer._set_trainable()
     trainer.model.train()
     trainer._take_step(taken)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -277,12 +294,22 @@ def test_any_classifier_trains():
     assert [row["epoch"] for row in history] == [1, 2, 3] and "top1" not in history[0]
     with pytest.raises(ValueError, match="grad_checkpointing: Tiny has no"):
         train(Tiny(), batches(), replace(PLAIN, grad_checkpointing=True))
+    for other, name in (
+        (Batches(images(), 2, training=True), "batch_size is 2; 4"),
+        (batches(replace(PLAIN, seed=3)), "seed is 3; 0"),
+    ):
+        with pytest.raises(ValueError, match=f"the batches' {name}, as the recipe's, would do"):
+            train(Tiny(), other, PLAIN)
     with pytest.raises(ValueError, match="grad_accum_steps is 4, and an epoch has 3 batches"):
         train(Tiny(), batches(), replace(PLAIN, grad_accum_steps=4))
     broken = Tiny()
     nn.init.constant_(broken.fc.weight, float("nan"))
-    with pytest.raises(ValueError, match="the training loss of epoch 1 is nan; a smaller lr"):
-        train(broken, batches(), PLAIN)
+    steps = []
+    for count, taken in ((12, 3), (80, 8)):  # told at the end of an epoch, and in a long one before it
+        with pytest.raises(ValueError, match="the training loss of epoch 1 is nan; a smaller lr"):
+            train(broken, batches(count=count), PLAIN, augment=lambda x, y: (x, (steps.append(1), y)[1]))
+        assert len(steps) == taken
+        steps.clear()
 
 
 def test_an_accelerated_peer_trains():
@@ -356,5 +383,8 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(tmp_path):
             checkpoints.load(tmp_path / name, trainer, {})
     with pytest.raises(FileNotFoundError):
         checkpoints.load(tmp_path / "nowhere.pth", trainer, {})
-    with pytest.raises(ValueError, match="holds a run already"):
-        train(net(), batches(), PLAIN, out=tmp_path)
+    (tmp_path / "other").mkdir()
+    checkpoints.save(tmp_path / "other" / "last.pth", trainer, [], {})
+    for resume in (None, tmp_path / "other" / "last.pth"):
+        with pytest.raises(ValueError, match="holds a run already"):
+            train(net(), batches(), PLAIN, out=tmp_path, resume=resume)

@@ -64,7 +64,11 @@ def test_depthwise(case, dtype):
     every_backend.test_depthwise(case, dtype, "triton")
 
 
-SMALL = [*(shape for shape in POINTWISE if shape[1] < 100 and shape[0] * shape[3] * shape[4] <= 160), (2, 33, 67, 9, 8), (1, 130, 20, 5, 4)]
+SMALL = [
+    *(shape for shape in POINTWISE if shape[1] < 100 and shape[0] * shape[3] * shape[4] <= 160),
+    (2, 33, 67, 9, 8),
+    (1, 130, 20, 5, 4),
+]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), in_turn(SMALL if INTERPRETED else POINTWISE), ids=str)

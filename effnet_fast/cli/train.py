@@ -109,7 +109,7 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
         preprocessing = replace(preprocessing, crop=arguments.img_size, resize=resize)
     teacher = _teacher(arguments.teacher, model, preprocessing) if arguments.teacher else None
     settings = {"seed": recipe.seed, "workers": arguments.workers}
-    folder = arguments.output or (arguments.resume.parent if arguments.resume else Path("output"))
+    folder = _folder(arguments)
     best = _Best(folder, _named(seen.classes, model.num_classes), preprocessing)
     history = train(
         model,
@@ -121,7 +121,7 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
         device=device,
         out=folder,
         resume=arguments.resume,
-        same={"preprocessing": preprocessing.to_dict(), "teacher": arguments.teacher},
+        same={"preprocessing": preprocessing.to_dict(), "teacher": arguments.teacher, "classes": list(seen.classes)},
         after_epoch=best.save,
     )
     if distributed.rank() == 0:
@@ -129,6 +129,15 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
         print(f"{100 * history[-1]['top1']:.2f} % of {len(held_out)} held-out images right, at best {100 * top['top1']:.2f} %")
         print(f"effnet-fast predict {folder / 'model.pth'} IMAGE")
     return 0
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    if arguments.resume is None:
+        return arguments.output or Path("output")
+    folder = arguments.resume.parent
+    if arguments.output is not None and arguments.output.resolve() != folder.resolve():
+        raise ValueError(f"--output is {arguments.output}, and the run to resume is in {folder}; that, or no --output, would do")
+    return folder
 
 
 class _Best:
