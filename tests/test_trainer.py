@@ -115,6 +115,27 @@ def test_layer_decay_is_timms():
         layers(nn.Sequential())
 
 
+@pytest.mark.parametrize(("eps", "shortest"), [(1e-12, 1 - 1e-5), (1e-3, 0.7)])
+def test_rmsprop_is_tensorflows(eps, shortest):
+    """Exactly but for where eps stands, also when it goes on from what was saved."""
+    model = nn.Linear(3, 1, bias=False)
+    recipe = replace(PLAIN, opt="rmsprop", lr=0.1, opt_eps=eps)
+    optimizer = build_optimizer(model, recipe)
+    square, momentum = torch.ones(3), torch.zeros(3)
+    for step in range(30):
+        gradient = torch.tensor([1e-3, 0.1, 10.0]) * (1 + step % 3)
+        square = 0.9 * square + 0.1 * gradient**2
+        momentum = 0.9 * momentum + 0.1 * gradient / (square + eps).sqrt()
+        before = model.weight.detach().clone()
+        model.weight.grad = gradient[None].clone()
+        optimizer.step()
+        share = (before - model.weight.detach())[0] / momentum
+        assert (share >= shortest - 1e-2 * (shortest < 0.9)).all() and (share <= 1 + 1e-3).all(), (step, share)
+        if step == 4:
+            saved, optimizer = copy.deepcopy(optimizer.state_dict()), build_optimizer(model, recipe)
+            optimizer.load_state_dict(saved)
+
+
 def keys(b: Batches, epoch: int, first: int = 0) -> list[list[int]]:
     return [y.tolist() for _, y in b.of_epoch(epoch, first)]
 
@@ -300,6 +321,8 @@ def test_any_classifier_trains():
     ):
         with pytest.raises(ValueError, match=f"the batches' {name}, as the recipe's, would do"):
             train(Tiny(), other, PLAIN)
+    with pytest.raises(ValueError, match="min_lr is 0.1, above the learning rate 0.05; that at most would do"):
+        train(Tiny(), batches(), replace(PLAIN, min_lr=0.1))
     with pytest.raises(ValueError, match="grad_accum_steps is 4, and an epoch has 3 batches"):
         train(Tiny(), batches(), replace(PLAIN, grad_accum_steps=4))
     broken = Tiny()
@@ -337,7 +360,8 @@ def test_scores():
     expected = (logits.topk(5, 1).indices == labels[:, None]).any(1).double().mean().item()
     assert scores.top5 == pytest.approx(expected) and scores.top5 < 1
     assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
-    assert evaluate(Fixed(), [(torch.eye(2), torch.tensor([0, 1]))]).top5 == 1.0
+    assert evaluate(Fixed(), [(torch.eye(6), torch.arange(6))]).top5 == 1.0
+    assert evaluate(Fixed(), [(torch.eye(5), torch.arange(5))]).top5 is None
 
 
 def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):

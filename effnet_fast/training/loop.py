@@ -25,11 +25,11 @@ Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Scores(NamedTuple):
-    """On held-out images: the mean cross entropy, and the shares with the label first, and among the first five."""
+    """On held-out images: the mean cross entropy, and the shares with the label first, and among the first five of more classes."""
 
     loss: float
     top1: float
-    top5: float
+    top5: float | None
     images: int
 
 
@@ -216,14 +216,15 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
     device = _device_of(model) if device is None else device
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    classes, sums = 0, torch.zeros(4, dtype=torch.float64, device=device)
     try:
         for x, y in batches:
             logits, y = model(x.to(device, non_blocking=True)).float(), y.to(device, non_blocking=True)
-            right = logits.topk(min(5, logits.shape[1]), 1).indices == y[:, None]
+            classes = logits.shape[1]
+            right = logits.topk(min(5, classes), 1).indices == y[:, None]
             loss = F.cross_entropy(logits, y, reduction="sum")
             sums += torch.stack([loss.double(), right[:, 0].sum().double(), right.sum().double(), loss.new_tensor(len(y)).double()])
     finally:
         model.train(was_training)
     loss_sum, first, among, images = distributed.summed(sums).tolist()
-    return Scores(loss_sum / images, first / images, among / images, int(images))
+    return Scores(loss_sum / images, first / images, among / images if classes > 5 else None, int(images))

@@ -96,7 +96,8 @@ def train(
             if validation is not None:
                 with trainer.autocast():
                     scores = evaluate(trainer.judged, _till_stopped(validation, caught, folder), trainer.device)
-                row |= {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
+                shares = {"top1": scores.top1, "top5": scores.top5}
+                row |= {"loss": scores.loss, **{name: share for name, share in shares.items() if share is not None}}
             history.append({**row, "seconds": time.perf_counter() - started})
             if first:
                 bar.write(_line(history[-1], recipe.epochs), file=sys.stderr)
