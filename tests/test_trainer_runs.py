@@ -63,7 +63,7 @@ def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from effnet_fast.cli import main, train
 made, calls = train.mixing, 0
 def mixing(*arguments):
@@ -73,6 +73,7 @@ def mixing(*arguments):
         calls += 1
         if calls == 3:
             os.killpg(0, signal.SIGTERM)
+            time.sleep(1)  # in which workers would die, and the loader say so
         return mixed(x, y)
     return augment
 train.mixing = mixing

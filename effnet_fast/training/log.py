@@ -23,7 +23,7 @@ def write_csv(history: History, path: Path) -> None:
 def draw_curves(history: History, path: Path) -> None:
     """Losses, accuracies and the learning rate over the epochs, as PNG; the file is replaced whole."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     panels = [("loss", ("train_loss", "loss")), ("share of images right", ("top1", "top5")), ("learning rate", ("lr",))]
     panels = [(title, tuple(name for name in names if name in history[0])) for title, names in panels]
@@ -38,6 +38,9 @@ def draw_curves(history: History, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if title == "loss":
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel("epoch", fontsize=8)
         axes.legend(fontsize=8, frameon=False)
