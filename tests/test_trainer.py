@@ -115,6 +115,27 @@ def test_layer_decay_is_timms():
         layers(nn.Sequential())
 
 
+@pytest.mark.parametrize(("eps", "shortest"), [(1e-12, 1 - 1e-5), (1e-3, 0.7)])
+def test_rmsprop_is_tensorflows(eps, shortest):
+    """Exactly but for where eps stands, also when it goes on from what was saved."""
+    model = nn.Linear(3, 1, bias=False)
+    recipe = replace(PLAIN, opt="rmsprop", lr=0.1, opt_eps=eps)
+    optimizer = build_optimizer(model, recipe)
+    square, momentum = torch.ones(3), torch.zeros(3)
+    for step in range(30):
+        gradient = torch.tensor([1e-3, 0.1, 10.0]) * (1 + step % 3)
+        square = 0.9 * square + 0.1 * gradient**2
+        momentum = 0.9 * momentum + 0.1 * gradient / (square + eps).sqrt()
+        before = model.weight.detach().clone()
+        model.weight.grad = gradient[None].clone()
+        optimizer.step()
+        share = (before - model.weight.detach())[0] / momentum
+        assert (share >= shortest - 1e-2 * (shortest < 0.9)).all() and (share <= 1 + 1e-3).all(), (step, share)
+        if step == 4:
+            saved, optimizer = copy.deepcopy(optimizer.state_dict()), build_optimizer(model, recipe)
+            optimizer.load_state_dict(saved)
+
+
 def keys(b: Batches, epoch: int, first: int = 0) -> list[list[int]]:
     return [y.tolist() for _, y in b.of_epoch(epoch, first)]
 
@@ -186,6 +207,24 @@ def test_only_the_classifier_trains_at_first():
         head_of(nn.Sequential(nn.Linear(2, 2)))
 
 
+def test_what_the_user_froze_stays_frozen():
+    whole, norms, single = net(), net(), net()
+    freeze(whole)
+    freeze_batch_norm(norms)
+    single.conv_stem.weight.requires_grad_(False)
+    single.classifier.bias.requires_grad_(False)
+    for model in (whole, norms, single):
+        flags = [p.requires_grad for p in model.parameters()]
+        assert not all(flags)
+        for freeze_epochs in (0, 1):
+            before = copy.deepcopy(model.state_dict())
+            train(model, batches(), replace(PLAIN, freeze_epochs=freeze_epochs))
+            assert [p.requires_grad for p in model.parameters()] == flags
+            moved = [not torch.equal(p, before[name]) for name, p in model.named_parameters()]
+            assert any(moved) and not any(now and not trains for now, trains in zip(moved, flags, strict=True))
+            assert torch.equal(model.bn1.running_mean, before["bn1.running_mean"]) == (model is not single)
+
+
 def test_heads_of_peers():
     for library in ("timm", "torchvision.models"):
         module = pytest.importorskip(library)
@@ -241,7 +280,6 @@ def gradients(recipe: Recipe, taken: list) -> dict[str, torch.Tensor]:
                 module.momentum = None
         model.train()(images()[:][0])
     trainer = Trainer(model, recipe, batches(recipe))
-    trainer._set_trainable()
     trainer.model.train()
     trainer._take_step(taken)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -277,12 +315,24 @@ def test_any_classifier_trains():
     assert [row["epoch"] for row in history] == [1, 2, 3] and "top1" not in history[0]
     with pytest.raises(ValueError, match="grad_checkpointing: Tiny has no"):
         train(Tiny(), batches(), replace(PLAIN, grad_checkpointing=True))
+    for other, name in (
+        (Batches(images(), 2, training=True), "batch_size is 2; 4"),
+        (batches(replace(PLAIN, seed=3)), "seed is 3; 0"),
+    ):
+        with pytest.raises(ValueError, match=f"the batches' {name}, as the recipe's, would do"):
+            train(Tiny(), other, PLAIN)
+    with pytest.raises(ValueError, match="min_lr is 0.1, above the learning rate 0.05; that at most would do"):
+        train(Tiny(), batches(), replace(PLAIN, min_lr=0.1))
     with pytest.raises(ValueError, match="grad_accum_steps is 4, and an epoch has 3 batches"):
         train(Tiny(), batches(), replace(PLAIN, grad_accum_steps=4))
     broken = Tiny()
     nn.init.constant_(broken.fc.weight, float("nan"))
-    with pytest.raises(ValueError, match="the training loss of epoch 1 is nan; a smaller lr"):
-        train(broken, batches(), PLAIN)
+    steps = []
+    for count, taken in ((12, 3), (80, 8)):  # told at the end of an epoch, and in a long one before it
+        with pytest.raises(ValueError, match="the training loss of epoch 1 is nan; a smaller lr"):
+            train(broken, batches(count=count), PLAIN, augment=lambda x, y: (x, (steps.append(1), y)[1]))
+        assert len(steps) == taken
+        steps.clear()
 
 
 def test_an_accelerated_peer_trains():
@@ -310,7 +360,8 @@ def test_scores():
     expected = (logits.topk(5, 1).indices == labels[:, None]).any(1).double().mean().item()
     assert scores.top5 == pytest.approx(expected) and scores.top5 < 1
     assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
-    assert evaluate(Fixed(), [(torch.eye(2), torch.tensor([0, 1]))]).top5 == 1.0
+    assert evaluate(Fixed(), [(torch.eye(6), torch.arange(6))]).top5 == 1.0
+    assert evaluate(Fixed(), [(torch.eye(5), torch.arange(5))]).top5 is None
 
 
 def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -356,5 +407,8 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(tmp_path):
             checkpoints.load(tmp_path / name, trainer, {})
     with pytest.raises(FileNotFoundError):
         checkpoints.load(tmp_path / "nowhere.pth", trainer, {})
-    with pytest.raises(ValueError, match="holds a run already"):
-        train(net(), batches(), PLAIN, out=tmp_path)
+    (tmp_path / "other").mkdir()
+    checkpoints.save(tmp_path / "other" / "last.pth", trainer, [], {})
+    for resume in (None, tmp_path / "other" / "last.pth"):
+        with pytest.raises(ValueError, match="holds a run already"):
+            train(net(), batches(), PLAIN, out=tmp_path, resume=resume)

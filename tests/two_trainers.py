@@ -5,6 +5,7 @@ The first process writes FOLDER/whole.pt and FOLDER/resumed.pt: the history and 
 
 from __future__ import annotations
 
+import copy
 import signal
 import sys
 from dataclasses import replace
@@ -14,8 +15,8 @@ import torch
 import torch.distributed as dist
 from test_trainer import PLAIN, images, net
 
-from effnet_fast.training import Batches, Stopped, distributed, train
-from effnet_fast.training.run import _AGREE_EVERY
+from effnet_fast.training import Batches, Stopped, Trainer, distributed, freeze_batch_norm, train
+from effnet_fast.training.run import _ASK_EVERY
 
 
 def judge(held_out):
@@ -30,10 +31,37 @@ def judge(held_out):
     return after_epoch
 
 
+def compare_gradients(recipe) -> None:
+    """After one step both processes have the gradients of one process on the whole batch."""
+    model = net(width=0.5).train()
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.momentum = None
+    with torch.no_grad():
+        model(images()[:][0])  # statistics that let the images through
+    whole = copy.deepcopy(model)
+    if recipe.freeze_bn:
+        freeze_batch_norm(whole)
+    seen = Batches(images(16), recipe.batch_size, training=True)
+    mine = next(seen.of_epoch(0))
+    next(Trainer(model, recipe, seen).run_epoch())
+    everyones = [[torch.empty_like(part) for _ in range(2)] for part in mine]
+    for parts, part in zip(everyones, mine, strict=True):
+        dist.all_gather(parts, part)
+    x, y = map(torch.cat, everyones)
+    torch.nn.functional.cross_entropy(whole(x), y).backward()
+    expected = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == expected.keys() and len(got) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()) + 1e-8, msg=name)
+
+
 def main() -> None:
     folder, calls = Path(sys.argv[1]), 0
     torch.set_num_threads(1)
-    recipe = replace(PLAIN, freeze_epochs=1, model_ema=True, grad_accum_steps=2)  # parameters that begin to train later
+    recipe = replace(
+        PLAIN, batch_size=2, freeze_epochs=1, model_ema=True, grad_accum_steps=2
+    )  # parameters that begin to train later
 
     def told_to_stop(x, y):
         nonlocal calls
@@ -44,7 +72,7 @@ def main() -> None:
 
     def run(name: str, **settings):
         model = net(drop=0.3)
-        seen = Batches(images(8 * (_AGREE_EVERY + 2)), 2, training=True)
+        seen = Batches(images(8 * (_ASK_EVERY + 2)), 2, training=True)
         held_out = images(7)
         settings |= {"validation": Batches(held_out, 2, training=False), "after_epoch": judge(held_out[:])}
         history = train(model, seen, recipe, out=folder / name, **settings)
@@ -52,6 +80,7 @@ def main() -> None:
             torch.save((history, model.state_dict()), folder / f"{name}.pt")
 
     with distributed.process_group(torch.device("cpu")):
+        compare_gradients(replace(PLAIN, freeze_bn=True))
         run("whole")
         try:
             run("resumed", augment=told_to_stop)
@@ -59,7 +88,7 @@ def main() -> None:
         except Stopped as stopped:
             assert stopped.signal == signal.SIGTERM
         state = torch.load(folder / "resumed" / "last.pth", weights_only=True)
-        assert (state["epoch"], state["step"]) == (0, _AGREE_EVERY)
+        assert (state["epoch"], state["step"]) == (0, _ASK_EVERY)
         dist.barrier()
         run("resumed", resume=folder / "resumed" / "last.pth")
 

@@ -32,6 +32,7 @@ _EXTRAS = {
     "sklearn": ("scikit-learn", "cli"),
     "torchvision": ("torchvision", "train"),
     "matplotlib": ("matplotlib", "bench"),
+    "scipy": ("scipy", "train"),
 }
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -43,10 +44,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 where interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if sys.stdout is None:
             raise OSError("standard output is closed; an open one, or /dev/null, would do")
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        code = _run(argv)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()  # whoever read it has gone
         return BROKEN_PIPE
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print_error(error)
+        print_error(error, training=argv[:1] == ["train"])
         try:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -69,14 +71,14 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def print_error(error: Exception) -> None:
-    """One line on stderr."""
+def print_error(error: Exception, training: bool = False) -> None:
+    """One line on stderr. ``training``: the command wants all that the train extra brings."""
     text = str(error)
     if isinstance(error, ModuleNotFoundError):
         found = _EXTRAS.get((error.name or "").split(".")[0])
         if found is None:
             raise error
-        package, extra = found
+        package, extra = found[0], "train" if training else found[1]
         text = f"this needs {package}: pip install 'effnet-fast[{extra}]' would do"
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"

@@ -22,7 +22,7 @@ _OPTIONAL = {
     "onnxscript": "bench: the next two",
     "onnxruntime": "bench",
     "openvino": "bench",
-    "matplotlib": "bench --plot",
+    "matplotlib": "train, bench --plot",
 }
 
 

@@ -1,7 +1,7 @@
 """Accuracy on the held-out images of a data set, prepared as the weights want them.
 
 DATA is a directory with val (or validation, test) of one directory of images for each class, or that directory itself; or, with
---dataset, what torchvision reads. Where the weights carry class names, the data set must have the same.
+--dataset, what torchvision reads. Where the weights carry class names, the data set must have the same, else as many classes.
 
 examples: effnet-fast eval pets-b0/best.pth pets
           effnet-fast eval efficientnet_b0 imagenet --pretrained --json
@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         model, preprocessing, classes, _ = loaded
         if classes is not None:
             check_classes(classes[: len(images.classes)], images.classes)
-        elif len(images.classes) > model.num_classes:
-            raise ValueError(f"{arguments.data} has {len(images.classes)} classes, more than the model's {model.num_classes}")
+        elif len(images.classes) != model.num_classes:
+            raise ValueError(f"{arguments.data} has {len(images.classes)} classes; {model.num_classes}, as the model, would do")
         prepared = Images(images, held_out_transform(preprocessing))
         batches = Batches(prepared, arguments.batch_size, training=False, workers=arguments.workers)
         serving = optimize_for_inference(model, preprocessing=preprocessing)
@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(scores._asdict()))
     else:
-        shares = [("top-1", f"{100 * scores.top1:.2f} %"), ("top-5", f"{100 * scores.top5:.2f} %")]
-        print(table(("score", "value"), [*shares, ("loss", f"{scores.loss:.4f}"), ("images", scores.images)], "lr"))
+        shares = [("top-1", scores.top1), ("top-5", scores.top5)]
+        told = [(name, f"{100 * share:.2f} %") for name, share in shares if share is not None]
+        print(table(("score", "value"), [*told, ("loss", f"{scores.loss:.4f}"), ("images", scores.images)], "lr"))
     note_if_random(loaded)
     return 0

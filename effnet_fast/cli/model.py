@@ -44,7 +44,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="auto",
-        help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one, each of torchrun's ranks its own (default)",
+        help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one (default); of cuda each of torchrun's ranks gets its own",
     )
 
 
@@ -120,11 +120,13 @@ def note_if_random(loaded: Loaded) -> None:
 
 
 def device_of(text: str) -> torch.device:
-    """The device of a name, shown to work; ValueError otherwise."""
-    if text == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
+    """The device of a name, shown to work, and for auto and cuda each of torchrun's ranks its own; ValueError otherwise."""
+    if text == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if text in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if text.startswith("cuda:") and "LOCAL_RANK" in os.environ:
+        raise ValueError(f"--device is {text!r} for each of torchrun's processes; cuda, which gives each its own, would do")
     try:
         device = torch.device(text)
         torch.zeros(1, device=device).item()

@@ -2,8 +2,9 @@
 
 DATA is a directory with train and val of one directory of images for each class; or, with --dataset, what torchvision reads
 CIFAR-10, CIFAR-100, Flowers-102 or Stanford Cars from. The folder --output gets model.pth (the last epoch's weights: the average
-where one is kept) and best.pth (the best epoch's on the held-out images), which are MODEL to predict, eval and cam; log.csv and
-curves.png; and last.pth, from which --resume goes on exactly where Ctrl-C or SIGTERM stopped it, or at the epoch of a crash.
+where one is kept) and best.pth (the best epoch's on the held-out images: for CIFAR and Stanford Cars on their test split, which
+judges it no more), which are MODEL to predict, eval and cam; log.csv and curves.png; and last.pth, from which --resume goes on
+exactly where Ctrl-C or SIGTERM stopped it, or at the epoch of a crash.
 
 examples: effnet-fast train pets --model efficientnet_b0 --pretrained --recipe finetune --output pets-b0
           effnet-fast train pets --model efficientnet_b0 --pretrained --recipe finetune --resume pets-b0/last.pth
@@ -29,8 +30,6 @@ from effnet_fast.training import PRESETS, Batches, Recipe, Stopped, distributed,
 from effnet_fast.training.data import DATASETS, Images, check_classes, held_out_transform, mixing, open_dataset, training_transform
 from effnet_fast.weights import Preprocessing, preprocessing_of, save_checkpoint
 
-DEFAULT = "cosine"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="directory of the data set")
@@ -49,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", metavar="MODEL", help="distil from it: a checkpoint of effnet-fast's, or NAME with its weights"
     )
-    parser.add_argument("--recipe", choices=sorted(PRESETS), default=DEFAULT, help=f"settings to begin with (default: {DEFAULT})")
+    parser.add_argument(
+        "--recipe", choices=sorted(PRESETS), help="settings to begin with (default: finetune for pretrained weights, else cosine)"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="(default: the folder of --resume, else output)")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a last.pth; the other options as before")
     parser.add_argument(
@@ -76,12 +77,17 @@ def _add_setting(group: Any, name: str, default: Any, metadata: Any) -> None:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The named recipe with the options in place of its own; ValueError names one that is out of range."""
+    """The named recipe with the options in place of its own; ValueError names one that is out of range or of no use."""
     given = {setting.name: getattr(arguments, f"recipe_{setting.name}") for setting in fields(Recipe)}
     changed: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
     }
-    return replace(PRESETS[arguments.recipe], **changed)
+    pretrained = arguments.pretrained or arguments.pretrained_path or Path(arguments.model).suffix  # a tag
+    recipe = replace(PRESETS[arguments.recipe or ("finetune" if pretrained else "cosine")], **changed)
+    for name in ("distill", "temperature"):
+        if name in changed and not arguments.teacher:
+            raise ValueError(f"--{name} is {changed[name]:g}, and there is no teacher; with --teacher it would do")
+    return recipe
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -109,7 +115,7 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
         preprocessing = replace(preprocessing, crop=arguments.img_size, resize=resize)
     teacher = _teacher(arguments.teacher, model, preprocessing) if arguments.teacher else None
     settings = {"seed": recipe.seed, "workers": arguments.workers}
-    folder = arguments.output or (arguments.resume.parent if arguments.resume else Path("output"))
+    folder = _folder(arguments)
     best = _Best(folder, _named(seen.classes, model.num_classes), preprocessing)
     history = train(
         model,
@@ -121,7 +127,7 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
         device=device,
         out=folder,
         resume=arguments.resume,
-        same={"preprocessing": preprocessing.to_dict(), "teacher": arguments.teacher},
+        same={"preprocessing": preprocessing.to_dict(), "teacher": arguments.teacher, "classes": list(seen.classes)},
         after_epoch=best.save,
     )
     if distributed.rank() == 0:
@@ -129,6 +135,15 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
         print(f"{100 * history[-1]['top1']:.2f} % of {len(held_out)} held-out images right, at best {100 * top['top1']:.2f} %")
         print(f"effnet-fast predict {folder / 'model.pth'} IMAGE")
     return 0
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    if arguments.resume is None:
+        return arguments.output or Path("output")
+    folder = arguments.resume.parent
+    if arguments.output is not None and arguments.output.resolve() != folder.resolve():
+        raise ValueError(f"--output is {arguments.output}, and the run to resume is in {folder}; that, or no --output, would do")
+    return folder
 
 
 class _Best:

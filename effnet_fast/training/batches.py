@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from effnet_fast.training import distributed
 
@@ -19,7 +20,10 @@ def seed_of(*numbers: int) -> int:
 
 
 class _Seeded(Dataset):
-    """Items under (epoch, index); what draws from torch's generator on the way draws the same for the same pair."""
+    """Items under (epoch, index); what draws from torch's generator on the way draws the same for the same pair.
+
+    An item that cannot be had is its error, which a worker of the loader would wrap in a traceback.
+    """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -27,7 +31,21 @@ class _Seeded(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, *key))
-            return self.dataset[key[1]]
+            try:
+                return self.dataset[key[1]]
+            except (ValueError, OSError) as error:
+                return error
+
+
+def _collated(items: list[Any]) -> Any:
+    """The batch, or the first error among its items."""
+    return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
+
+
+def _outlive_a_signal(worker: int) -> None:
+    """A signal to the whole process group leaves a worker loading, for the run to save; the next, such as the loader's, ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 class _Keys:
@@ -64,11 +82,12 @@ class Batches:
                 order, each in one process
     workers     that load ahead; they change nothing but the speed
 
-    Raises ValueError where the images fill no batch.
+    Raises ValueError where the images fill no batch. A ValueError or OSError of an item, such as a damaged file, is raised with its
+    batch, as it is also where a worker had it.
     """
 
     def __init__(self, dataset: Any, batch_size: int, *, training: bool, seed: int = 0, workers: int = 0) -> None:
-        self.dataset = dataset
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self._keys = _Keys(len(dataset), batch_size, training, seed)
         least = batch_size * distributed.processes() if training else 1
         if len(dataset) < least:
@@ -77,6 +96,8 @@ class Batches:
             _Seeded(dataset, seed),
             batch_sampler=self._keys,
             num_workers=workers,
+            collate_fn=_collated,
+            worker_init_fn=_outlive_a_signal,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -88,4 +109,7 @@ class Batches:
     def of_epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from number ``first`` on."""
         self._keys.epoch, self._keys.first = epoch, first
-        return iter(self._loader)
+        for batch in self._loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch

@@ -19,9 +19,8 @@ History = list[dict[str, float]]
 
 
 def save(path: Path, trainer: Trainer, history: History, same: Mapping[str, Any]) -> None:
-    """Write, in the first process, all that :func:`load` wants; an unfinished epoch's losses are summed over processes first."""
+    """Write, in the first process, all that :func:`load` wants. Every process calls this."""
     state = trainer.state_dict()
-    state["total"] = distributed.summed(trainer.total.clone())
     if distributed.rank() == 0:
         with whole(path) as aside:
             torch.save({**state, "history": history, "run": _run(trainer, same)}, aside)
@@ -45,7 +44,7 @@ def load(path: str | os.PathLike[str], trainer: Trainer, same: Mapping[str, Any]
     for name in [*here, *there]:
         if here.get(name) != there.get(name):
             raise ValueError(
-                f"{path} is of a run with {name} {there.get(name)!r}, this one has {here.get(name)!r}; the same would do"
+                f"{path} is of a run with {name} {there.get(name)!r:.200}, this one has {here.get(name)!r:.200}; the same would do"
             )
     trainer.load_state_dict(content)
     return content["history"]

@@ -42,19 +42,16 @@ class Images:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.dataset[index]
-        return self.transform(image.convert("RGB") if image.mode not in ("RGB", "L") else image), label
+        return self.transform(image), label
 
 
-def open_dataset(
-    path: str | os.PathLike[str], *, training: bool, kind: str = "folder", download: bool = False, channels: int = 3
-) -> Any:
-    """One split of a data set on the disk, as torchvision's object: items (image, label), and ``classes``, their names.
+def open_dataset(path: str | os.PathLike[str], *, training: bool, kind: str = "folder", download: bool = False) -> Any:
+    """One split of a data set on the disk, as torchvision's object: items (RGB image, label), and ``classes``, their names.
 
     path      "folder": a directory with ``train`` and ``val`` (or ``validation``, ``test``) of one directory of images a class;
               held out may be that directory itself. Else what torchvision calls root
     kind      one of ``DATASETS``
     download  fetch it where it is not there, as torchvision does (not Stanford Cars, whose server is gone)
-    channels  3, or 1 for greyscale ("folder" only)
 
     Raises FileNotFoundError or ValueError that says what is missing.
     """
@@ -68,7 +65,7 @@ def open_dataset(
     if kind == "folder":
         folder = _split(root, training)
         try:
-            return datasets.ImageFolder(folder, loader=partial(read_image, channels=channels), is_valid_file=_is_image)
+            return datasets.ImageFolder(folder, loader=read_image, is_valid_file=_is_image)
         except FileNotFoundError as error:
             raise ValueError(f"{folder} is no directory of one directory of images for each class: {error}") from error
     name, *splits = _TORCHVISION[kind]
@@ -101,7 +98,7 @@ def _prepared(image: Any, preprocessing: Preprocessing) -> Tensor:
     return torch.from_numpy(prepare(image, preprocessing))
 
 
-def training_transform(recipe: Recipe, preprocessing: Preprocessing, channels: int = 3) -> Transform:
+def training_transform(recipe: Recipe, preprocessing: Preprocessing) -> Transform:
     """A random crop, mirrored, augmented and normalised, with a part erased, as the recipe says: [C, crop, crop] float32.
 
     All chance comes from torch's generator.
@@ -109,18 +106,17 @@ def training_transform(recipe: Recipe, preprocessing: Preprocessing, channels: i
     from torchvision.transforms import v2
 
     interpolation = v2.InterpolationMode(preprocessing.interpolation)
-    fill = [round(255 * mean) for mean in preprocessing.for_channels(channels).mean]
+    fill = [round(255 * mean) for mean in preprocessing.mean]
     policies = {
         "autoaugment": lambda: v2.AutoAugment(fill=fill),
         "randaugment": lambda: v2.RandAugment(num_ops=2, magnitude=9, fill=fill),
     }
-    colours = preprocessing.for_channels(channels)
     steps = [
         v2.RandomResizedCrop(preprocessing.crop, recipe.scale, interpolation=interpolation),
         v2.RandomHorizontalFlip(recipe.hflip),
     ]
     steps += [policies[recipe.aa]()] if recipe.aa in policies else []
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(colours.mean, colours.std)]
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocessing.mean, preprocessing.std)]
     steps += [v2.RandomErasing(recipe.reprob, value="random")] if recipe.reprob else []
     return v2.Compose(steps)
 

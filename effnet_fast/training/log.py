@@ -8,8 +8,8 @@ from pathlib import Path
 from effnet_fast.training.checkpoint import History
 from effnet_fast.weights.files import whole
 
-# Okabe and Ito's, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73")
+_COLOURS = ("#0072B2", "#D55E00")  # Okabe and Ito's, which colour-blind readers can tell apart
+_NAMES = {"train_loss": "training loss", "loss": "held-out loss", "top1": "top-1", "top5": "top-5", "lr": "highest of a step"}
 
 
 def write_csv(history: History, path: Path) -> None:
@@ -23,7 +23,7 @@ def write_csv(history: History, path: Path) -> None:
 def draw_curves(history: History, path: Path) -> None:
     """Losses, accuracies and the learning rate over the epochs, as PNG; the file is replaced whole."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     panels = [("loss", ("train_loss", "loss")), ("share of images right", ("top1", "top5")), ("learning rate", ("lr",))]
     panels = [(title, tuple(name for name in names if name in history[0])) for title, names in panels]
@@ -32,8 +32,15 @@ def draw_curves(history: History, path: Path) -> None:
     epochs = [row["epoch"] for row in history]
     for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, colour in zip(names, _COLOURS, strict=False):
-            axes.plot(epochs, [row[name] for row in history], color=colour, label=name, marker="." if len(epochs) < 30 else None)
+            axes.plot(
+                epochs, [row[name] for row in history], color=colour, label=_NAMES[name], marker="." if len(epochs) < 30 else None
+            )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if title == "loss":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel("epoch", fontsize=8)
         axes.legend(fontsize=8, frameon=False)

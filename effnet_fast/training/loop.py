@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
@@ -18,17 +19,17 @@ from effnet_fast.training.batches import Batches, seed_of
 from effnet_fast.training.distillation import Loss
 from effnet_fast.training.optimizer import build_optimizer, schedule
 from effnet_fast.training.recipes import Recipe
-from effnet_fast.training.transfer import freeze, freeze_batch_norm, unfreeze
+from effnet_fast.training.transfer import freeze_batch_norm, frozen
 
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Scores(NamedTuple):
-    """On held-out images: the mean cross entropy, and the shares with the label first, and among the first five."""
+    """On held-out images: the mean cross entropy, and the shares with the label first, and among the first five of more classes."""
 
     loss: float
     top1: float
-    top5: float
+    top5: float | None
     images: int
 
 
@@ -42,7 +43,9 @@ class Trainer:
     teacher  see :class:`effnet_fast.training.distillation.Loss`
 
     torch's generators are seeded at every step from (seed, epoch, step, rank), so that dropout and ``augment`` follow from those.
-    Where there is a process group, gradients are shared as DistributedDataParallel does.
+    Where there is a process group, gradients are shared as DistributedDataParallel does. What the model has frozen stays frozen.
+
+    Raises ValueError where the batches or the model are not what the recipe wants.
     """
 
     def __init__(
@@ -62,14 +65,17 @@ class Trainer:
             raise ValueError(
                 f"grad_accum_steps is {recipe.grad_accum_steps}, and an epoch has {len(batches)} batches; as many at most would do"
             )
+        for name in ("batch_size", "seed"):
+            if getattr(batches, name) != getattr(recipe, name):
+                raise ValueError(
+                    f"the batches' {name} is {getattr(batches, name)}; {getattr(recipe, name)}, as the recipe's, would do"
+                )
         self.model = model.to(self.device)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         _configure(model, recipe)
         self.loss = Loss(recipe, None if teacher is None else teacher.to(self.device))
-        self.forward = distributed.parallel(
-            model, self.device, recipe.sync_bn, changing=recipe.freeze_bn or recipe.freeze_epochs > 0
-        )
+        self.forward = distributed.parallel(model, self.device, recipe.sync_bn, changing=recipe.freeze_epochs > 0)
         self.ema = AveragedModel(model, use_buffers=True) if recipe.model_ema else None
         self.optimizer = build_optimizer(model, recipe, distributed.processes())
         for group in self.optimizer.param_groups:
@@ -91,29 +97,37 @@ class Trainer:
 
     def run_epoch(self) -> Iterator[None]:
         """The rest of an epoch, a step at each turn."""
-        self._set_trainable()
-        self.model.train()
         each = self.recipe.grad_accum_steps
         batches = self.batches.of_epoch(self.epoch, self.step * each)
-        while self.step < self.steps:
-            taken = [next(batches) for _ in range(each)]
-            torch.manual_seed(seed_of(self.recipe.seed, self.epoch, self.step, distributed.rank()))
-            self._take_step(taken)
-            self.step += 1
-            yield
+        with frozen(self.model) if self.epoch < self.recipe.freeze_epochs else nullcontext():
+            self.model.train()
+            while self.step < self.steps:
+                taken = [next(batches) for _ in range(each)]
+                torch.manual_seed(seed_of(self.recipe.seed, self.epoch, self.step, distributed.rank()))
+                self._take_step(taken)
+                self.step += 1
+                yield
 
     def end_epoch(self) -> float:
-        """Go on to the next epoch; returns the mean loss of this one over all processes, ValueError where it is not finite."""
-        mean = float(distributed.summed(self.total)) / (self.steps * distributed.processes())
-        if not abs(mean) < float("inf"):
-            raise ValueError(f"the training loss of epoch {self.epoch + 1} is {mean}; a smaller lr, or clip_grad, would do")
+        """Go on to the next epoch; returns the mean loss of this one over all processes."""
+        mean = self.finite_total() / (self.steps * distributed.processes())
         self.epoch, self.step = self.epoch + 1, 0
         self.total.zero_()
         distributed.share_buffers(self.judged)
         return mean
 
+    def finite_total(self) -> float:
+        """The sum of this epoch's losses so far over all processes, each of which calls this; ValueError where it is not finite."""
+        total = float(distributed.summed(self.total.clone()))
+        if not math.isfinite(total):
+            raise ValueError(f"the training loss of epoch {self.epoch + 1} is {total}; a smaller lr, or clip_grad, would do")
+        return total
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a later process needs to go on exactly, tensors and plain values; the weights under timm's names."""
+        """All that a later process needs to go on exactly, tensors and plain values; the weights under timm's names.
+
+        Every process calls this. Raises ValueError where the loss is not finite: there is nothing to go on with.
+        """
         averaged = {} if self.ema is None else {"state_dict_ema": self.ema.module.state_dict()}
         parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scaler")}
         return {
@@ -122,7 +136,7 @@ class Trainer:
             **parts,
             "epoch": self.epoch,
             "step": self.step,
-            "total": self.total,
+            "total": self.finite_total(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -131,18 +145,10 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
         self.epoch, self.step = state["epoch"], state["step"]
         # The sum is of all processes, which share one file.
-        self.total.copy_(state["total"] if distributed.rank() == 0 else torch.zeros(()))
+        self.total.fill_(state["total"] if distributed.rank() == 0 else 0.0)
         if self.ema is not None:
             self.ema.module.load_state_dict(state["state_dict_ema"])
             self.ema.n_averaged.fill_(self.epoch * self.steps + self.step)
-
-    def _set_trainable(self) -> None:
-        if self.epoch < self.recipe.freeze_epochs:
-            freeze(self.model)
-        else:
-            unfreeze(self.model)
-            if self.recipe.freeze_bn:
-                freeze_batch_norm(self.model)
 
     def _take_step(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         done = self.epoch * self.steps + self.step
@@ -196,6 +202,8 @@ def _configure(model: nn.Module, recipe: Recipe) -> None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = recipe.bn_momentum
+    if recipe.freeze_bn:
+        freeze_batch_norm(model)
     if recipe.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise ValueError(f"grad_checkpointing: {type(model).__name__} has no set_grad_checkpointing(); False would do")
@@ -208,14 +216,15 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
     device = _device_of(model) if device is None else device
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    classes, sums = 0, torch.zeros(4, dtype=torch.float64, device=device)
     try:
         for x, y in batches:
             logits, y = model(x.to(device, non_blocking=True)).float(), y.to(device, non_blocking=True)
-            right = logits.topk(min(5, logits.shape[1]), 1).indices == y[:, None]
+            classes = logits.shape[1]
+            right = logits.topk(min(5, classes), 1).indices == y[:, None]
             loss = F.cross_entropy(logits, y, reduction="sum")
             sums += torch.stack([loss.double(), right[:, 0].sum().double(), right.sum().double(), loss.new_tensor(len(y)).double()])
     finally:
         model.train(was_training)
     loss_sum, first, among, images = distributed.summed(sums).tolist()
-    return Scores(loss_sum / images, first / images, among / images, int(images))
+    return Scores(loss_sum / images, first / images, among / images if classes > 5 else None, int(images))

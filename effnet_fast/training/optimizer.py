@@ -63,15 +63,19 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_dec
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, processes: int = 1) -> Optimizer:
-    """torch's optimizer as the recipe says."""
+    """torch's optimizer as the recipe says; rmsprop's mean square starts at one, as TensorFlow's does, and not at zero."""
     lr = recipe.learning_rate(processes)
     groups = parameter_groups(model, lr, recipe.weight_decay, recipe.layer_decay)
     if recipe.opt == "sgd":
         return torch.optim.SGD(groups, lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     if recipe.opt == "adamw":
         return torch.optim.AdamW(groups, lr, betas=(recipe.momentum, 0.999), eps=recipe.opt_eps)
-    # TensorFlow's eps stands under the root, torch's beside it: so that the longest step of both is the same.
-    return torch.optim.RMSprop(groups, lr, alpha=0.9, momentum=recipe.momentum, eps=math.sqrt(recipe.opt_eps))
+    # TensorFlow's eps stands under the root, torch's beside it: with its root a step is at most TensorFlow's, at least 0.7 of it.
+    optimizer = torch.optim.RMSprop(groups, lr, alpha=0.9, momentum=recipe.momentum, eps=math.sqrt(recipe.opt_eps))
+    for parameter in model.parameters():
+        ones, zeros = (make(parameter, requires_grad=False) for make in (torch.ones_like, torch.zeros_like))
+        optimizer.state[parameter] = {"step": torch.zeros(()), "square_avg": ones, "momentum_buffer": zeros}
+    return optimizer
 
 
 def schedule(recipe: Recipe, steps: int, processes: int = 1) -> Callable[[int], float]:
@@ -79,9 +83,14 @@ def schedule(recipe: Recipe, steps: int, processes: int = 1) -> Callable[[int], 
 
     A line from 0 over the warm-up's steps (the first step takes 1 / steps of the way, so that it moves), then a cosine from there
     to ``min_lr`` at the end, or ``decay_rate`` for every full ``decay_epochs`` since the beginning.
+
+    Raises ValueError for a ``min_lr`` above the learning rate.
     """
     warmup, total = recipe.warmup_epochs * steps, recipe.epochs * steps
-    least = recipe.min_lr / recipe.learning_rate(processes)
+    highest = recipe.learning_rate(processes)
+    if recipe.min_lr > highest:
+        raise ValueError(f"min_lr is {recipe.min_lr:g}, above the learning rate {highest:g}; that at most would do")
+    least = recipe.min_lr / highest
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effnet_fast.training import checkpoint, distributed
 from effnet_fast.training.batches import Batches
@@ -22,9 +22,10 @@ from effnet_fast.training.checkpoint import History
 from effnet_fast.training.log import draw_curves, write_csv
 from effnet_fast.training.loop import Augment, Trainer, evaluate
 from effnet_fast.training.recipes import Recipe
+from effnet_fast.weights.files import locate
 
 LAST, LOG, CURVES = "last.pth", "log.csv", "curves.png"
-_AGREE_EVERY = 8  # steps: processes ask each other whether to stop, which waits for the device
+_ASK_EVERY = 8  # steps: whether the loss is finite, and of other processes whether to stop; both wait for the device
 
 
 class Stopped(Exception):
@@ -54,7 +55,8 @@ def train(
     model, batches, augment, teacher, device   as :class:`effnet_fast.training.loop.Trainer` takes them
     validation   held-out batches, scored after every epoch
     out          a folder for ``last.pth``, from which a run goes on, ``log.csv`` and ``curves.png``; each is replaced whole. A
-                 SIGTERM or SIGINT then ends the run after the step it is at, with ``last.pth`` written, by raising Stopped
+                 SIGTERM or SIGINT then ends the run after the step or held-out batch it is at, with ``last.pth`` written, by
+                 raising Stopped
     resume       a ``last.pth``: go on where it stopped, also within an epoch: on a CPU as if it had not, to the last bit
     same         what else a resumed run must have in common, as plain values by name
     after_epoch  called in the first process with the model that is judged (the average where there is one) and the history
@@ -66,12 +68,13 @@ def train(
 
     folder, first, same = None if out is None else Path(out), distributed.rank() == 0, same or {}
     if folder is not None:
-        if resume is None and (folder / LAST).exists():
+        if (folder / LAST).exists() and (resume is None or not locate(resume).samefile(folder / LAST)):
             raise ValueError(f"{folder} holds a run already; to resume from its {LAST}, or another folder, would do")
         importlib.import_module("matplotlib.figure")  # what the curves will want: missing, it is told before any work
-        folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, recipe, batches, augment=augment, teacher=teacher, device=device)
     history = [] if resume is None else checkpoint.load(resume, trainer, same)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     done = trainer.epoch * trainer.steps + trainer.step
     bar = tqdm(
         total=recipe.epochs * trainer.steps, initial=done, unit="step", disable=None if first else True, leave=False, delay=2
@@ -81,15 +84,20 @@ def train(
             started = time.perf_counter()
             for _ in trainer.run_epoch():
                 bar.update()
+                if trainer.step % _ASK_EVERY == 0:
+                    trainer.finite_total()
                 if folder is not None and trainer.step < trainer.steps and (number := _agreed(caught, trainer.step)):
                     checkpoint.save(folder / LAST, trainer, history, same)
                     raise Stopped(number, folder / LAST)
+            if folder is not None and validation is not None:
+                checkpoint.save(folder / LAST, trainer, history, same)
             row = {"epoch": trainer.epoch + 1, "lr": trainer.lr}
             row["train_loss"] = trainer.end_epoch()
             if validation is not None:
                 with trainer.autocast():
-                    scores = evaluate(trainer.judged, validation.of_epoch(0), trainer.device)
-                row |= {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
+                    scores = evaluate(trainer.judged, _till_stopped(validation, caught, folder), trainer.device)
+                shares = {"top1": scores.top1, "top5": scores.top5}
+                row |= {"loss": scores.loss, **{name: share for name, share in shares.items() if share is not None}}
             history.append({**row, "seconds": time.perf_counter() - started})
             if first:
                 bar.write(_line(history[-1], recipe.epochs), file=sys.stderr)
@@ -103,6 +111,15 @@ def train(
                 if trainer.epoch < recipe.epochs and (number := _agreed(caught)):
                     raise Stopped(number, folder / LAST)
     return history
+
+
+def _till_stopped(batches: Batches, caught: list[int], folder: Path | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Held-out batches; before each that every process has they ask whether to stop."""
+    shared = -(-(len(batches.dataset) // distributed.processes()) // batches.batch_size)
+    for number, batch in enumerate(batches.of_epoch(0)):
+        if folder is not None and number < shared and (stop := _agreed(caught, number)):
+            raise Stopped(stop, folder / LAST)
+        yield batch
 
 
 @contextmanager
@@ -134,7 +151,7 @@ def _agreed(caught: list[int], step: int = 0) -> int:
     """The signal to stop by, or 0; all processes get the same answer, at the same step."""
     if distributed.processes() == 1:
         return caught[0] if caught else 0
-    if step % _AGREE_EVERY:
+    if step % _ASK_EVERY:
         return 0
     device = torch.device("cuda", torch.cuda.current_device()) if torch.distributed.get_backend() == "nccl" else "cpu"
     number = torch.tensor(caught[0] if caught else 0, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from torch import nn
@@ -27,9 +29,23 @@ def freeze(model: nn.Module) -> None:
 def unfreeze(model: nn.Module) -> None:
     """Train everything, batch norms too."""
     model.requires_grad_(True)
-    for norm in _norms(model):
-        norm.__dict__.pop("train", None)
-        norm.train(model.training)
+    _release(_norms(model), model.training)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """:func:`freeze` for the while; what did not train before does not train then or afterwards."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    norms = [norm for norm in _norms(model) if "train" not in norm.__dict__]
+    freeze(model)
+    for parameter, before in trained:
+        parameter.requires_grad_(parameter.requires_grad and before)
+    try:
+        yield
+    finally:
+        for parameter, before in trained:
+            parameter.requires_grad_(before)
+        _release(norms, model.training)
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
@@ -40,6 +56,12 @@ def freeze_batch_norm(model: nn.Module) -> None:
     for norm in _norms(model):
         norm.requires_grad_(False).eval()
         norm.train = partial(_stay, norm)  # type: ignore[method-assign]
+
+
+def _release(norms: list[nn.Module], training: bool) -> None:
+    for norm in norms:
+        norm.__dict__.pop("train", None)
+        norm.train(training)
 
 
 def _stay(norm: nn.Module, mode: bool = True) -> nn.Module:
