@@ -71,6 +71,7 @@ class Trainer:
                     f"the batches' {name} is {getattr(batches, name)}; {getattr(recipe, name)}, as the recipe's, would do"
                 )
         self.model = model.to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as gradients come, so DDP copies none
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         _configure(model, recipe)
