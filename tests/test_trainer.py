@@ -412,3 +412,11 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(tmp_path):
     for resume in (None, tmp_path / "other" / "last.pth"):
         with pytest.raises(ValueError, match="holds a run already"):
             train(net(), batches(), PLAIN, out=tmp_path, resume=resume)
+
+
+def test_gradients_have_their_parameters_strides():
+    """Else DistributedDataParallel warns and copies them; with weights as they are built some have not, of fused blocks or plain."""
+    for make in (net, lambda: effnet_fast.create_model("efficientnet_b0", num_classes=3)):
+        trainer = Trainer(make(), PLAIN, batches())
+        list(trainer.run_epoch())
+        assert all(p.grad.stride() == p.stride() for p in trainer.model.parameters())
