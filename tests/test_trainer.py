@@ -415,7 +415,7 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(tmp_path):
 
 
 def test_gradients_have_their_parameters_strides():
-    """Else DistributedDataParallel warns and copies them; with weights as they are built some have not, of fused blocks or plain."""
+    """Else DistributedDataParallel warns and copies them. With weights as they are built, blocks that train plain have others."""
     for make in (net, lambda: effnet_fast.create_model("efficientnet_b0", num_classes=3)):
         trainer = Trainer(make(), PLAIN, batches())
         list(trainer.run_epoch())
