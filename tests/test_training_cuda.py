@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import cases
 import pytest
+import test_training_ops as every_backend
 import torch
 from plain import DTYPES, channels_last
-from test_training_ops import SHAPES, check_conv, made, norm_of
+from test_training_ops import SHAPES, made, norm_of
 
 from effnet_fast.ops import backends, native, training
 
@@ -29,24 +30,15 @@ def on_a_gpu():
         torch.set_default_device(None)
 
 
-def check(case, dtype):
-    torch.manual_seed(0)
-    x, weight = made(case.images, case.channels, case.height, case.width), made(case.channels, 1, case.kernel, case.kernel)
-    for activation in ("silu", "relu6"):
-        parts = ("silu", True, True) if activation == "silu" else ("identity", False, False)
-        check_conv(x, weight, norm_of(case.channels), activation, None, case.stride, case.padding, parts, dtype=dtype)
-    check_conv(x, weight, None, "identity", None, case.stride, case.padding, ("silu", True, True), residual=True, dtype=dtype)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_nasty_shapes(case, dtype):
-    check(case, dtype)
+    every_backend.test_depthwise(case, dtype, "native")
 
 
 @pytest.mark.parametrize("case", cases.depthwise_shapes()[::2], ids=str)
 def test_shapes_of_the_family(case):
-    check(case, torch.bfloat16)
+    every_backend.test_depthwise(case, torch.bfloat16, "native")
 
 
 def arguments(images: int, channels: int, size: int, dtype: torch.dtype) -> tuple[list, dict]:
