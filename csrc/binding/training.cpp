@@ -197,6 +197,7 @@ template <typename Kind> void backward_out(const Tensor& grad, const Tensor& y, 
   const int64_t images = x.size(0), channels = x.size(1), out = shape.out_channels;
   if (need_x) {
     check_shape(op, "grad_x", grad_x, {images, channels, x.size(2), x.size(3)});
+    check_same_device(op, "grad_x", grad_x, x);
     check(grad_x.scalar_type() == x.scalar_type() && is_channels_last(grad_x), op, ": grad_x must be channels_last in x's dtype");
     if (gate)
       check_vector(op, "sums", sums, x, {images, 5, channels});
@@ -206,6 +207,7 @@ template <typename Kind> void backward_out(const Tensor& grad, const Tensor& y, 
   Tensor made_weight = grad_weight;
   if (need_weight) {
     check_shape(op, "grad_weight", grad_weight, {out, weight.size(1), weight.size(2), weight.size(3)});
+    check_same_device(op, "grad_weight", grad_weight, x);
     check(grad_weight.scalar_type() == weight.scalar_type() && grad_weight.is_contiguous(), op,
           ": grad_weight must be contiguous in weight's dtype");
     if (weight.scalar_type() != ScalarType::Float)

@@ -9,9 +9,10 @@
 // meets stand in registers, each made once from grad and y: so a value of g in a register serves a multiply-add for z and one for
 // grad_w. Stride S is S x S phases of taps, told apart when the loops are unrolled. The row after the present one is on its way.
 // The taps stand in shared memory, to leave a 5x5 its registers.
-// Bytes an element of x: (2 + 2 / stride^2) times 2 or 4. Operations: 2 k^2 / stride^2 multiply-adds, about 15 instructions and two
-// uses of the special function unit for a with its slope, and as much for each g, of which neighbouring strips make 1.25 (k3 s2) to
-// 2 (k5) times as many as there are. By these counts HBM binds 3x3 on an H200, FFMA binds 5x5 in half types; not measured.
+// Bytes an element of x: (2 + 2 / stride^2) times 2 or 4, and one more where there is a residual. Operations: 2 k^2 / stride^2
+// multiply-adds, about 15 instructions and two uses of the special function unit for a with its slope, and as much for each g, of
+// which neighbouring strips make 1.25 (k3 s2) to 2 (k5) times as many as there are. By these counts HBM binds 3x3 on an H200, issue
+// slots bind 5x5 in half types; not measured.
 #pragma once
 #include "depthwise_common.cuh"
 

@@ -65,14 +65,17 @@ struct ChannelNorm {
   __device__ __forceinline__ float operator()(float x) const { return scale * (x - mean) + bias; }
 };
 
-// SiLU, or a clamp from low to high: relu, relu6, identity.
+// SiLU, or a clamp from low to high: relu, relu6, identity. Its slope is 0 from flat_below down and from flat_above up, which are
+// NaN where there is no such end: then not even infinity is beyond it.
 struct Range {
   bool silu;
-  float low, high;
+  float low, high, flat_below, flat_above;
   explicit Range(Activation activation)
       : silu(activation == Activation::silu),
         low(activation == Activation::identity ? -INFINITY : 0.f),
-        high(activation == Activation::relu6 ? 6.f : INFINITY) {}
+        high(activation == Activation::relu6 ? 6.f : INFINITY),
+        flat_below(activation == Activation::identity ? NAN : 0.f),
+        flat_above(activation == Activation::relu6 ? 6.f : NAN) {}
 };
 
 struct ValueAndSlope {
@@ -84,7 +87,7 @@ template <bool kSilu> __device__ __forceinline__ ValueAndSlope activate_with_slo
     const float sigmoid = reciprocal_fast(1.f + exp2_fast(-1.4426950408889634f * u)), value = u * sigmoid;
     return {value, sigmoid + value * (1.f - sigmoid)};
   } else {
-    return {clamp(u, range.low, range.high), u <= range.low || u >= range.high ? 0.f : 1.f};
+    return {clamp(u, range.low, range.high), u <= range.flat_below || u >= range.flat_above ? 0.f : 1.f};
   }
 }
 
@@ -117,7 +120,7 @@ __device__ __forceinline__ void load_row(T (&to)[N], const T* row, int first, in
   }
 }
 
-// Mean, and sum of squared deviations from it, of `count` values. In doubles, of which a thread adds one a row.
+// Mean, and sum of squared deviations from it, of `count` values. In doubles, to which a thread adds once a row.
 struct Moments {
   double count, mean, squares;
   __device__ __forceinline__ void join(const Moments& other) {

@@ -3,10 +3,10 @@
 //
 // A thread makes one channel of 4 output columns (8 of 3x3, stride 1), sliding down a segment of rows: a row of x enters registers,
 // is activated there, and is added to the K / S rows of y that it belongs to. The row after the present one is already on its way.
-// Deviations are taken from the thread's first output, and added up in doubles row by row, so that the variance loses no digits.
+// Deviations are taken from the thread's first output, and added up in doubles row by row, so that the variance loses few digits.
 // Bytes an output: 2 or 4 times (stride^2 + 1). Operations: k^2 multiply-adds and, since neighbouring strips both need the columns
 // between them, 1.25 (k3 s1) to 2.75 (k5 s2) activations with two uses of the special function unit each. By these counts HBM binds
-// 3x3 on an H200, FFMA binds 5x5 in half types; not measured.
+// but 5x5 of stride 1 in half types, which issue slots bind; on an H200, not measured.
 #pragma once
 #include "depthwise_common.cuh"
 
@@ -67,10 +67,11 @@ template <class Tr> __global__ void __launch_bounds__(kLanes* kWarps, 4) depthwi
               }
             });
           if (is_real(row + 1)) load_row(ahead, x + (first_in + row + 1) * int64_t(x_row), in_column, p.width, p.channels);
-          if (i % S == 0)
+          if (i % S == 0) {
 #pragma unroll
             for (int t = 0; t < C; ++t) made[i / S % L][t] = late_zero();
-          if (is_real(row))
+          }
+          if (is_real(row)) {
 #pragma unroll
             for (int u = 0; u < K; ++u) {
               if (!divides(S, i - u)) continue;
@@ -80,6 +81,7 @@ template <class Tr> __global__ void __launch_bounds__(kLanes* kWarps, 4) depthwi
 #pragma unroll
                 for (int t = 0; t < C; ++t) a[t] += now[t * S + v] * taps[u * K + v];
             }
+          }
           if (!divides(S, i - (K - 1)) || unsigned(row - (K - 1)) >= unsigned(rows_out * S)) continue;
           const float (&a)[C] = made[slot_of(i, K - 1, S, L)];
           T* to = y;
