@@ -1,5 +1,5 @@
 // Training's depthwise convolution on CUDA, channels_last:  y = conv(activation(norm(x)), w), and y's mean and variance per channel
-// from the same pass, by Welford's rule over blocks (no atomics; the same bits each time).
+// from the same pass, merged by Chan's formula in fixed order (no atomics; the same bits each time).
 //
 // A thread makes one channel of 4 output columns (8 of 3x3, stride 1), sliding down a segment of rows: a row of x enters registers,
 // is activated there, and is added to the K / S rows of y that it belongs to. The row after the present one is already on its way.
