@@ -50,7 +50,7 @@ template <class Tr> __global__ void __launch_bounds__(kLanes* kWarps, Tr::kBlock
   __syncthreads();
   if (c < p.channels) {
     const ChannelNorm norm(p.read.norm, p.channels, c), y_norm(p.of_y.norm, p.channels, c);
-    const ChannelNorm coefficients(p.of_y.coefficients, p.channels, c);  // of_grad, of_y, shift
+    const ChannelCoefficients coefficients(p.of_y.coefficients, p.channels, c);
     const int x_row = p.width * p.channels, y_row = p.out_width * p.channels;
     const int top = Tr::origin(p.pad_top), left = Tr::origin(p.pad_left);
     const int rows = p.height + p.pad_top - top;
@@ -64,8 +64,8 @@ template <class Tr> __global__ void __launch_bounds__(kLanes* kWarps, Tr::kBlock
       const T* const x = static_cast<const T*>(p.read.x) + x_at;
       const T* const y = static_cast<const T*>(p.of_y.y) + y_at;
       const T* const grad = static_cast<const T*>(p.of_y.grad) + y_at;
-      const float gate = coefficients.mean * (p.of_y.gate ? p.of_y.gate[task.image * p.channels + c] : 1.f);
-      const float pool = coefficients.mean * (p.of_y.pool ? p.of_y.pool[task.image * p.channels + c] : 0.f);
+      const float gate = coefficients.of_grad * (p.of_y.gate ? p.of_y.gate[task.image * p.channels + c] : 1.f);
+      const float pool = coefficients.of_grad * (p.of_y.pool ? p.of_y.pool[task.image * p.channels + c] : 0.f);
 
       T x_ahead[C], y_ahead[G], grad_ahead[G];
       float g[L][G];
@@ -96,7 +96,7 @@ template <class Tr> __global__ void __launch_bounds__(kLanes* kWarps, Tr::kBlock
                 for (int q = 0; q < G; ++q) {
                   const float apart = to_float(y_ahead[q]) - y_norm.mean;
                   const float slope = activate_with_slope<silu.value>(p.y_range, y_norm.scale * apart + y_norm.bias).slope;
-                  to[q] = (gate * to_float(grad_ahead[q]) + pool) * slope + (coefficients.scale * apart + coefficients.bias);
+                  to[q] = (gate * to_float(grad_ahead[q]) + pool) * slope + (coefficients.of_y * apart + coefficients.shift);
                   if (!g_inside && unsigned(g_column + q) >= unsigned(p.out_width)) to[q] = 0.f;
                 }
               });

@@ -53,16 +53,22 @@ struct Task {
   }
 };
 
-// Of one channel. What is read as it is has the mean 0, the scale 1, the bias 0.
+// Of one channel, of the rows of a [3, channels]. What is read as it is has the mean 0, the scale 1, the bias 0.
 struct ChannelNorm {
   float mean = 0.f, scale = 1.f, bias = 0.f;
-  __device__ __forceinline__ ChannelNorm(const float* norm, int channels, int channel) {
-    if (!norm) return;
-    mean = norm[channel];
-    scale = norm[channels + channel];
-    bias = norm[2 * channels + channel];
+  __device__ __forceinline__ ChannelNorm(const float* rows, int channels, int channel) {
+    if (!rows) return;
+    mean = rows[channel];
+    scale = rows[channels + channel];
+    bias = rows[2 * channels + channel];
   }
   __device__ __forceinline__ float operator()(float x) const { return scale * (x - mean) + bias; }
+};
+
+struct ChannelCoefficients {
+  float of_grad, of_y, shift;
+  __device__ __forceinline__ ChannelCoefficients(const float* rows, int channels, int channel)
+      : of_grad(rows[channel]), of_y(rows[channels + channel]), shift(rows[2 * channels + channel]) {}
 };
 
 // SiLU, or a clamp from low to high: relu, relu6, identity. Its slope is 0 from flat_below down and from flat_above up, which are
