@@ -81,7 +81,8 @@ def _compiled(suite: str, name: str, options: dict[str, object], beside: bool = 
     return Entrant(f"compile {name}", prepare, (options,), nets, beside, quick=False)
 
 
-# reduce-overhead is CUDA graphs: nothing on a CPU, and kernels are timed inside a graph already.
+# reduce-overhead is CUDA graphs: nothing on a CPU, and kernels are timed inside a graph already. In a step it captures forward and
+# backward and not the optimizer; ours and eager take part as one graph of all three.
 _COMPILED = {
     ("kernels", "cpu"): [
         _compiled("kernels", "default", {}),
@@ -93,6 +94,9 @@ _COMPILED = {
     ],
     ("train", "cpu"): [_compiled("train", "default", {})],
     ("train", "cuda"): [
+        Entrant("ours, graph", training.ours, (True,)),
+        Entrant("timm channels_last, graph", training.timm_eager, (True,)),
+        Entrant("ours, compile reduce-overhead", training.ours_compiled, ({"mode": "reduce-overhead"},), beside=True, quick=False),
         _compiled("train", "default", {}),
         _compiled("train", "reduce-overhead", {"mode": "reduce-overhead"}),
         _compiled("train", "max-autotune", {"mode": "max-autotune"}, beside=False),

@@ -14,7 +14,7 @@ import effnet_fast
 from effnet_fast.benchmark import images
 from effnet_fast.benchmark.case import DTYPES, PEER_FACTOR, Case
 from effnet_fast.benchmark.machine import last_level_cache
-from effnet_fast.benchmark.timing import EventTimer, HostTimer, Refused, Timer, copies
+from effnet_fast.benchmark.timing import EventTimer, HostTimer, Refused, Replayed, Timer, copies
 from effnet_fast.benchmark.tolerance import why_wrong
 
 
@@ -34,11 +34,14 @@ def write_weights(case: Case) -> None:
 _BACKEND = contextlib.ExitStack()  # what this process has asked for
 
 
-def ours(case: Case) -> Timer:
+def ours(case: Case, graph: bool = False) -> Timer:
     """effnet_fast's own model."""
-    _ask_for_kernels(case)
-    model = effnet_fast.create_model(case.net, drop_rate=0.0, drop_path_rate=0.0)  # timm's defaults
-    return _checked(case, model, lambda model: model, 2.0)
+    return _checked(case, _ours(case), 2.0, graph=graph)
+
+
+def ours_compiled(case: Case, options: dict[str, Any]) -> Timer:
+    """effnet_fast's own model by torch.compile."""
+    return _checked(case, _ours(case), 2.0, _compile(options))
 
 
 def timm_accelerated(case: Case) -> Timer:
@@ -46,7 +49,12 @@ def timm_accelerated(case: Case) -> Timer:
     _ask_for_kernels(case)
     model = _timm(case)
     effnet_fast.accelerate(model)
-    return _checked(case, model, lambda model: model, 2.0)
+    return _checked(case, model, 2.0)
+
+
+def _ours(case: Case) -> nn.Module:
+    _ask_for_kernels(case)
+    return effnet_fast.create_model(case.net, drop_rate=0.0, drop_path_rate=0.0)  # timm's defaults
 
 
 def _ask_for_kernels(case: Case) -> None:
@@ -55,12 +63,23 @@ def _ask_for_kernels(case: Case) -> None:
         _BACKEND.enter_context(effnet_fast.backend("native"))
 
 
-def timm_eager(case: Case) -> Timer:
-    return _checked(case, _timm(case), lambda model: model, PEER_FACTOR)
+def timm_eager(case: Case, graph: bool = False) -> Timer:
+    return _checked(case, _timm(case), PEER_FACTOR, graph=graph)
 
 
 def timm_compiled(case: Case, options: dict[str, Any]) -> Timer:
-    return _checked(case, _timm(case), lambda model: torch.compile(model, dynamic=False, **options), PEER_FACTOR)
+    return _checked(case, _timm(case), PEER_FACTOR, _compile(options))
+
+
+Wrap = Callable[[nn.Module], Callable[[Tensor], Tensor]]
+
+
+def _as_it_is(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return model
+
+
+def _compile(options: dict[str, Any]) -> Wrap:
+    return lambda model: torch.compile(model, dynamic=False, **options)
 
 
 class _Step:
@@ -72,7 +91,7 @@ class _Step:
         model: nn.Module,
         told: dict[str, Any],
         exact: torch.dtype | None = None,
-        wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda model: model,
+        wrap: Wrap = _as_it_is,
     ) -> None:
         model.load_state_dict(told["state"])
         form: dict[str, Any] = {"device": case.device, "dtype": exact or torch.float32, "memory_format": torch.channels_last}
@@ -102,8 +121,8 @@ def _measured(step: _Step) -> list[Tensor]:
     return [loss.cpu(), gradient.cpu()]
 
 
-def _checked(case: Case, model: nn.Module, wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]], factor: float) -> Timer:
-    """A timer for the step; Refused where its loss or the stem's gradient is wrong."""
+def _checked(case: Case, model: nn.Module, factor: float, wrap: Wrap = _as_it_is, graph: bool = False) -> Timer:
+    """A timer for the step, all of it one CUDA graph where asked; Refused where its loss or the stem's gradient is wrong."""
     torch.backends.cudnn.benchmark = True
     told = torch.load(case.weights)
     step = _Step(case, model, told, wrap=wrap)
@@ -113,7 +132,8 @@ def _checked(case: Case, model: nn.Module, wrap: Callable[[nn.Module], Callable[
             raise Refused(wrong)
     count = copies(step.x.nbytes, last_level_cache(case.device), most=4)
     sets = [step.x, *(step.x.clone(memory_format=torch.preserve_format) for _ in range(count - 1))]
-    return (HostTimer if case.device == "cpu" else EventTimer)(lambda i: step(sets[i]), count)
+    run = Replayed(step, step.x) if graph else step
+    return (HostTimer if case.device == "cpu" else EventTimer)(lambda i: run(sets[i]), count)
 
 
 def _timm(case: Case) -> nn.Module:

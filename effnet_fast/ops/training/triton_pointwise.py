@@ -45,25 +45,16 @@ def sum_of_rows(values):
 
 
 @triton.jit
-def read(x, norm, gate, channels, c, inside, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
-    """activation(norm(x)) * gate of a tile [rows, c], zeros beyond the channels; ``gate`` is an image's."""
+def read(x, norm, gate, image, channels, c, inside, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
+    """activation(norm(x)) * gate of a tile [rows, c] of an image, zeros beyond the channels."""
     if norm is None:
         return x
     else:
         mean, scale, bias = of_channels(norm, channels, c, inside)
         a, _ = activation_and_slope((x.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :], ACTIVATION)
         if gate is not None:
-            a *= tl.load(gate + c, mask=inside, other=0.0)[None, :]
+            a *= tl.load(gate + image * channels + c, mask=inside, other=0.0)[None, :]
         return stored(a, dtype)
-
-
-@triton.jit
-def of_image(vectors, image, size):
-    """An image's row of [N, size], where there is one."""
-    if vectors is None:
-        return None
-    else:
-        return vectors + image * size
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "channel_groups", "output_groups"])
@@ -94,7 +85,6 @@ def _forward(
     group, first = (owner // shares).to(tl.int64), owner % shares * tiles
     m, n, k = tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     n_inside = n < outputs
-    of_gate = of_image(gate, group, channels)
     near, total, squares = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     for tile in range(first, tl.minimum(first + tiles, tiles_m)):
         row = tl.cast(tile, tl.int64) * BLOCK_M
@@ -108,7 +98,7 @@ def _forward(
             inside = c < channels
             a = tl.load(x_rows + c[None, :], mask=m_inside[:, None] & inside[None, :], other=0.0)
             b = tl.load(weight + (n * channels)[None, :] + c[:, None], mask=n_inside[None, :] & inside[:, None], other=0.0)
-            a = read(a, norm, of_gate, channels, c, inside, x.dtype.element_ty, ACTIVATION)
+            a = read(a, norm, gate, group, channels, c, inside, x.dtype.element_ty, ACTIVATION)
             sums = dot(a, converted(b, x.dtype.element_ty), sums, PRECISION)
         mask, out = m_inside[:, None] & n_inside[None, :], stored(sums, y.dtype.element_ty)
         tl.store(y + row * outputs + m[:, None] * outputs + n[None, :], out, mask=mask)

@@ -22,7 +22,6 @@ from effnet_fast.ops.training.triton_pointwise import (
     choose_config,
     constants_of,
     laid_out,
-    of_image,
     read,
     sum_of_rows,
 )
@@ -30,15 +29,15 @@ from effnet_fast.ops.triton_common import alignment, cdiv, converted, dot, proce
 
 
 @triton.jit
-def _gradient(grad, y, norm, coefficients, gate, pool, outputs, k, inside, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
-    """The gradient of y for a tile [rows, k], zeros beyond the outputs; ``gate`` and ``pool`` are an image's."""
+def _gradient(grad, y, norm, coefficients, gate, pool, image, outputs, k, inside, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The gradient of y for a tile [rows, k] of an image, zeros beyond the outputs."""
     mean, scale, bias = of_channels(norm, outputs, k, inside)
     of_grad, of_y, shift = of_channels(coefficients, outputs, k, inside)
     g, centred = grad.to(tl.float32), y.to(tl.float32) - mean[None, :]
     if gate is not None:
-        g *= tl.load(gate + k, mask=inside, other=0.0)[None, :]
+        g *= tl.load(gate + image * outputs + k, mask=inside, other=0.0)[None, :]
     if pool is not None:
-        g += tl.load(pool + k, mask=inside, other=0.0)[None, :]
+        g += tl.load(pool + image * outputs + k, mask=inside, other=0.0)[None, :]
     if ACTIVATION != "identity":
         _, slope = activation_and_slope(centred * scale[None, :] + bias[None, :], ACTIVATION)
         g *= slope
@@ -81,7 +80,6 @@ def _input(
     group, first = (owner // shares).to(tl.int64), owner % shares * tiles
     m, n, k = tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     n_inside = n < channels
-    of_gate, of_pool = of_image(y_gate, group, outputs), of_image(y_pool, group, outputs)
     total, total_centred = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     total_value, total_slope = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     total_slope_centred = tl.zeros([BLOCK_N], tl.float32)
@@ -92,14 +90,14 @@ def _input(
         m_inside = m < left
         z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, outputs, BLOCK_K):
-            inside = start + k < outputs
-            at = row * outputs + m[:, None] * outputs + (start + k)[None, :]
-            both = m_inside[:, None] & inside[None, :]
+            of = start + k
+            inside = of < outputs
+            at, both = row * outputs + m[:, None] * outputs + of[None, :], m_inside[:, None] & inside[None, :]
             g, of_y = tl.load(grad + at, mask=both, other=0.0), tl.load(y + at, mask=both, other=0.0)
             g = _gradient(
-                g, of_y, y_norm, y_coefficients, of_gate, of_pool, outputs, start + k, inside, x.dtype.element_ty, Y_ACTIVATION
+                g, of_y, y_norm, y_coefficients, y_gate, y_pool, group, outputs, of, inside, x.dtype.element_ty, Y_ACTIVATION
             )
-            b = tl.load(weight + (start + k)[:, None] * channels + n[None, :], mask=inside[:, None] & n_inside[None, :], other=0.0)
+            b = tl.load(weight + of[:, None] * channels + n[None, :], mask=inside[:, None] & n_inside[None, :], other=0.0)
             z = dot(g, converted(b, x.dtype.element_ty), z, PRECISION)
         mask, at = m_inside[:, None] & n_inside[None, :], row * channels + m[:, None] * channels + n[None, :]
         z = tl.where(mask, z, 0.0)
@@ -176,9 +174,10 @@ def _weight(
         at = first * outputs + p[:, None] * outputs + k[None, :]
         g, of_y = tl.load(grad + at, mask=of_g, other=0.0), tl.load(y + at, mask=of_g, other=0.0)
         a = tl.load(x + first * channels + p[:, None] * channels + n[None, :], mask=of_a, other=0.0)
-        of_gate, of_pool = of_image(y_gate, group, outputs), of_image(y_pool, group, outputs)
-        g = _gradient(g, of_y, y_norm, y_coefficients, of_gate, of_pool, outputs, k, k_inside, x.dtype.element_ty, Y_ACTIVATION)
-        a = read(a, norm, of_image(gate, group, channels), channels, n, n_inside, x.dtype.element_ty, ACTIVATION)
+        g = _gradient(
+            g, of_y, y_norm, y_coefficients, y_gate, y_pool, group, outputs, k, k_inside, x.dtype.element_ty, Y_ACTIVATION
+        )
+        a = read(a, norm, gate, group, channels, n, n_inside, x.dtype.element_ty, ACTIVATION)
         g = tl.where(inside[:, None], g, tl.zeros_like(g))
         sums = dot(tl.trans(g), a, sums, PRECISION)
     to = partial + (piece.to(tl.int64) * outputs + k)[:, None] * channels + n[None, :]
