@@ -6,6 +6,7 @@ import copy
 import functools
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -345,6 +346,24 @@ def test_gradients_of_two_processes_are_those_of_one(how, tmp_path):
     assert "stride" not in "".join(said) and "UserWarning" not in "".join(said), said
     exact, plain, ours = torch.load(tmp_path / "0.pt")
     assert_2x_of_all(ours, plain, exact, "gradients and statistics")
+
+
+def test_a_backward_in_another_thread_runs_where_the_forward_did():
+    """As autograd does it on a GPU."""
+    block = block_of(MBConv, (3, 1, 16, 32, 16, 4))
+    with backends.backend("reference"):
+        y = block(torch.randn(2, 16, 6, 5))
+    seen: list = []
+
+    def backward() -> None:
+        with backends.tracing() as trace:
+            y.sum().backward()
+        seen.extend(trace)
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert {choice.backend for choice in seen} == {"reference"}
 
 
 @TRAINED

@@ -33,8 +33,6 @@ from effnet_fast.ops.depthwise import triton_pieces
 from effnet_fast.ops.pointwise import triton as pointwise
 from effnet_fast.ops.squeeze_excite import triton as squeeze_excite
 from effnet_fast.ops.training import triton as passes
-from effnet_fast.ops.training import triton_pointwise as training_forward
-from effnet_fast.ops.training import triton_pointwise_backward as training_backward
 from effnet_fast.ops.training import triton_statistics as statistics
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -68,9 +66,9 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
                 signature.append((name, "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"))
         recorded.append((kernel, tuple(signature), tuple(sorted(constants.items())), num_warps, num_stages, maxnreg))
 
-    for module in (conv, depthwise, pointwise, squeeze_excite, passes, statistics, training_forward, training_backward):
+    for module in (conv, depthwise, pointwise, squeeze_excite, passes, statistics):
         module.run = record  # type: ignore[attr-defined]
-    for module in (pointwise, squeeze_excite, passes, statistics, training_forward, training_backward):
+    for module in (pointwise, squeeze_excite, passes, statistics):
         module.processors = lambda device: sms  # type: ignore[attr-defined]
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     x_dtype, weight_dtype = DTYPES[dtype]
@@ -105,18 +103,6 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
         passes.norm_act_backward(y, y, n, activation, y, grad_x=y, sums=vectors(2, channels))
         passes.norm_gradient(y, y, n, n, activation, each, each, grad_y=y)
 
-    def product(channels: int, outputs: int, size: int, gated: bool, residual: bool) -> None:
-        """Training's pointwise convolutions; those with a gate read a norm too, and none has a residual beside it."""
-        x, y, taps = image(channels, size), image(outputs, size), weight(outputs, channels, 1, 1)
-        norm, gate, keep = (
-            (vectors(3, channels), vectors(batch, channels), vectors(batch, outputs)) if gated else (None, None, None)
-        )
-        read, n, activation = (norm, "silu" if gated else "identity", gate), vectors(3, outputs), "identity" if gated else "silu"
-        training_forward.pointwise_conv_stats(x, taps, *read, 1, [0] * 4, y=y, mean=n[0], var=n[1])
-        made = {"grad_x": x, "grad_weight": taps, "sums": vectors(batch, 5, channels)}
-        of_y = y, y, n, n, activation, keep, None
-        training_backward.pointwise_conv_backward(*of_y, x, taps, *read, x if residual else None, 1, [0] * 4, True, True, **made)
-
     for model in models:
         config = FAMILY[model]
         size = (config.resolution + 1) // 2
@@ -130,7 +116,6 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
             wide, half = block.expanded_channels, block.kernel_size // 2
             if block.expands:
                 normed(wide, size, "silu")
-                product(block.in_channels, wide, size, False, block.residual)
                 point(block.in_channels, wide, size, False, False, "silu")
             out = (size + block.stride - 1) // block.stride
             pieces = triton_pieces(image(wide, size), out, out)
@@ -143,7 +128,6 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
             squeeze_excite.launch(partial, size * size, *weights, "silu", gate=torch.empty(batch, wide, device="meta"))
             point(wide, block.out_channels, size, True, block.residual, "identity")
             normed(wide, size, "silu")
-            product(wide, block.out_channels, size, True, False)
             normed(block.out_channels, size, "identity")
         point(block.out_channels, config.head_channels, size, False, False, "silu")
     yield from recorded

@@ -12,8 +12,6 @@ from test_training_ops import DTYPES, POINTWISE, SHAPES
 
 from effnet_fast.ops import backends, training, triton_backend
 from effnet_fast.ops.training import triton as passes
-from effnet_fast.ops.training import triton_pointwise as pointwise
-from effnet_fast.ops.training import triton_pointwise_backward as pointwise_backward
 from effnet_fast.ops.training import triton_statistics as statistics
 
 INTERPRETED = triton_backend.INTERPRETED
@@ -41,7 +39,7 @@ def backend():
 @pytest.fixture(params=[1, 9])
 def processors(request, monkeypatch):
     """One, whose programs have many tiles each, and as many as cut the batch and images into pieces."""
-    for module in (passes, statistics, pointwise, pointwise_backward):
+    for module in (passes, statistics):
         monkeypatch.setattr(module, "processors", lambda device: request.param)
     return request.param
 
@@ -72,7 +70,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize(("shape", "dtype"), in_turn(SMALL if INTERPRETED else POINTWISE), ids=str)
-def test_pointwise(shape, dtype, processors):
+def test_pointwise(shape, dtype):
     every_backend.test_pointwise(shape, dtype)
 
 

@@ -10,7 +10,7 @@ reduces over ranks, and where a norm in evaluation mode (a frozen one) differs: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,6 @@ from effnet_fast.nn.parts import BlockParts, ConvNormAct, tensor_of, uses_batch,
 from effnet_fast.ops import backends
 from effnet_fast.ops import training as ops
 from effnet_fast.ops.common import accumulator, output_size, without_autocast
-from effnet_fast.ops.training.reference import activation_and_slope
 
 
 class _Layer(NamedTuple):
@@ -49,32 +48,33 @@ _PER_LAYER = 5  # tensors: weight, norm's weight and bias, and the statistics of
 
 
 class _Kept(NamedTuple):
-    """Of a layer, for its backward: weight, raw result, norm [3, K], 1 / sqrt(var + eps), and how many values a channel has."""
+    """Of a layer, for its backward: weight, raw result, norm [3, K], 1 / sqrt(var + eps); values a channel of a SyncBatchNorm."""
 
     weight: Tensor
     y: Tensor
     norm: Tensor
     inverse: Tensor
-    values: Tensor
+    values: Tensor | None
 
 
-class _Statistics(NamedTuple):
-    """A norm's, over so many ``values`` a channel: mean [C] and var [C] of a batch, as it was normalised with."""
-
-    mean: Tensor
-    var: Tensor
-    values: Tensor | int
-
-
-def _over_ranks(mean: Tensor, var: Tensor, count: int, group: Any) -> _Statistics:
-    """The statistics of all ranks' batches from those of each: two sums, and no difference of large ones."""
+def _over_ranks(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of all ranks' batches from those of each, ``count`` values: two sums, and no difference of large ones."""
     first = torch.cat([mean * count, mean.new_full((1,), count)])
     dist.all_reduce(first, group=group)
     total = first[-1]
     mean_of_all = first[:-1] / total
     second = (var + (mean - mean_of_all) ** 2) * count
     dist.all_reduce(second, group=group)
-    return _Statistics(mean_of_all, second / total, total)
+    return mean_of_all, second / total, total
+
+
+_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6, "identity": lambda u: u}
+_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "relu": lambda grad, u: torch.ops.aten.threshold_backward(grad, u, 0),
+    "relu6": lambda grad, u: torch.ops.aten.hardtanh_backward(grad, u, 0, 6),
+    "identity": lambda grad, u: grad,
+}
 
 
 def _squeeze_excite(
@@ -83,7 +83,7 @@ def _squeeze_excite(
     """The gate [N, C], and what the reduction gives before its activation [N, R]."""
     as_pooled = [None if t is None else t.to(pooled.dtype) for t in (reduce, reduce_bias, expand, expand_bias)]
     hidden = F.linear(pooled, as_pooled[0].flatten(1), as_pooled[1])  # type: ignore[union-attr]
-    active = activation_and_slope(hidden, activation)[0]
+    active = _FORWARD[activation](hidden)
     return torch.sigmoid(F.linear(active, as_pooled[2].flatten(1), as_pooled[3])), hidden  # type: ignore[union-attr]
 
 
@@ -91,9 +91,8 @@ def _squeeze_excite_backward(
     grad: Tensor, gate: Tensor, hidden: Tensor, pooled: Tensor, activation: str, reduce: Tensor, expand: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """From the gate's gradient [N, C]: the pooled means' [N, C], and those of both weights and biases."""
-    active, slope = activation_and_slope(hidden, activation)
-    of_expanded = grad * gate * (1 - gate)
-    of_hidden = of_expanded @ expand.flatten(1).to(grad.dtype) * slope
+    active, of_expanded = _FORWARD[activation](hidden), torch.ops.aten.sigmoid_backward(grad, gate)
+    of_hidden = _BACKWARD[activation](of_expanded @ expand.flatten(1).to(grad.dtype), hidden)
     weights = of_hidden.T @ pooled, of_hidden.sum(0), of_expanded.T @ active, of_expanded.sum(0)
     return of_hidden @ reduce.flatten(1).to(grad.dtype), list(weights)
 
@@ -127,22 +126,22 @@ class _Block(torch.autograd.Function):
                 stride=layer.stride,
                 padding=layer.padding,
             )
-            count: Tensor | int = y.numel() // y.shape[1]
+            values = None
+            if layer.group is not None:
+                batch_mean, batch_var, values = _over_ranks(batch_mean, batch_var, _values(y), layer.group)
             if not layer.frozen:
-                if layer.group is not None:
-                    batch_mean, batch_var, count = _over_ranks(batch_mean, batch_var, count, layer.group)  # type: ignore[arg-type]
                 mean, var = batch_mean, batch_var
             inverse = torch.rsqrt(var.to(batch_var.dtype) + layer.eps)  # type: ignore[union-attr]
             scale = inverse if norm_weight is None else norm_weight.to(inverse.dtype) * inverse
             bias = torch.zeros_like(inverse) if norm_bias is None else norm_bias.to(inverse.dtype)
             norm, activation, read = torch.stack([mean.to(inverse.dtype), scale, bias]), layer.activation, y  # type: ignore[union-attr]
-            counted = count if isinstance(count, Tensor) else inverse.new_full((), count)
-            statistics += [batch_mean, batch_var, counted]
+            statistics += [batch_mean, batch_var] if values is None else [batch_mean, batch_var, values]
             if plan.keeps:
-                kept += [weight, y, norm, inverse, counted]
+                kept += [weight, y, norm, inverse, values]
         out = ops.norm_act(read, norm, activation, keep, x if plan.residual else None)  # type: ignore[arg-type]
         if plan.keeps:
             ctx.save_for_backward(x, keep, *kept, *squeezed, *tensors[len(plan.layers) * _PER_LAYER :: 2])
+        ctx.request = backends.requested()
         ctx.plan, ctx.like = plan, [None if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
         ctx.mark_non_differentiable(*statistics)
         return out, *statistics
@@ -150,7 +149,8 @@ class _Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *of_statistics: Any) -> tuple[Tensor | None, ...]:
-        return _backward(grad.contiguous(memory_format=torch.channels_last), ctx)
+        with backends.asking(*ctx.request):
+            return _backward(grad.contiguous(memory_format=torch.channels_last), ctx)
 
 
 @without_autocast
@@ -181,7 +181,7 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
             grad,
             y,
             norm,
-            _coefficients(layer, sums, norm[1], inverse, values),
+            _coefficients(layer, sums, norm[1], inverse, _values(y) if values is None else values),
             x if before is None else before.y,
             weight,
             None if before is None else before.norm,
@@ -205,12 +205,17 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
             of_pooled, of_weights = _squeeze_excite_backward(sums[:, 0], gate, hidden, pooled, squeeze_activation, reduce, expand)
             gradients[-4:] = [g if want else None for g, want in zip(of_weights, wanted[-4:], strict=True)]
             activation, y_gate, y_pool = layers[number - 1].activation, gate, of_pooled / (before.y.shape[2] * before.y.shape[3])
-            sums = torch.stack([(y_gate * sums[:, i] + y_pool * sums[:, i + 1]).sum(0) for i in (1, 3)])
+            sums = torch.addcmul(y_pool[:, None] * sums[:, 2::2], y_gate[:, None], sums[:, 1::2]).sum(0)
     made = [None if g is None else _like(g, *like) for g, like in zip(gradients, ctx.like, strict=True)]
     return grad if ctx.needs_input_grad[0] else None, None, None, *made
 
 
-def _coefficients(layer: _Layer, sums: Tensor, scale: Tensor, inverse: Tensor, values: Tensor) -> Tensor:
+def _values(y: Tensor) -> int:
+    """A channel's, of [N, C, H, W]."""
+    return y.numel() // y.shape[1]
+
+
+def _coefficients(layer: _Layer, sums: Tensor, scale: Tensor, inverse: Tensor, values: Tensor | int) -> Tensor:
     """Of the backward of a layer's norm, as :func:`effnet_fast.ops.training.conv_backward` takes them, [3, K].
 
     sums  [2, K], of the gradient G of what the norm gives and of G * (y - mean)
@@ -221,8 +226,8 @@ def _coefficients(layer: _Layer, sums: Tensor, scale: Tensor, inverse: Tensor, v
     if layer.group is not None:
         sums = sums.clone()
         dist.all_reduce(sums, group=layer.group)
-    mean = -scale / values
-    return torch.stack([scale, mean * inverse**2 * sums[1], mean * sums[0]])
+    of_mean, of_deviation = sums * (scale / -values)
+    return torch.stack([scale, of_deviation * inverse.square(), of_mean])
 
 
 def _like(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int]) -> Tensor:
@@ -258,8 +263,8 @@ def _tensors(part: ConvNormAct) -> list[Tensor | None]:
     return [weight_of(part.conv), *affine, *frozen]
 
 
-def _track(norm: nn.BatchNorm2d, statistics: _Statistics) -> None:
-    """Bring a norm's running statistics up to date, as its own forward does."""
+def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, values: Tensor | int) -> None:
+    """Bring a norm's running statistics up to date, as its own forward does: by a batch's, of so many ``values`` a channel."""
     running_mean, running_var, batches = (tensor_of(norm, name) for name in ("running_mean", "running_var", "num_batches_tracked"))
     if not (uses_batch(norm) and norm.training and norm.track_running_stats) or running_mean is None or running_var is None:
         return
@@ -268,7 +273,6 @@ def _track(norm: nn.BatchNorm2d, statistics: _Statistics) -> None:
         batches.add_(1)
         if momentum is None:
             momentum = 1 / batches.to(running_mean.dtype)
-    mean, var, values = statistics
     for running, now in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
         running.lerp_(now.to(running.dtype), 0.0 if momentum is None else momentum)
 
@@ -279,12 +283,13 @@ _apply = without_autocast(_Block.apply)
 def train_block(parts: BlockParts, x: Tensor) -> Tensor:
     """A block's result, with a gradient for x and for every parameter; its norms' running statistics follow."""
     convs = [part for part in (parts.expand, parts.depthwise, parts.project) if part is not None]
-    layers, tensors, shape = [], [], list(x.shape)
+    layers, counts, tensors, shape = [], [], [], list(x.shape)
     for part in convs:
         layer, shape = _layer(part, shape)
         if uses_batch(part.norm) and layer.group is None and min(shape) > 0:  # else the convolution says what is wrong
             F._verify_batch_size(torch.Size(shape))  # type: ignore[attr-defined]
         layers.append(layer)
+        counts.append(shape[0] * shape[2] * shape[3])
         tensors += _tensors(part)
     squeeze = parts.squeeze_excite
     if squeeze is not None:
@@ -296,8 +301,9 @@ def train_block(parts: BlockParts, x: Tensor) -> Tensor:
     plan = _Plan(tuple(layers), None if squeeze is None else squeeze.activation, parts.residual, torch.is_grad_enabled())
     out, *statistics = _apply(x.contiguous(memory_format=torch.channels_last), keep, plan, *tensors)
     with torch.no_grad():
-        for number, part in enumerate(convs):
-            _track(part.norm, _Statistics(*statistics[3 * number : 3 * number + 3]))
+        for part, layer, count in zip(convs, layers, counts, strict=True):
+            mean, var = statistics.pop(0), statistics.pop(0)
+            _track(part.norm, mean, var, count if layer.group is None else statistics.pop(0))
     return out
 
 
@@ -311,14 +317,15 @@ def why_not_trained(parts: BlockParts, x: Tensor) -> str | None:
         if any(_group(part.norm) is not None for part in convs):
             raise ValueError("SyncBatchNorm: this process has an empty batch, and the others would wait; an image or more would do")
         return "the batch is empty"
-    if backends.requested() == "reference":
+    name, _ = backends.requested()
+    if name == "reference":
         return None
     for part in convs:
         conv = part.conv
         if (reason := ops.why_no_kernel(x, conv.in_channels, weight_of(conv), conv.stride[0])) is not None:
             backends.refuse_strictly("training", reason)
             return f"training: {reason}"
-    slower = None if backends.requested() is not None else _why_slower(parts, x)
+    slower = None if name is not None else _why_slower(parts, x)
     return None if slower is None else f"training: {slower}"
 
 

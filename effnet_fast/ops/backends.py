@@ -116,11 +116,6 @@ def choose(
     return chosen
 
 
-def requested() -> str | None:
-    """The backend that is asked for in this thread, if one is."""
-    return _STATE.requested
-
-
 def refuse_strictly(what: str, reason: str) -> None:
     """Raise RuntimeError where a backend is asked for strictly, and ``what`` would not run on it for that reason."""
     if _STATE.strict:
@@ -176,12 +171,24 @@ def backend(name: str, strict: bool = False) -> Iterator[None]:
     A backend that has no kernel at all on this machine raises at once.
     """
     _check_request(name)
-    before = _STATE.requested, _STATE.strict
+    with asking(name, strict):
+        yield
+
+
+@contextmanager
+def asking(name: str | None, strict: bool) -> Iterator[None]:
+    """As :func:`requested` told of another thread: autograd runs a backward on a GPU in one of its own."""
+    before = requested()
     _STATE.requested, _STATE.strict = name, strict
     try:
         yield
     finally:
         _STATE.requested, _STATE.strict = before
+
+
+def requested() -> tuple[str | None, bool]:
+    """The backend that is asked for in this thread, if one is, and whether strictly."""
+    return _STATE.requested, _STATE.strict
 
 
 def _check_request(name: str) -> None:

@@ -109,10 +109,6 @@ def _define(kind: str) -> None:
             backends=("native", "triton"),
         ),
     }
-    if kind == "pointwise":
-        module = "effnet_fast.ops.training.triton_pointwise"
-        triton_backend.register(stats, check_stats, allocate_stats, launcher=(module, stats))
-        triton_backend.register(backward, check_backward, allocate_backward, launcher=(f"{module}_backward", backward))
     _CHECK[stats], _CHECK[backward] = check_stats, check_backward
     why_not = functools.partial(native.why_not, cuda=kind == "depthwise")
     for name, run in references.items():
@@ -139,7 +135,7 @@ def _compose(kind: str, backend: str, key: str) -> None:
 
 
 _compose("dense", "native", "CPU")
-for _kind in ("dense", "depthwise"):
+for _kind in KINDS:
     _compose(_kind, "triton", triton_backend.KEY)
 
 

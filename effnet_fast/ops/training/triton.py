@@ -18,14 +18,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.ops.triton_common import alignment, cdiv, channels_last, next_power_of_2, processors, run, stored
+from effnet_fast.ops.triton_common import INTERPRETED, alignment, cdiv, channels_last, next_power_of_2, processors, run, stored
+
+# 1 / (1 + 2^(-u log2(e))): exponential and reciprocal as the special function unit has them, within 3 ulp; subnormals are zero.
+_SIGMOID: tl.constexpr = tl.constexpr("""{
+    .reg .f32 a;
+    mul.ftz.f32 a, $1, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 a, a;
+    add.ftz.f32 a, a, 0f3F800000;
+    rcp.approx.ftz.f32 $0, a;
+}""")
+
+
+@triton.jit
+def sigmoid_of(u):
+    """Of fp32. Triton's own exponential and quotient take twice as many instructions, for subnormal ones."""
+    if INTERPRETED:
+        return 1.0 / (1.0 + tl.exp(-u))
+    else:
+        return tl.inline_asm_elementwise(_SIGMOID, "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def activation_and_slope(u, ACTIVATION: tl.constexpr):
     """Of fp32 ``u``: the activation and its derivative, where PyTorch's backward has the same."""
     if ACTIVATION == "silu":
-        sigmoid = 1.0 / (1.0 + tl.exp(-u))
+        sigmoid = sigmoid_of(u)
         value = u * sigmoid
         slope = sigmoid + value * (1.0 - sigmoid)
     elif ACTIVATION == "relu":
@@ -77,6 +95,7 @@ def _elements(
     ACTIVATION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """``tiles`` an image, ``group_tiles`` a group; WHAT is the name of the op."""
     channels = channel_groups * ALIGN_C
@@ -93,7 +112,7 @@ def _elements(
     total_slope = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     total_slope_centred = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     first = owner // pieces * group_tiles + owner % pieces * share
-    for tile in range(first, tl.minimum(first + share, (owner // pieces + 1) * group_tiles)):
+    for tile in tl.range(first, tl.minimum(first + share, (owner // pieces + 1) * group_tiles), num_stages=STAGES):
         image, row = (tile // tiles).to(tl.int64), tile % tiles * BLOCK_P
         start = (image * pixels + row) * channels
         at, mask = p[:, None] * channels + c[None, :], (p < pixels - row)[:, None] & c_inside[None, :]
@@ -156,10 +175,11 @@ MOST_REGISTERS = 128  # said outright: ptxas would spill a few of them to fit on
 
 @dataclass(frozen=True)
 class Config:
-    """A program's tile: ``block_p`` rows of ``block_c`` channels."""
+    """A program's tile: ``block_p`` rows of ``block_c`` channels, of which ``stages`` are on their way or in hand at once."""
 
     block_p: int
     block_c: int
+    stages: int = 3
     num_warps: int = 4
 
 
@@ -196,10 +216,12 @@ def _launch(
 ) -> None:
     """``out`` and ``sums`` are written, of which there is one at least."""
     images, channels, height, width = x.shape
-    pixels = height * width
+    pixels, by_image = height * width, what in ("norm_act_mean", "norm_act_image_sums")
+    if not by_image and gate is None and pool is None:  # then images end nowhere
+        images, pixels = 1, images * pixels
     config = choose_config(pixels, channels, x.element_size())
     tiles, blocks = cdiv(pixels, config.block_p), cdiv(channels, config.block_c)
-    groups = images if what in ("norm_act_mean", "norm_act_image_sums") else 1
+    groups = images if by_image else 1
     group_tiles = images * tiles // groups
     pieces, share = pieces_of(group_tiles, groups * blocks, processors(x.device))
     partial = sums
@@ -228,6 +250,7 @@ def _launch(
         ACTIVATION=activation,
         BLOCK_P=config.block_p,
         BLOCK_C=config.block_c,
+        STAGES=config.stages,
         num_warps=config.num_warps,
         maxnreg=MOST_REGISTERS,
     )
