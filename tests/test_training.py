@@ -383,6 +383,20 @@ def test_compiled_in_one_graph_it_computes_the_same(size):
 
 
 @TRAINED
+def test_compiled_under_autocast_it_computes_the_same():
+    """A compiler traces the backward under autocast too; the squeeze-excite's stays fp32."""
+    torch._dynamo.reset()
+    block = block_of(MBConv, PLAIN_MBCONV[1])
+    eager, compiled = copy.deepcopy(block), torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = channels_last(torch.randn(4, 24, 9, 8).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_fused(block, x)
+        expected, got = step(eager, x), step(block, x, compiled)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-5 * largest(tensor), msg=name)
+
+
+@TRAINED
 @pytest.mark.parametrize("freeze", FREEZE, ids=["timm", "torchvision"])
 def test_frozen_norm_modules_train(freeze):
     """timm's and torchvision's, which say that they are training and have no momentum."""

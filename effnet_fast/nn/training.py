@@ -10,7 +10,7 @@ reduces over ranks, and where a norm in evaluation mode (a frozen one) differs: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from effnet_fast.nn.parts import BlockParts, ConvNormAct, tensor_of, uses_batch,
 from effnet_fast.ops import backends
 from effnet_fast.ops import training as ops
 from effnet_fast.ops.common import accumulator, output_size, without_autocast
+from effnet_fast.ops.training.squeeze_excite import squeeze_excite, squeeze_excite_backward
 
 
 class _Layer(NamedTuple):
@@ -68,35 +69,6 @@ def _over_ranks(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tens
     return mean_of_all, second / total, total
 
 
-_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6, "identity": lambda u: u}
-_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": torch.ops.aten.silu_backward,
-    "relu": lambda grad, u: torch.ops.aten.threshold_backward(grad, u, 0),
-    "relu6": lambda grad, u: torch.ops.aten.hardtanh_backward(grad, u, 0, 6),
-    "identity": lambda grad, u: grad,
-}
-
-
-def _squeeze_excite(
-    pooled: Tensor, activation: str, reduce: Tensor, reduce_bias: Tensor | None, expand: Tensor, expand_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gate [N, C], and what the reduction gives before its activation [N, R]."""
-    as_pooled = [None if t is None else t.to(pooled.dtype) for t in (reduce, reduce_bias, expand, expand_bias)]
-    hidden = F.linear(pooled, as_pooled[0].flatten(1), as_pooled[1])  # type: ignore[union-attr]
-    active = _FORWARD[activation](hidden)
-    return torch.sigmoid(F.linear(active, as_pooled[2].flatten(1), as_pooled[3])), hidden  # type: ignore[union-attr]
-
-
-def _squeeze_excite_backward(
-    grad: Tensor, gate: Tensor, hidden: Tensor, pooled: Tensor, activation: str, reduce: Tensor, expand: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """From the gate's gradient [N, C]: the pooled means' [N, C], and those of both weights and biases."""
-    active, of_expanded = _FORWARD[activation](hidden), torch.ops.aten.sigmoid_backward(grad, gate)
-    of_hidden = _BACKWARD[activation](of_expanded @ expand.flatten(1).to(grad.dtype), hidden)
-    weights = of_hidden.T @ pooled, of_hidden.sum(0), of_expanded.T @ active, of_expanded.sum(0)
-    return of_hidden @ reduce.flatten(1).to(grad.dtype), list(weights)
-
-
 class _Block(torch.autograd.Function):
     """out = keep * norm(conv(... x)) + x, and the statistics of each layer, which have no gradient.
 
@@ -115,7 +87,7 @@ class _Block(torch.autograd.Function):
             weight, norm_weight, norm_bias, mean, var = tensors[number * _PER_LAYER : (number + 1) * _PER_LAYER]
             if plan.squeeze_activation is not None and number == len(plan.layers) - 1:
                 pooled = ops.norm_act_mean(read, norm, activation)  # type: ignore[arg-type]
-                gate, hidden = _squeeze_excite(pooled, plan.squeeze_activation, *tensors[-4:])  # type: ignore[arg-type]
+                gate, hidden = squeeze_excite(pooled, plan.squeeze_activation, *tensors[-4:])  # type: ignore[arg-type]
                 squeezed = [pooled, hidden, gate]
             y, batch_mean, batch_var = ops.conv_stats(
                 read,
@@ -149,8 +121,11 @@ class _Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *of_statistics: Any) -> tuple[Tensor | None, ...]:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        if torch.compiler.is_compiling():  # in the forward's thread; and torch 2.11's compiler lets nothing be set here
+            return _backward(grad, ctx)
         with backends.asking(*ctx.request):
-            return _backward(grad.contiguous(memory_format=torch.channels_last), ctx)
+            return _backward(grad, ctx)
 
 
 @without_autocast
@@ -202,7 +177,7 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
             break
         activation, y_gate, y_pool = "identity", None, None
         if squeeze_activation is not None and before is not None:
-            of_pooled, of_weights = _squeeze_excite_backward(sums[:, 0], gate, hidden, pooled, squeeze_activation, reduce, expand)
+            of_pooled, *of_weights = squeeze_excite_backward(sums[:, 0], gate, hidden, pooled, squeeze_activation, reduce, expand)
             gradients[-4:] = [g if want else None for g, want in zip(of_weights, wanted[-4:], strict=True)]
             activation, y_gate, y_pool = layers[number - 1].activation, gate, of_pooled / (before.y.shape[2] * before.y.shape[3])
             sums = torch.addcmul(y_pool[:, None] * sums[:, 2::2], y_gate[:, None], sums[:, 1::2]).sum(0)
@@ -300,10 +275,11 @@ def train_block(parts: BlockParts, x: Tensor) -> Tensor:
         keep = keep.to(accumulator(x.dtype)).view(-1, 1).expand(-1, shape[1]).contiguous()
     plan = _Plan(tuple(layers), None if squeeze is None else squeeze.activation, parts.residual, torch.is_grad_enabled())
     out, *statistics = _apply(x.contiguous(memory_format=torch.channels_last), keep, plan, *tensors)
+    told = iter(statistics)
     with torch.no_grad():
         for part, layer, count in zip(convs, layers, counts, strict=True):
-            mean, var = statistics.pop(0), statistics.pop(0)
-            _track(part.norm, mean, var, count if layer.group is None else statistics.pop(0))
+            mean, var = next(told), next(told)
+            _track(part.norm, mean, var, count if layer.group is None else next(told))
     return out
 
 
