@@ -35,6 +35,7 @@ template <class I> struct StatsTraits : I {
 // Grid: x = kTile channels each, y = pieces.
 template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) depthwise_stats_kernel(const StatsLaunch p) {
   using T = typename Tr::T;
+  using Exact = std::conditional_t<sizeof(T) == 4, double, float>;  // in floats the differences of halves are
   constexpr int K = Tr::kKernel, S = Tr::kStride, C = Tr::kColumns, L = Tr::kLive, V = Tr::kVector;
   EFFNET_DYNAMIC_SHARED(char, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / Tr::kLanes, in_tile = lane % Tr::kLanes * V;
@@ -133,7 +134,8 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             shift[e] = to_float(from_float<T>(of_first * reciprocal_fast(float(max(columns_out, 1)))));
           }
         count += columns_out;
-        float of_row[V] = {}, squares_of_row[V] = {};
+        Exact of_row[V] = {};
+        float squares_of_row[V] = {};
         const auto finish = [&](auto whole) {
           T* to = y;
 #pragma unroll
@@ -143,9 +145,9 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             stored.write(to);
 #pragma unroll
             for (int e = 0; e < V; ++e) {
-              const float apart = stored[e] - shift[e];
+              const Exact apart = Exact(stored[e]) - shift[e];
               of_row[e] += apart;
-              squares_of_row[e] += apart * apart;
+              squares_of_row[e] += float(apart) * float(apart);
             }
           }
         };
