@@ -108,7 +108,7 @@ def every_kernel() -> list[Run]:
     """Each window in each type, images and channels that fill no tile, odd and even padding, as many rows as make segments."""
     draw, runs = random.Random(0), []
     for (kernel, stride), dtype in itertools.product(itertools.product((3, 5), (1, 2)), plain.DTYPES):
-        for padding, channels in ((cases.symmetric(kernel), 37), ((0, 2, 1, 1), 32), ((3, 1, 2, 0), 7)):
+        for padding, channels in ((cases.symmetric(kernel), 37), ((0, 2, 1, 1), 40), ((3, 1, 2, 0), 7), ((2, 1, 1, 3), 72)):
             case = Case(draw.randint(1, 3), channels, draw.randint(9, 21), draw.randint(7, 19), kernel, stride, padding)
             runs.append(drawn(draw, case, dtype))
     return runs
@@ -202,14 +202,14 @@ WRONG = "off by|not finite|changes the result"
 SEEDED = {
     "training-missing-barrier": bug("depthwise_backward.cuh", "  __syncthreads();  // the taps", "  // the taps", WRONG),
     "training-missing-stats-barrier": bug("depthwise_stats.cuh", "  __syncthreads();\n", "", WRONG),
-    "training-off-by-one-store": bug("depthwise_stats.cuh", "if (t < columns_out)", "if (t <= columns_out)", "overflow|" + WRONG),
-    "training-column-beyond": bug(
-        "depthwise_backward.cuh", "a[t] = unsigned(column + t) < unsigned(p.width) ?", "a[t] = true ?", WRONG
-    ),
+    "training-off-by-one-store": bug("depthwise_stats.cuh", "&& t >= columns_out", "&& t > columns_out", "overflow|" + WRONG),
+    "training-column-beyond": bug("depthwise_backward.cuh", "if (!inside)", "if (false)", WRONG),
     "training-wrong-ring-slot": bug("depthwise_backward.cuh", "slot_of(i, u, S, L)", "slot_of(i, u, S, L + 1) % L", WRONG),
-    "training-lost-piece": bug(
-        "depthwise_common.cuh", "int other = 1; other < kRows; ++other) sum", "int other = 2; other < kRows; ++other) sum", WRONG
+    "training-lost-piece": bug("depthwise_common.cuh", "half > 0; half /= 2", "half > 1; half /= 2", WRONG),
+    "training-missing-wait": bug(
+        "depthwise_stats.cuh", "copy_async_wait<Tr::kSteps - 2>", "copy_async_wait<Tr::kSteps - 1>", WRONG
     ),
+    "training-missing-syncwarp": bug("depthwise_backward.cuh", "__syncwarp();  // this step", "// this step", WRONG),
 }
 SEEDED_RUNS = [
     Run(Case(2, 37, 26, 10, 3, 1, cases.symmetric(3)), torch.float32, multiprocessors=16),

@@ -19,7 +19,7 @@ MISSING = needs.missing()
 pytestmark = pytest.mark.skipif(MISSING["nvcc"] is not None, reason=str(MISSING["nvcc"]))
 needs_cuobjdump = pytest.mark.skipif(MISSING["cuobjdump"] is not None, reason=str(MISSING["cuobjdump"]))
 ARCHS = (80, 90, 100)
-LEAST_KERNELS = {"squeeze_excite.cu": 6, "depthwise.cu": 72, "conv.cu": 12, "pointwise.cu": 24, "training.cu": 26}
+LEAST_KERNELS = {"squeeze_excite.cu": 6, "depthwise.cu": 72, "conv.cu": 12, "pointwise.cu": 24, "training.cu": 74}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def registers_allowed(name: str) -> int:
         few = columns * fragments <= 48
         return 128 if warps == 8 or fragments == 2 else 80 if few else 96  # 2 blocks of 256 threads an SM; 4, 6 or 5 of 128
     if "training" in name:
-        return 168 if "BackwardTraits" in name and "Li5ELi1E" in name else 128  # 3 or 4 blocks of 128 threads an SM
+        few = "Li3ELi2E" in name or ("StatsTraits" in name and "Li3E" in name) or "finish" in name
+        return 128 if few else 168  # 4 or 3 blocks of 128 threads an SM
     if "depthwise" not in name:
         return 128  # so that 2 blocks of 256 threads fit an SM
     kind, (kernel, *tile), _ = sass.depthwise_instance(name)

@@ -27,141 +27,226 @@ struct BackwardLaunch : Depthwise {
   float* partial;  // [pieces, 2 + kernel * kernel, channels]
 };
 
-template <typename T_, int kKernel_, int kStride_> struct BackwardTraits : Window<kKernel_, kStride_> {
-  using T = T_;
-  static constexpr int kColumns = kKernel_ == 3 && kStride_ == 2 ? 8 : 4;
-  static constexpr int kBlocks = kKernel_ == 5 && kStride_ == 1 ? 3 : 4;  // an SM
-  static constexpr int kBefore = (kKernel_ - 1) / kStride_, kGColumns = kColumns / kStride_ + kBefore;
-  static constexpr int kNumbers = 2 + kKernel_ * kKernel_, kSharedBytes = kWarps * kNumbers * kLanes * int(sizeof(float));
+template <class I> struct BackwardTraits : I {
+  using typename I::T;
+  static constexpr int kVector = I::kAligned && I::kKernel == 3 && I::kStride == 1 ? 2 : 1, kLanes = 32 / kVector;
+  static constexpr int kGroups = kWarps * kVector;
+  static constexpr int kColumns = I::kStride == 2 ? 8 : 4;
+  static constexpr int kBlocks = I::kKernel == 3 && I::kStride == 2 ? 4 : 3;  // an SM
+  static constexpr int kBefore = (I::kKernel - 1) / I::kStride, kGColumns = kColumns / I::kStride + kBefore;
+  static constexpr int kNumbers = 2 + I::kTaps;
+  // A step of the ring is kStride rows of x and one each of y and of grad.
+  static constexpr int kSteps = 3, kXRow = kColumns * kVector * kTile, kGRow = kGColumns * kVector * kTile;
+  static constexpr int kStep = I::kStride * kXRow + 2 * kGRow, kRing = kSteps * kStep;  // elements
+  static constexpr int kTapBytes = I::kTaps * kTile * int(sizeof(float)),
+                       kSumBytes = kNumbers * kGroups * kTile * int(sizeof(float));
+  static constexpr int kSharedBytes = kTapBytes + kSumBytes + kWarps * kRing * int(sizeof(T));
   // Rows and columns of x are counted from here, so that a tap's phase is known when it is compiled.
-  static __host__ __device__ constexpr int origin(int padding) { return padding / kStride_ * kStride_; }
+  static __host__ __device__ constexpr int origin(int padding) { return padding / I::kStride * I::kStride; }
 };
 
-// Grid: x = 32 channels each, y = pieces.
-template <class Tr> __global__ void __launch_bounds__(kLanes* kWarps, Tr::kBlocks)
-    depthwise_backward_kernel(const BackwardLaunch p) {
+// Grid: x = kTile channels each, y = pieces.
+template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) depthwise_backward_kernel(const BackwardLaunch p) {
   using T = typename Tr::T;
-  constexpr int K = Tr::kKernel, S = Tr::kStride, C = Tr::kColumns, L = Tr::kLive, G = Tr::kGColumns;
-  EFFNET_DYNAMIC_SHARED(float, shared);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, c = blockIdx.x * kLanes + lane;
-  float* const taps = shared + lane;  // of all warps
-  float grad_taps[Tr::kTaps] = {}, sum = 0.f, sum_centred = 0.f;
-  for (int tap = warp; c < p.channels && tap < Tr::kTaps; tap += kWarps) taps[tap * kLanes] = load_tap<Tr>(p, c, tap);
-  __syncthreads();
-  if (c < p.channels) {
-    const ChannelNorm norm(p.read.norm, p.channels, c), y_norm(p.of_y.norm, p.channels, c);
-    const ChannelCoefficients coefficients(p.of_y.coefficients, p.channels, c);
-    const int x_row = p.width * p.channels, y_row = p.out_width * p.channels;
-    const int top = Tr::origin(p.pad_top), left = Tr::origin(p.pad_left);
-    const int rows = p.height + p.pad_top - top;
-
-    for (int number = blockIdx.y * kWarps + warp; number < p.cut.tasks; number += gridDim.y * kWarps) {
-      const Task task(p.cut, number, C);
-      const int last = min(task.row + p.cut.rows, rows);
-      const int column = task.column + left - p.pad_left, g_column = (task.column + left) / S - Tr::kBefore;
-      const bool g_inside = g_column >= 0 && g_column + G <= p.out_width;
-      const int64_t x_at = task.image * p.height * int64_t(x_row) + c, y_at = task.image * p.out_height * int64_t(y_row) + c;
-      const T* const x = static_cast<const T*>(p.read.x) + x_at;
-      const T* const y = static_cast<const T*>(p.of_y.y) + y_at;
-      const T* const grad = static_cast<const T*>(p.of_y.grad) + y_at;
-      const float gate = coefficients.of_grad * (p.of_y.gate ? p.of_y.gate[task.image * p.channels + c] : 1.f);
-      const float pool = coefficients.of_grad * (p.of_y.pool ? p.of_y.pool[task.image * p.channels + c] : 0.f);
-
-      T x_ahead[C], y_ahead[G], grad_ahead[G];
-      float g[L][G];
-      // Of row `row`, whose place in the loop's body is i: what is there.
-      const auto x_row_of = [&](int row) { return row + top - p.pad_top; };
-      const auto has_x = [&](int row) { return row >= task.row && row < last && unsigned(x_row_of(row)) < unsigned(p.height); };
-      const auto g_row_of = [&](int row) { return (row + top) / S; };  // S divides row + top
-      const auto has_g = [&](int row) { return row + top >= 0 && g_row_of(row) < p.out_height; };
-      const auto fetch = [&](int row, bool with_g) {
-        if (with_g && has_g(row)) {
-          const int64_t at = int64_t(g_row_of(row)) * y_row;
-          load_row(y_ahead, y + at, g_column, p.out_width, p.channels);
-          load_row(grad_ahead, grad + at, g_column, p.out_width, p.channels);
-        }
-        if (has_x(row)) load_row(x_ahead, x + int64_t(x_row_of(row)) * x_row, column, p.width, p.channels);
-      };
-
-      fetch(task.row - Tr::kBodyRows, true);
-      for (int row0 = task.row - Tr::kBodyRows; row0 < last; row0 += Tr::kBodyRows)
+  constexpr int K = Tr::kKernel, S = Tr::kStride, C = Tr::kColumns, L = Tr::kLive, G = Tr::kGColumns, V = Tr::kVector;
+  constexpr int kFlushBodies = 4;  // sums leave registers then: no sum of floats is long
+  EFFNET_DYNAMIC_SHARED(char, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / Tr::kLanes, in_tile = lane % Tr::kLanes * V;
+  const int c = blockIdx.x * kTile + in_tile, near = c < p.channels ? c : 0;
+  float* const all_taps = reinterpret_cast<float*>(shared);
+  float* const all_sums = reinterpret_cast<float*>(shared + Tr::kTapBytes);  // [numbers][groups][kTile]
+  float* const sums = all_sums + (warp * V + group) * kTile + in_tile;
+  T* const ring = reinterpret_cast<T*>(shared + Tr::kTapBytes + Tr::kSumBytes) + warp * Tr::kRing;
+  const T* const mine = ring + group * kTile + in_tile;
+  load_taps<Tr>(p, all_taps);
 #pragma unroll
-        for (int i = 0; i < Tr::kBodyRows; ++i) {
-          const int row = row0 + i;
-          if (i % S == 0) {
-            float (&to)[G] = g[i / S];
-            if (has_g(row)) {
-              with_silu(p.y_range, [&](auto silu) {
+  for (int number = 0; number < Tr::kNumbers; ++number) store(sums + number * Tr::kGroups * kTile, Vec<float, V>{});
+  __syncthreads();  // the taps are there
+  const ChannelNorm<T, V> norm(p.read.norm, p.channels, near), y_norm(p.of_y.norm, p.channels, near);
+  const ChannelCoefficients<T, V> coefficients(p.of_y.coefficients, y_norm, p.channels, near);
+  const int x_row = p.width * p.channels, y_row = p.out_width * p.channels;
+  const int top = Tr::origin(p.pad_top), left = Tr::origin(p.pad_left);
+  const int rows = p.height + p.pad_top - top;
+
+  for (int number = blockIdx.y * kWarps + warp; number < p.cut.tasks; number += gridDim.y * kWarps) {
+    const Task task(p.cut, p.images, number, C, group, V);
+    const int last = min(task.row + p.cut.rows, rows), width = task.exists && c < p.channels ? p.width : 0;
+    const int out_width = task.exists ? p.out_width : 0;
+    const int column = task.column + left - p.pad_left, g_column = (task.column + left) / S - Tr::kBefore;
+    const bool inside = column >= 0 && column + C <= width, g_inside = g_column >= 0 && g_column + G <= out_width;
+    const int64_t x_at = task.image * p.height * int64_t(x_row), y_at = task.image * p.out_height * int64_t(y_row);
+    const Strip<Tr, C> x(ring, static_cast<const T*>(p.read.x) + x_at, lane, column, p.width, p, task.exists);
+    const Strip<Tr, G> y(ring + S * Tr::kXRow, static_cast<const T*>(p.of_y.y) + y_at, lane, g_column, p.out_width, p, task.exists);
+    const Strip<Tr, G> grad(ring + S * Tr::kXRow + Tr::kGRow, static_cast<const T*>(p.of_y.grad) + y_at, lane, g_column,
+                            p.out_width, p, task.exists);
+    float gate[V], pool[V];
 #pragma unroll
-                for (int q = 0; q < G; ++q) {
-                  const float apart = to_float(y_ahead[q]) - y_norm.mean;
-                  const float slope = activate_with_slope<silu.value>(p.y_range, y_norm.scale * apart + y_norm.bias).slope;
-                  to[q] = (gate * to_float(grad_ahead[q]) + pool) * slope + (coefficients.of_y * apart + coefficients.shift);
-                  if (!g_inside && unsigned(g_column + q) >= unsigned(p.out_width)) to[q] = 0.f;
+    for (int e = 0; e < V; ++e) {
+      const int64_t at = task.image * p.channels + near + e;
+      gate[e] = coefficients.of_grad[e] * (p.of_y.gate ? p.of_y.gate[at] : 1.f);
+      pool[e] = coefficients.of_grad[e] * (p.of_y.pool ? p.of_y.pool[at] : 0.f);
+    }
+
+    float g[L][G][V], grad_taps[Tr::kTaps][V] = {}, sum[V] = {}, sum_centred[V] = {};
+    const auto x_row_of = [&](int row) { return row + top - p.pad_top; };
+    const auto has_x = [&](int row) { return row >= task.row && row < last && unsigned(x_row_of(row)) < unsigned(p.height); };
+    const auto g_row_of = [&](int row) { return (row + top) / S; };  // S divides row + top
+    const auto has_g = [&](int row) {
+      return row >= task.row - Tr::kBefore * S && row < last && row + top >= 0 && g_row_of(row) < p.out_height;
+    };
+    const auto stage = [&](int row, int step) {
+      if (has_g(row)) {
+        y.copy(int64_t(g_row_of(row)) * y_row, step);
+        grad.copy(int64_t(g_row_of(row)) * y_row, step);
+      }
+#pragma unroll
+      for (int s = 0; s < S; ++s)
+        if (has_x(row + s)) x.copy(int64_t(x_row_of(row + s)) * x_row, step + s * Tr::kXRow);
+      copy_async_commit();
+    };
+    const auto flush = [&](int number, float (&of)[V]) {
+      float* const to = sums + number * Tr::kGroups * kTile;
+      Vec<float, V> total = load<V>(to);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        total.at[e] += of[e];
+        of[e] = 0.f;
+      }
+      store(to, total);
+    };
+
+    __syncwarp();  // the last task's rows have been read
+    const int first = task.row - Tr::kBodyRows;
+#pragma unroll
+    for (int step = 0; step < Tr::kSteps - 1; ++step) stage(first + step * S, step * Tr::kStep);
+    int step = 0, free_step = Tr::kRing - Tr::kStep, bodies = 0;
+    for (int row0 = first; row0 < last; row0 += Tr::kBodyRows) {
+#pragma unroll
+      for (int i = 0; i < Tr::kBodyRows; ++i) {
+        const int row = row0 + i;
+        if (i % S == 0) {
+          if (i > 0) step = step + Tr::kStep == Tr::kRing ? 0 : step + Tr::kStep;
+          copy_async_wait<Tr::kSteps - 2>();
+          __syncwarp();  // this step has landed for all, and all have read the one before
+          stage(row + (Tr::kSteps - 1) * S, free_step);
+          free_step = step;
+          float (&to)[G][V] = g[i / S];
+          if (has_g(row)) {
+            with_silu<Tr::kSilu>(p.y_range, [&](auto silu) {
+#pragma unroll
+              for (int q = 0; q < G; ++q) {
+                const T* const at = mine + step + S * Tr::kXRow + q * V * kTile;
+                const auto of_y = Channels<T, V>::read(at), of_grad = Channels<T, V>::read(at + Tr::kGRow);
+#pragma unroll
+                for (int e = 0; e < V; ++e) {
+                  const float slope = activate_with_slope<silu.value>(p.y_range, y_norm(of_y[e], e)).slope;
+                  to[q][e] = (gate[e] * of_grad[e] + pool[e]) * slope + coefficients(of_y[e], e);
                 }
-              });
-            } else {
+              }
+            });
+            if (!g_inside)
 #pragma unroll
-              for (int q = 0; q < G; ++q) to[q] = late_zero();
+              for (int q = 0; q < G; ++q)
+                if (unsigned(g_column + q) >= unsigned(out_width))
+#pragma unroll
+                  for (int e = 0; e < V; ++e) to[q][e] = late_zero();
+          } else {
+#pragma unroll
+            for (int q = 0; q < G; ++q)
+#pragma unroll
+              for (int e = 0; e < V; ++e) to[q][e] = late_zero();
+          }
+        }
+        if (!has_x(row)) continue;
+
+        const int64_t out_at = x_at + int64_t(x_row_of(row)) * x_row + int64_t(column) * p.channels + c;
+        Channels<T, V> now[C];
+        float a[C][V], slope[C][V], z[C][V] = {};
+        with_silu<Tr::kSilu>(p.range, [&](auto silu) {
+#pragma unroll
+          for (int t = 0; t < C; ++t) {
+            now[t] = Channels<T, V>::read(mine + step + i % S * Tr::kXRow + t * V * kTile);
+#pragma unroll
+            for (int e = 0; e < V; ++e) {
+              const ValueAndSlope made = activate_with_slope<silu.value>(p.range, norm(now[t][e], e));
+              a[t][e] = made.value;
+              slope[t][e] = made.slope;
             }
           }
-          T now[C];
+        });
+        if (!inside)
 #pragma unroll
-          for (int t = 0; t < C; ++t) now[t] = x_ahead[t];
-          fetch(row + 1, (i + 1) % S == 0);
-          if (!has_x(row)) continue;
-
-          float a[C], slope[C], z[C] = {};
-          with_silu(p.range, [&](auto silu) {
+          for (int t = 0; t < C; ++t)
+            if (unsigned(column + t) >= unsigned(width))
+#pragma unroll
+              for (int e = 0; e < V; ++e) a[t][e] = late_zero();
+#pragma unroll
+        for (int u = 0; u < K; ++u) {
+          if (!divides(S, i - u)) continue;
+          const float (&of)[G][V] = g[slot_of(i, u, S, L)];
+#pragma unroll
+          for (int v = 0; v < K; ++v) {
+            const Vec<float, V> tap = load<V>(all_taps + (u * K + v) * kTile + in_tile);
 #pragma unroll
             for (int t = 0; t < C; ++t) {
-              const ValueAndSlope made = activate_with_slope<silu.value>(p.range, norm(to_float(now[t])));
-              a[t] = unsigned(column + t) < unsigned(p.width) ? made.value : 0.f;
-              slope[t] = made.slope;
-            }
-          });
+              if (!divides(S, t - v)) continue;
 #pragma unroll
-          for (int u = 0; u < K; ++u) {
-            if (!divides(S, i - u)) continue;
-            const float (&of)[G] = g[slot_of(i, u, S, L)];
-#pragma unroll
-            for (int v = 0; v < K; ++v) {
-              const float tap = taps[(u * K + v) * kLanes];
-#pragma unroll
-              for (int t = 0; t < C; ++t) {
-                if (!divides(S, t - v)) continue;
-                const float value = of[(t - v + K - 1) / S];
-                z[t] += value * tap;
-                grad_taps[u * K + v] += value * a[t];
+              for (int e = 0; e < V; ++e) {
+                const float value = of[(t - v + K - 1) / S][e];
+                z[t][e] += value * tap.at[e];
+                grad_taps[u * K + v][e] += value * a[t][e];
               }
             }
           }
-          const int64_t at = x_at + int64_t(x_row_of(row)) * x_row;
-#pragma unroll
-          for (int t = 0; t < C; ++t)
-            if (unsigned(column + t) < unsigned(p.width)) {
-              const float made = z[t] * slope[t];
-              const int64_t to = at + int64_t(column + t) * p.channels;
-              sum += made;
-              sum_centred += made * (to_float(now[t]) - norm.mean);
-              const float added = p.residual ? to_float(static_cast<const T*>(p.residual)[to]) : 0.f;
-              if (p.grad_x) static_cast<T*>(p.grad_x)[to] = from_float<T>(made + added);
-            }
         }
+        const auto finish = [&](auto whole) {
+          float of_row[V] = {}, centred_of_row[V] = {};
+          int64_t to = out_at;
+#pragma unroll
+          for (int t = 0; t < C; ++t, to += p.channels) {
+            if (!whole.value && unsigned(column + t) >= unsigned(width)) continue;
+            float made[V];
+#pragma unroll
+            for (int e = 0; e < V; ++e) {
+              made[e] = z[t][e] * slope[t][e];
+              of_row[e] += made[e];
+              centred_of_row[e] += made[e] * (now[t][e] - norm.mean[e]);
+            }
+            if (p.residual) {
+              const auto added = Channels<T, V>::read(static_cast<const T*>(p.residual) + to);
+#pragma unroll
+              for (int e = 0; e < V; ++e) made[e] += added[e];
+            }
+            if (p.grad_x) Channels<T, V>::of(made).write(static_cast<T*>(p.grad_x) + to);
+          }
+#pragma unroll
+          for (int e = 0; e < V; ++e) {
+            sum[e] += of_row[e];
+            sum_centred[e] += centred_of_row[e];
+          }
+        };
+        if (inside) {
+          finish(std::true_type{});
+        } else {
+          finish(std::false_type{});
+        }
+      }
+      step = step + Tr::kStep == Tr::kRing ? 0 : step + Tr::kStep;
+      if (++bodies % kFlushBodies && row0 + Tr::kBodyRows < last) continue;
+      flush(0, sum);
+      flush(1, sum_centred);
+#pragma unroll
+      for (int tap = 0; tap < Tr::kTaps; ++tap) flush(2 + tap, grad_taps[tap]);
     }
   }
-  __syncthreads();  // the taps are not read any more
-  float* const mine = shared + warp * Tr::kNumbers * kLanes + lane;
-  mine[0] = sum;
-  mine[kLanes] = sum_centred;
-#pragma unroll
-  for (int tap = 0; tap < Tr::kTaps; ++tap) mine[(2 + tap) * kLanes] = grad_taps[tap];
-  __syncthreads();
-  for (int i = threadIdx.x; i < Tr::kNumbers * kLanes; i += kLanes * kWarps) {
-    const int channel = blockIdx.x * kLanes + i % kLanes;
-    float total = shared[i];
-    for (int other = 1; other < kWarps; ++other) total += shared[other * Tr::kNumbers * kLanes + i];
-    if (channel < p.channels) p.partial[(int64_t(blockIdx.y) * Tr::kNumbers + i / kLanes) * p.channels + channel] = total;
+  copy_async_wait<0>();
+  __syncthreads();  // all sums are there
+  for (int i = threadIdx.x; i < Tr::kNumbers * kTile; i += kThreads) {
+    const int channel = blockIdx.x * kTile + i % kTile;
+    const float* const of = all_sums + i / kTile * Tr::kGroups * kTile + i % kTile;
+    float total = of[0];
+    for (int other = 1; other < Tr::kGroups; ++other) total += of[other * kTile];
+    if (channel < p.channels) p.partial[(int64_t(blockIdx.y) * Tr::kNumbers + i / kTile) * p.channels + channel] = total;
   }
 }
 

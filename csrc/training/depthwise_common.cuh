@@ -1,74 +1,190 @@
-// What training's depthwise kernels share: how work is cut, the norm and activation of what they read, and how the sums that blocks
-// gather apart become one.
+// What training's depthwise kernels share: how work is cut, how rows come in, the norm and activation of what is read, and how the
+// sums that blocks gather apart become one.
 //
-// A warp owns 32 channels, one a lane, so that whether rows and columns are inside the image is the same for all of it. Its tasks
-// are strips of columns of a segment of rows of an image, in turn; what it adds up stays in registers until the last. Then the four
-// warps of a block add theirs up in shared memory, and each block writes one piece; a second kernel adds pieces up in fixed order.
+// A block owns 32 channels. A lane owns V neighbouring ones, so that 32 / V lanes, a group, own a strip of columns, and slide down
+// it; the V groups of a warp work at the same rows, so that whether a row is inside the image is the same for all of it. Rows come
+// by cp.async into a ring of steps of the warp's own, several steps before they are used: no barrier holds warps together, and
+// bytes in flight cost no registers. What is not made of whole 16-byte pieces is copied there element by element, V = 1.
+// The sums of a block's groups are added up in shared memory, and each block writes one piece; a second kernel adds up pieces in
+// fixed order.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "../common/sliding.cuh"
+#include "../common/tensor_core.h"
 #include "params.h"
 
 namespace effnet_fast::training {
 
-constexpr int kLanes = 32, kWarps = 4;
+constexpr int kTile = 32, kWarps = 4, kThreads = 32 * kWarps;  // channels, warps and threads of a block
 
 template <int kKernel_, int kStride_> struct Window {
   static constexpr int kKernel = kKernel_, kStride = kStride_, kTaps = kKernel * kKernel;
   static constexpr int kLive = ceil_div(kKernel, kStride), kBodyRows = kLive * kStride;  // of the loop over rows
 };
 
-// How many tasks there are: strips of columns by segments of `rows` rows, of each image; and blocks for each 32 channels.
-struct Cut {
-  int strips, segments, rows, pieces, tasks;
+// What is compiled for: type, window, kAligned, where pixels are made of whole 16-byte pieces, and kSilu, where all activations are
+// that.
+template <typename T_, class W, bool kAligned_, bool kSilu_> struct Instance : Window<W::kKernel, W::kStride> {
+  using T = T_;
+  static constexpr bool kAligned = kAligned_, kSilu = kSilu_;
 };
 
-// As many segments as give each multiprocessor eight blocks, each segment some times as long as what it repeats of the one before.
-inline Cut cut_of(const Depthwise& p, int width, int height, int columns, int body_rows, int multiprocessors) {
-  const int strips = ceil_div(width, columns), bodies = ceil_div(height, body_rows);
-  const int64_t tiles = ceil_div(p.channels, kLanes), wanted = std::max<int64_t>(8 * multiprocessors / tiles, 1);
-  const int64_t whole = p.images * strips, longest = std::max(bodies / 4, 1);
-  const int segments = int(std::clamp<int64_t>(wanted * kWarps / whole, 1, longest));
-  Cut cut{strips, 0, ceil_div(bodies, segments) * body_rows, 0, 0};
-  cut.segments = ceil_div(height, cut.rows);
+// How tasks are numbered: first by strips of columns and images, of which a warp takes a few at once, then by segments of rows.
+struct Cut {
+  int strips, units, rows, pieces, tasks;  // tasks = units * segments
+};
+
+// As many segments as make the most loaded multiprocessor end first, when each row costs the same and each task some rows more.
+// Most warps get one task.
+inline Cut cut_of(const Depthwise& p, int width, int height, int columns, int together, int body_rows, int multiprocessors) {
+  constexpr int kMorePieces = 64, kTaskRows = 5;  // tasks begin with rows that repeat, and wait for the first
+  const int64_t strips = ceil_div(width, columns), units = ceil_div(p.images * strips, together);
+  const int64_t tiles = ceil_div(p.channels, kTile), bodies = ceil_div(height, body_rows);
   constexpr int64_t limit = std::numeric_limits<int>::max() / 2;
-  if (whole * cut.segments > limit || std::max(int64_t(p.width), int64_t(p.out_width)) * p.channels > limit)
+  if (p.images * strips * height > limit || std::max(int64_t(p.width), int64_t(p.out_width)) * p.channels > limit)
     throw std::runtime_error("depthwise: the images are too many or too wide for one launch");
-  cut.tasks = int(whole * cut.segments);
-  cut.pieces = int(std::min<int64_t>(wanted, ceil_div(cut.tasks, kWarps)));
-  return cut;
+  Cut best{};
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int64_t segments = 1; segments <= std::max<int64_t>(bodies / 2, 1); ++segments) {
+    const int64_t rows = ceil_div(bodies, segments) * body_rows, tasks = units * ceil_div(int64_t(height), rows);
+    const int64_t pieces = std::min<int64_t>(ceil_div(tasks, kWarps), kMorePieces * ceil_div(multiprocessors, tiles));
+    const int64_t cost = ceil_div(tiles * pieces, multiprocessors) * ceil_div(tasks, pieces * kWarps) * (rows + kTaskRows);
+    if (cost >= least) continue;
+    least = cost;
+    best = {int(strips), int(units), int(rows), int(pieces), int(tasks)};
+  }
+  return best;
 }
 
+// The work of one group of a warp.
 struct Task {
   int64_t image;
   int row, column;  // its first, of those that were cut
-  __device__ __forceinline__ Task(const Cut& cut, int number, int columns) {
-    const int rest = number / cut.strips;
-    column = number % cut.strips * columns;
-    row = rest % cut.segments * cut.rows;
-    image = rest / cut.segments;
+  bool exists;
+  __device__ __forceinline__ Task(const Cut& cut, int64_t images, int number, int columns, int group, int groups) {
+    row = number / cut.units * cut.rows;
+    const int strip = number % cut.units * groups + group;
+    image = strip / cut.strips;
+    column = strip % cut.strips * columns;
+    exists = image < images;
+    if (!exists) image = 0;
   }
 };
 
-// Of one channel, of the rows of a [3, channels]. What is read as it is has the mean 0, the scale 1, the bias 0.
-struct ChannelNorm {
-  float mean = 0.f, scale = 1.f, bias = 0.f;
+// V channels of one place as they are stored, and as floats.
+template <typename T, int V> struct Channels {
+  static constexpr bool kPair = V == 2 && sizeof(T) == 2;  // in one register
+  std::conditional_t<kPair, uint32_t, Vec<T, V>> stored;
+  __device__ __forceinline__ static Channels read(const T* at) { return *reinterpret_cast<const Channels*>(at); }
+  __device__ __forceinline__ static Channels of(const float (&v)[V]) {
+    Channels made;
+    if constexpr (kPair) {
+      made.stored = round_pair<T>(v[0], v[1]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < V; ++e) made.stored.at[e] = from_float<T>(v[e]);
+    }
+    return made;
+  }
+  __device__ __forceinline__ void write(T* at) const { *reinterpret_cast<Channels*>(at) = *this; }
+  __device__ __forceinline__ float operator[](int e) const {
+    if constexpr (!kPair) {
+      return to_float(stored.at[e]);
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      return float_of_bits(e == 0 ? stored << 16 : stored & 0xffff0000u);
+    } else {
+      return to_float(fp16{static_cast<uint16_t>(e == 0 ? stored : stored >> 16)});
+    }
+  }
+};
+
+// A lane's part in copying a strip of a group, kColumns wide, to the ring. There a row is [columns][groups][kTile].
+template <class Tr, int kColumns> class Strip {
+  using T = typename Tr::T;
+  static constexpr int kPiece = Tr::kAligned ? 16 / int(sizeof(T)) : 1, kPieces = kTile / kPiece;  // elements; of a column
+  static constexpr int kAtOnce = Tr::kLanes / kPieces, kCopies = ceil_div(kColumns, kAtOnce);
+
+ public:
+  static constexpr int kRow = kColumns * Tr::kVector * kTile;  // elements, of all groups
+
+  // ring: the warp's; from: pixel 0 of the image; first: the column of the image where the strip begins.
+  __device__ __forceinline__ Strip(T* ring, const T* from, int lane, int first, int width, const Depthwise& p, bool exists)
+      : channels_(p.channels) {
+    const int group = lane / Tr::kLanes, piece = lane % Tr::kLanes % kPieces, column = lane % Tr::kLanes / kPieces;
+    const int channel = blockIdx.x * kTile + piece * kPiece;
+    to_ = ring + (column * Tr::kVector + group) * kTile + piece * kPiece;
+    first_ = first + column;
+    last_ = first + kColumns;
+    width_ = exists && channel < p.channels ? width : 0;
+    from_ = from + int64_t(first_) * p.channels + channel;
+  }
+
+  // The row `at` elements from row 0, to the ring from element `to` on.
+  __device__ __forceinline__ void copy(int64_t at, int to) const {
+    const T* from = from_ + at;
+#pragma unroll
+    for (int j = 0; j < kCopies; ++j, from += kAtOnce * channels_) {
+      const int column = first_ + j * kAtOnce;
+      if (unsigned(column) >= unsigned(width_) || ((j + 1) * kAtOnce > kColumns && column >= last_)) continue;
+      T* const place = to_ + to + j * kAtOnce * Tr::kVector * kTile;
+      if constexpr (Tr::kAligned) {
+        copy_async(shared_address(place), from, 16);
+      } else {
+        *place = *from;
+      }
+    }
+  }
+
+ private:
+  const T* from_;
+  T* to_;
+  int first_, last_, width_, channels_;
+};
+
+// Taps [tap][kTile] of the block's channels, read as they lie in memory.
+template <class W> __device__ __forceinline__ void load_taps(const Depthwise& p, float* taps) {
+  const int first = blockIdx.x * kTile, count = min(kTile, p.channels - first) * W::kTaps;
+  for (int i = threadIdx.x; i < count; i += kThreads)
+    taps[i % W::kTaps * kTile + i / W::kTaps] = load_float(p.weight, p.weight_dtype, int64_t(first) * W::kTaps + i);
+}
+
+// Of V channels, from the rows of a [3, channels]: scale * (x - mean) + bias. What is read as it is has the mean 0, the scale 1,
+// the bias 0. For half types, which hold fewer digits than this loses, it is scale * x + shift.
+template <typename T, int V> struct ChannelNorm {
+  float mean[V], scale[V], bias[V];
   __device__ __forceinline__ ChannelNorm(const float* rows, int channels, int channel) {
-    if (!rows) return;
-    mean = rows[channel];
-    scale = rows[channels + channel];
-    bias = rows[2 * channels + channel];
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      mean[e] = rows ? rows[channel + e] : 0.f;
+      scale[e] = rows ? rows[channels + channel + e] : 1.f;
+      bias[e] = rows ? rows[2 * channels + channel + e] : 0.f;
+      if constexpr (sizeof(T) == 2) bias[e] -= scale[e] * mean[e];
+    }
   }
-  __device__ __forceinline__ float operator()(float x) const { return scale * (x - mean) + bias; }
+  __device__ __forceinline__ float operator()(float x, int e) const {
+    return scale[e] * (sizeof(T) == 2 ? x : x - mean[e]) + bias[e];
+  }
 };
 
-struct ChannelCoefficients {
-  float of_grad, of_y, shift;
-  __device__ __forceinline__ ChannelCoefficients(const float* rows, int channels, int channel)
-      : of_grad(rows[channel]), of_y(rows[channels + channel]), shift(rows[2 * channels + channel]) {}
+// Likewise of_y * (y - mean) + shift, with the norm's mean; and of_grad.
+template <typename T, int V> struct ChannelCoefficients {
+  float of_grad[V], of_y[V], shift[V], mean[V];
+  __device__ __forceinline__ ChannelCoefficients(const float* rows, const ChannelNorm<T, V>& norm, int channels, int channel) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      of_grad[e] = rows[channel + e];
+      of_y[e] = rows[channels + channel + e];
+      shift[e] = rows[2 * channels + channel + e];
+      mean[e] = norm.mean[e];
+      if constexpr (sizeof(T) == 2) shift[e] -= of_y[e] * mean[e];
+    }
+  }
+  __device__ __forceinline__ float operator()(float y, int e) const {
+    return of_y[e] * (sizeof(T) == 2 ? y : y - mean[e]) + shift[e];
+  }
 };
 
 // SiLU, or a clamp from low to high: relu, relu6, identity. Its slope is 0 from flat_below down and from flat_above up, which are
@@ -97,84 +213,84 @@ template <bool kSilu> __device__ __forceinline__ ValueAndSlope activate_with_slo
   }
 }
 
-// Calls f(std::true_type) for SiLU, f(std::false_type) for a clamp: a branch around a row, not one around each element.
-template <typename F> __device__ __forceinline__ void with_silu(const Range& range, const F& f) {
-  if (range.silu) {
+// Calls f(std::true_type) for SiLU, f(std::false_type) for a clamp: a branch around a row, not one around each element. kSilu: it
+// is known to be SiLU.
+template <bool kSilu, typename F> __device__ __forceinline__ void with_silu(const Range& range, const F& f) {
+  if (kSilu || range.silu) {
     f(std::true_type{});
   } else {
     f(std::false_type{});
   }
 }
 
-template <class W> __device__ __forceinline__ float load_tap(const Depthwise& p, int channel, int tap) {
-  return load_float(p.weight, p.weight_dtype, int64_t(channel) * W::kTaps + tap);
-}
-
-// Columns [first, first + N) of a row of one channel; those outside the image are zeros.
-template <int N, typename T>
-__device__ __forceinline__ void load_row(T (&to)[N], const T* row, int first, int width, int channels) {
-  if (first >= 0 && first + N <= width) {  // nearly every strip: no predicates
-    const T* at = row + int64_t(first) * channels;
-#pragma unroll
-    for (int i = 0; i < N; ++i, at += channels) to[i] = *at;
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      to[i] = T{};
-      if (unsigned(first + i) < unsigned(width)) to[i] = row[int64_t(first + i) * channels];
-    }
-  }
-}
-
-// Mean, and sum of squared deviations from it, of `count` values. In doubles, to which a thread adds once a row.
+// Of so many values, about zero. In doubles: of 53 bits enough are left when the square of the mean is taken off.
 struct Moments {
-  double count, mean, squares;
+  double count, sum, squares;
   __device__ __forceinline__ void join(const Moments& other) {
-    if (other.count == 0.) return;
-    const double all = count + other.count, apart = other.mean - mean, share = other.count / all;
-    mean += apart * share;
-    squares += other.squares + apart * apart * count * share;
-    count = all;
+    count += other.count;
+    sum += other.sum;
+    squares += other.squares;
+  }
+  __device__ __forceinline__ double mean() const { return sum / count; }
+  __device__ __forceinline__ double about_mean() const {
+    const double left = squares - sum * mean();
+    return left < 0. ? 0. : left;
   }
 };
 
-constexpr int kRows = 8;  // of threads, each with every eighth piece, in the kernels that end the work
+// Threads of the kernels that end the work: for 8 channels, 128 rows of every 128th piece.
+constexpr int kFinishChannels = 8, kRows = 128;
 
-// mean[c] and var[c] of pieces [pieces, 3, channels]: count, mean, squares. Grid: x = 32 channels each.
-__global__ void __launch_bounds__(kLanes* kRows)
-    finish_stats_kernel(const float* partial, int pieces, int channels, float* mean, float* var) {
-  EFFNET_DYNAMIC_SHARED(Moments, shared);
-  const int lane = threadIdx.x % kLanes, row = threadIdx.x / kLanes, c = blockIdx.x * kLanes + lane;
-  Moments moments{};
-  for (int piece = row; c < channels && piece < pieces; piece += kRows) {
-    const float* at = partial + int64_t(piece) * 3 * channels + c;
-    moments.join({at[0], at[channels], at[2 * int64_t(channels)]});
+// Adds up what the kRows threads of a channel hold; the sum is the first one's.
+template <typename S> __device__ __forceinline__ void add_rows(S* shared, S& mine, int row, int channel) {
+  shared[row * kFinishChannels + channel] = mine;
+  for (int half = kRows / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (row >= half) continue;
+    mine.join(shared[(row + half) * kFinishChannels + channel]);
+    shared[row * kFinishChannels + channel] = mine;
   }
-  shared[row * kLanes + lane] = moments;
-  __syncthreads();
-  if (row > 0 || c >= channels) return;
-  for (int other = 1; other < kRows; ++other) moments.join(shared[other * kLanes + lane]);
-  mean[c] = float(moments.mean);
-  var[c] = float(moments.squares / moments.count);
 }
 
+// mean[c] and var[c] of pieces [pieces, 3, channels]: count, mean, squares about it. Grid: x = kFinishChannels each.
+__global__ void __launch_bounds__(kFinishChannels* kRows)
+    finish_stats_kernel(const float* partial, int pieces, int channels, float* mean, float* var) {
+  EFFNET_DYNAMIC_SHARED(Moments, shared);
+  const int lane = threadIdx.x % kFinishChannels, row = threadIdx.x / kFinishChannels, c = blockIdx.x * kFinishChannels + lane;
+  Moments moments{};
+#pragma unroll 4
+  for (int piece = row; c < channels && piece < pieces; piece += kRows) {
+    const float* at = partial + int64_t(piece) * 3 * channels + c;
+    const double count = at[0], its_mean = at[channels];
+    moments.join({count, count * its_mean, at[2 * int64_t(channels)] + count * its_mean * its_mean});
+  }
+  add_rows(shared, moments, row, lane);
+  if (row > 0 || c >= channels) return;
+  mean[c] = float(moments.mean());
+  var[c] = float(moments.about_mean() / moments.count);
+}
+
+struct Sum {
+  double value;
+  __device__ __forceinline__ void join(const Sum& other) { value += other.value; }
+};
+
 // Sums of pieces [pieces, numbers, channels]: the first two to sums [2, channels], the others to grad_weight [channels, numbers -
-// 2]; null: not wanted. Grid: x = 32 channels each, y = numbers.
-__global__ void __launch_bounds__(kLanes* kRows)
+// 2]; null: not wanted. Grid: x = kFinishChannels each, y = numbers.
+__global__ void __launch_bounds__(kFinishChannels* kRows)
     finish_sums_kernel(const float* partial, int pieces, int channels, float* sums, float* grad_weight) {
-  EFFNET_DYNAMIC_SHARED(float, shared);
-  const int lane = threadIdx.x % kLanes, row = threadIdx.x / kLanes, c = blockIdx.x * kLanes + lane;
+  EFFNET_DYNAMIC_SHARED(Sum, shared);
+  const int lane = threadIdx.x % kFinishChannels, row = threadIdx.x / kFinishChannels, c = blockIdx.x * kFinishChannels + lane;
   const int number = blockIdx.y, numbers = gridDim.y;
   float* const to = number < 2 ? sums : grad_weight;
   if (!to) return;
-  float sum = 0.f;
+  Sum sum{};
+#pragma unroll 4
   for (int piece = row; c < channels && piece < pieces; piece += kRows)
-    sum += partial[(int64_t(piece) * numbers + number) * channels + c];
-  shared[row * kLanes + lane] = sum;
-  __syncthreads();
+    sum.value += partial[(int64_t(piece) * numbers + number) * channels + c];
+  add_rows(shared, sum, row, lane);
   if (row > 0 || c >= channels) return;
-  for (int other = 1; other < kRows; ++other) sum += shared[other * kLanes + lane];
-  to[number < 2 ? int64_t(number) * channels + c : int64_t(c) * (numbers - 2) + number - 2] = sum;
+  to[number < 2 ? int64_t(number) * channels + c : int64_t(c) * (numbers - 2) + number - 2] = float(sum.value);
 }
 
 }  // namespace effnet_fast::training

@@ -1,12 +1,13 @@
 // Training's depthwise convolution on CUDA, channels_last:  y = conv(activation(norm(x)), w), and y's mean and variance per channel
-// from the same pass, merged by Chan's formula in fixed order (no atomics; the same bits each time).
+// from the same pass, added up in fixed order (no atomics; the same bits each time).
 //
-// A thread makes one channel of 4 output columns (8 of 3x3, stride 1), sliding down a segment of rows: a row of x enters registers,
-// is activated there, and is added to the K / S rows of y that it belongs to. The row after the present one is already on its way.
-// Deviations are taken from the thread's first output, and added up in doubles row by row, so that the variance loses few digits.
-// Bytes an output: 2 or 4 times (stride^2 + 1). Operations: k^2 multiply-adds and, since neighbouring strips both need the columns
-// between them, 1.25 (k3 s1) to 2.75 (k5 s2) activations with two uses of the special function unit each. By these counts HBM binds
-// but 5x5 of stride 1 in half types, which issue slots bind; on an H200, not measured.
+// A thread makes one or two channels of 4 or 8 output columns, sliding down a segment of rows: a row of x is read from the warp's
+// ring, activated in registers, and added to the K / S rows of y that it belongs to.
+// Deviations are taken from the mean of the thread's first row, rounded as y is, and added up in doubles row by row, so that the
+// variance loses few digits. Bytes an output: 2 or 4 times (stride^2 + 1). Operations: k^2 multiply-adds and, since neighbouring
+// strips both need the columns between them, 1.1 (k3 s2) to 2 (k5 s1) activations with two uses of the special function unit each.
+// An H200 ran a form of one channel a lane, loaded to registers one row ahead, at 20 to 25 % of what HBM allows: bytes in flight
+// and issue slots bound it.
 #pragma once
 #include "depthwise_common.cuh"
 
@@ -19,98 +20,169 @@ struct StatsLaunch : Depthwise {
   float* partial;  // [pieces, 3, channels]
 };
 
-template <typename T_, int kKernel_, int kStride_> struct StatsTraits : Window<kKernel_, kStride_> {
-  using T = T_;
-  static constexpr int kColumns = kKernel_ == 3 && kStride_ == 1 ? 8 : 4, kInColumns = (kColumns - 1) * kStride_ + kKernel_;
-  static constexpr int kSharedBytes = kWarps * kLanes * int(sizeof(Moments));
+template <class I> struct StatsTraits : I {
+  using typename I::T;
+  static constexpr int kVector = I::kAligned ? 2 : 1, kLanes = 32 / kVector, kGroups = kWarps * kVector;
+  static constexpr int kColumns = I::kStride == 1 ? (I::kKernel == 3 ? 8 : 4) : 4;
+  static constexpr int kInColumns = (kColumns - 1) * I::kStride + I::kKernel;
+  static constexpr int kBlocks = I::kKernel == 3 ? 4 : 3;  // an SM
+  static constexpr int kSteps = I::kStride == 1 ? 4 : 3;   // of kStride rows each, in the ring
+  static constexpr int kTapBytes = I::kTaps * kTile * int(sizeof(float));
+  static constexpr int kStep = I::kStride * kInColumns * kVector * kTile, kRing = kSteps * kStep;  // elements
+  static constexpr int kSharedBytes = std::max(kTapBytes + kWarps * kRing * int(sizeof(T)), kGroups * kTile * int(sizeof(Moments)));
 };
 
-// Grid: x = 32 channels each, y = pieces.
-template <class Tr> __global__ void __launch_bounds__(kLanes* kWarps, 4) depthwise_stats_kernel(const StatsLaunch p) {
+// Grid: x = kTile channels each, y = pieces.
+template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) depthwise_stats_kernel(const StatsLaunch p) {
   using T = typename Tr::T;
-  constexpr int K = Tr::kKernel, S = Tr::kStride, C = Tr::kColumns, L = Tr::kLive;
-  EFFNET_DYNAMIC_SHARED(Moments, shared);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, c = blockIdx.x * kLanes + lane;
-  Moments moments{};
-  if (c < p.channels) {
-    float taps[Tr::kTaps], first = 0.f;
-    double sum = 0., squares = 0.;
+  using Exact = std::conditional_t<sizeof(T) == 4, double, float>;  // in floats the differences of halves are
+  constexpr int K = Tr::kKernel, S = Tr::kStride, C = Tr::kColumns, L = Tr::kLive, V = Tr::kVector;
+  EFFNET_DYNAMIC_SHARED(char, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / Tr::kLanes, in_tile = lane % Tr::kLanes * V;
+  const int c = blockIdx.x * kTile + in_tile, near = c < p.channels ? c : 0;
+  float* const all_taps = reinterpret_cast<float*>(shared);
+  T* const ring = reinterpret_cast<T*>(shared + Tr::kTapBytes) + warp * Tr::kRing;
+  const T* const mine = ring + group * kTile + in_tile;
+  load_taps<Tr>(p, all_taps);
+  __syncthreads();  // the taps are there
+  Vec<float, V> taps[Tr::kTaps];
 #pragma unroll
-    for (int tap = 0; tap < Tr::kTaps; ++tap) taps[tap] = load_tap<Tr>(p, c, tap);
-    const ChannelNorm norm(p.read.norm, p.channels, c);
-    const int x_row = p.width * p.channels, y_row = p.out_width * p.channels;
-    int count = 0;
+  for (int tap = 0; tap < Tr::kTaps; ++tap) taps[tap] = load<V>(all_taps + tap * kTile + in_tile);
+  const ChannelNorm<T, V> norm(p.read.norm, p.channels, near);
+  const int x_row = p.width * p.channels, y_row = p.out_width * p.channels;
+  float shift[V] = {};
+  double sum[V] = {}, squares[V] = {};
+  int count = 0;
 
-    for (int number = blockIdx.y * kWarps + warp; number < p.cut.tasks; number += gridDim.y * kWarps) {
-      const Task task(p.cut, number, C);
-      const int rows_out = min(p.cut.rows, p.out_height - task.row), columns_out = min(C, p.out_width - task.column);
-      const int first_in = task.row * S - p.pad_top, rows_in = (rows_out - 1) * S + K, in_column = task.column * S - p.pad_left;
-      const bool inside = in_column >= 0 && in_column + Tr::kInColumns <= p.width;
-      const T* x = static_cast<const T*>(p.read.x) + task.image * p.height * int64_t(x_row) + c;
-      T* y = static_cast<T*>(p.y) + (task.image * p.out_height + task.row) * int64_t(y_row) + int64_t(task.column) * p.channels + c;
-      const auto is_real = [&](int row) { return row < rows_in && unsigned(first_in + row) < unsigned(p.height); };
+  for (int number = blockIdx.y * kWarps + warp; number < p.cut.tasks; number += gridDim.y * kWarps) {
+    const Task task(p.cut, p.images, number, C, group, V);
+    const int rows_out = min(p.cut.rows, p.out_height - task.row);
+    const int columns_out = task.exists && c < p.channels ? min(C, p.out_width - task.column) : 0;
+    const int first_in = task.row * S - p.pad_top, rows_in = (rows_out - 1) * S + K, in_column = task.column * S - p.pad_left;
+    const bool inside = in_column >= 0 && in_column + Tr::kInColumns <= p.width;
+    const Strip<Tr, Tr::kInColumns> x(ring, static_cast<const T*>(p.read.x) + task.image * p.height * int64_t(x_row), lane,
+                                      in_column, p.width, p, task.exists);
+    T* y = static_cast<T*>(p.y) + (task.image * p.out_height + task.row) * int64_t(y_row) + int64_t(task.column) * p.channels + c;
+    const auto is_real = [&](int row) { return row < rows_in && unsigned(first_in + row) < unsigned(p.height); };
+    const auto stage = [&](int row, int step) {
+#pragma unroll
+      for (int s = 0; s < S; ++s)
+        if (is_real(row + s)) x.copy((first_in + row + s) * int64_t(x_row), step + s * x.kRow);
+      copy_async_commit();
+    };
 
-      T ahead[Tr::kInColumns];
-      float made[L][C];
-      if (is_real(0)) load_row(ahead, x + first_in * int64_t(x_row), in_column, p.width, p.channels);
-      for (int row0 = 0; row0 < rows_in; row0 += Tr::kBodyRows)
+    __syncwarp();  // the last task's rows have been read
 #pragma unroll
-        for (int i = 0; i < Tr::kBodyRows; ++i) {
-          const int row = row0 + i;
-          float now[Tr::kInColumns];
-          if (is_real(row))
-            with_silu(p.range, [&](auto silu) {
+    for (int step = 0; step < Tr::kSteps - 1; ++step) stage(step * S, step * Tr::kStep);
+    int step = 0, free_step = Tr::kRing - Tr::kStep;
+    float made[L][C][V];
+    for (int row0 = 0; row0 < rows_in; row0 += Tr::kBodyRows) {
 #pragma unroll
-              for (int t = 0; t < Tr::kInColumns; ++t) {
-                now[t] = activate_with_slope<silu.value>(p.range, norm(to_float(ahead[t]))).value;
-                if (!inside && unsigned(in_column + t) >= unsigned(p.width)) now[t] = 0.f;
-              }
-            });
-          if (is_real(row + 1)) load_row(ahead, x + (first_in + row + 1) * int64_t(x_row), in_column, p.width, p.channels);
-          if (i % S == 0) {
-#pragma unroll
-            for (int t = 0; t < C; ++t) made[i / S % L][t] = late_zero();
-          }
-          if (is_real(row)) {
-#pragma unroll
-            for (int u = 0; u < K; ++u) {
-              if (!divides(S, i - u)) continue;
-              float (&a)[C] = made[slot_of(i, u, S, L)];
-#pragma unroll
-              for (int v = 0; v < K; ++v)
-#pragma unroll
-                for (int t = 0; t < C; ++t) a[t] += now[t * S + v] * taps[u * K + v];
-            }
-          }
-          if (!divides(S, i - (K - 1)) || unsigned(row - (K - 1)) >= unsigned(rows_out * S)) continue;
-          const float (&a)[C] = made[slot_of(i, K - 1, S, L)];
-          T* to = y;
-          y += y_row;
-          if (count == 0) first = to_float(from_float<T>(a[0]));
-          count += columns_out;
-          float of_row = 0.f, squares_of_row = 0.f;
-#pragma unroll
-          for (int t = 0; t < C; ++t, to += p.channels)
-            if (t < columns_out) {
-              *to = from_float<T>(a[t]);
-              const float apart = to_float(from_float<T>(a[t])) - first;
-              of_row += apart;
-              squares_of_row += apart * apart;
-            }
-          sum += of_row;
-          squares += squares_of_row;
+      for (int i = 0; i < Tr::kBodyRows; ++i) {
+        const int row = row0 + i;
+        if (i % S == 0) {
+          if (i > 0) step = step + Tr::kStep == Tr::kRing ? 0 : step + Tr::kStep;
+          copy_async_wait<Tr::kSteps - 2>();
+          __syncwarp();  // this step has landed for all, and all have read the one before
+          stage(row + (Tr::kSteps - 1) * S, free_step);
+          free_step = step;
         }
+        if (is_real(row)) {
+          float now[Tr::kInColumns][V];
+          with_silu<Tr::kSilu>(p.range, [&](auto silu) {
+#pragma unroll
+            for (int t = 0; t < Tr::kInColumns; ++t) {
+              const auto read = Channels<T, V>::read(mine + step + i % S * x.kRow + t * V * kTile);
+#pragma unroll
+              for (int e = 0; e < V; ++e) now[t][e] = activate_with_slope<silu.value>(p.range, norm(read[e], e)).value;
+            }
+          });
+          if (!inside)
+#pragma unroll
+            for (int t = 0; t < Tr::kInColumns; ++t)
+              if (unsigned(in_column + t) >= unsigned(p.width))
+#pragma unroll
+                for (int e = 0; e < V; ++e) now[t][e] = late_zero();
+#pragma unroll
+          for (int u = 0; u < K; ++u) {
+            if (!divides(S, i - u)) continue;
+            float (&a)[C][V] = made[slot_of(i, u, S, L)];
+#pragma unroll
+            for (int v = 0; v < K; ++v)
+#pragma unroll
+              for (int t = 0; t < C; ++t)
+#pragma unroll
+                for (int e = 0; e < V; ++e) {
+                  const float product = now[t * S + v][e] * taps[u * K + v].at[e];
+                  a[t][e] = u == 0 && v == 0 ? product : a[t][e] + product;
+                }
+          }
+        } else if (i % S == 0) {
+#pragma unroll
+          for (int t = 0; t < C; ++t)
+#pragma unroll
+            for (int e = 0; e < V; ++e) made[i / S % L][t][e] = late_zero();
+        }
+        if (!divides(S, i - (K - 1)) || unsigned(row - (K - 1)) >= unsigned(rows_out * S)) continue;
+        const float (&a)[C][V] = made[slot_of(i, K - 1, S, L)];
+        if (count == 0)
+#pragma unroll
+          for (int e = 0; e < V; ++e) {
+            float of_first = 0.f;
+#pragma unroll
+            for (int t = 0; t < C; ++t) of_first += t < columns_out ? a[t][e] : 0.f;
+            shift[e] = to_float(from_float<T>(of_first * reciprocal_fast(float(max(columns_out, 1)))));
+          }
+        count += columns_out;
+        Exact of_row[V] = {};
+        float squares_of_row[V] = {};
+        const auto finish = [&](auto whole) {
+          T* to = y;
+#pragma unroll
+          for (int t = 0; t < C; ++t, to += p.channels) {
+            if (!whole.value && t >= columns_out) break;
+            const auto stored = Channels<T, V>::of(a[t]);
+            stored.write(to);
+#pragma unroll
+            for (int e = 0; e < V; ++e) {
+              const Exact apart = Exact(stored[e]) - shift[e];
+              of_row[e] += apart;
+              squares_of_row[e] += float(apart) * float(apart);
+            }
+          }
+        };
+        if (columns_out == C) {
+          finish(std::true_type{});
+        } else {
+          finish(std::false_type{});
+        }
+        y += y_row;
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          sum[e] += of_row[e];
+          squares[e] += squares_of_row[e];
+        }
+      }
+      step = step + Tr::kStep == Tr::kRing ? 0 : step + Tr::kStep;
     }
-    if (count > 0) moments = {double(count), first + sum / count, squares - sum * (sum / count)};
   }
-  shared[warp * kLanes + lane] = moments;
+
+  copy_async_wait<0>();
+  __syncthreads();  // the taps and rows are not read any more
+  Moments* const moments = reinterpret_cast<Moments*>(shared);
+#pragma unroll
+  for (int e = 0; e < V; ++e)  // deviations from shift, as values
+    moments[(warp * V + group) * kTile + in_tile + e] = {double(count), sum[e] + double(count) * shift[e],
+                                                         squares[e] + (2. * sum[e] + double(count) * shift[e]) * shift[e]};
   __syncthreads();
-  if (warp > 0 || c >= p.channels) return;
-  for (int other = 1; other < kWarps; ++other) moments.join(shared[other * kLanes + lane]);
-  float* const to = p.partial + int64_t(blockIdx.y) * 3 * p.channels + c;
-  to[0] = float(moments.count);
-  to[p.channels] = float(moments.mean);
-  to[2 * int64_t(p.channels)] = float(moments.squares > 0. ? moments.squares : 0.);
+  const int channel = blockIdx.x * kTile + threadIdx.x;
+  if (threadIdx.x >= kTile || channel >= p.channels) return;
+  Moments total = moments[threadIdx.x];
+  for (int other = 1; other < Tr::kGroups; ++other) total.join(moments[other * kTile + threadIdx.x]);
+  float* const to = p.partial + int64_t(blockIdx.y) * 3 * p.channels + channel;
+  to[0] = float(total.count);
+  to[p.channels] = total.count > 0. ? float(total.mean()) : 0.f;
+  to[2 * int64_t(p.channels)] = total.count > 0. ? float(total.about_mean()) : 0.f;
 }
 
 }  // namespace effnet_fast::training
