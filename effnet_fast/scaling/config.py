@@ -221,20 +221,15 @@ class NetConfig:
         for stage in self.stages:
             if stage.operator not in FAMILIES[family] or (stage.se_ratio and family != "efficientnet"):
                 raise ValueError(f"NetConfig: a stage of {family} is {stage}; {' or '.join(FAMILIES[family])} would do")
-        if self.stem_kernel % 2 == 0 or self.stem_stride > 2:
-            raise ValueError(
-                f"NetConfig: stem_kernel {self.stem_kernel}, stem_stride {self.stem_stride}; an odd kernel and stride 1 or 2 would do"
-            )
-        wanted = {"stem_pool": (True, False) if family == "resnet" else (False,)}
-        if family != "efficientnet":
-            wanted["padding"] = ("symmetric",)  # type: ignore[assignment]
-        for name, values in wanted.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"NetConfig: {name} is {getattr(self, name)!r} in {family}; {values[0]!r} would do")
-        if family != "efficientnet" and bool(self.head_channels) == (family == "resnet"):
-            raise ValueError(
-                f"NetConfig: head_channels is {self.head_channels} in {family}; {0 if family == 'resnet' else 1280} would do"
-            )
+        for name, good, would_do in (
+            ("stem_kernel", self.stem_kernel % 2 == 1, "an odd number"),
+            ("stem_stride", self.stem_stride <= 2, "1 or 2"),
+            ("stem_pool", self.stem_pool in ((True, False) if family == "resnet" else (False,)), "False"),
+            ("padding", family == "efficientnet" or self.padding == "symmetric", "'symmetric'"),
+            ("head_channels", family == "efficientnet" or bool(self.head_channels) != (family == "resnet"), "the family's own"),
+        ):
+            if not good:
+                raise ValueError(f"NetConfig: {name} is {getattr(self, name)!r} in {family}; {would_do} would do")
 
     @property
     def features(self) -> int:

@@ -1,4 +1,4 @@
-"""The names of a net's modules, which are its state dict's keys: timm's of an EfficientNet and MobileNetV1, torchvision's of the others."""
+"""The names of a net's modules, and so its state dict's keys: timm's of an EfficientNet and MobileNetV1, else torchvision's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def names_of(config: NetConfig) -> Names:
 
 
 def mnasnet_place(config: NetConfig, stage: int) -> int:
-    """Where in ``layers`` a stage from the second on stands; of the first, whose first block lies flat in there, its other blocks."""
+    """Where in ``layers`` a stage stands: of the first, whose first block lies flat before all stages, its other blocks, if any."""
     return 7 + stage + (config.stages[0].layers > 1) if stage else 8
 
 
