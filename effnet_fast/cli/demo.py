@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast.benchmark.timing import interleaved
-from effnet_fast.cli.digits import BATCH, CLASSES, CONFIG, DEPTH, RECIPE, SIDE, WIDTH, load_digits, train_model
+from effnet_fast.cli.digits import BATCH, CLASSES, CONFIG, DEPTH, RECIPE, SIDE, WIDTH, train_model
 from effnet_fast.cli.model import load_saved
 from effnet_fast.cli.options import count
 from effnet_fast.cli.table import si, table
@@ -31,6 +31,7 @@ from effnet_fast.models import Classifier
 from effnet_fast.nn import explain
 from effnet_fast.ops import backend
 from effnet_fast.scaling import Cost
+from effnet_fast.training.pictures import load_digits
 from effnet_fast.weights import Preprocessing, preprocessing_of, save_checkpoint
 
 if TYPE_CHECKING:
