@@ -251,16 +251,31 @@ def test_surface(name: str) -> None:
     assert model(x).shape == (2, model.num_features)
 
 
-@pytest.mark.parametrize("name", DEPTHWISE)
-def test_serving_and_compiling(name: str) -> None:
+@pytest.mark.parametrize("name", [*DEPTHWISE, "resnet18_cifar"])
+def test_serving(name: str) -> None:
     model, x = calibrate(create_model(name), (64, 64)), images(2, (64, 64))
     double = copy.deepcopy(model).double()
     with torch.no_grad():
         expected, plain = double(x.double()), model(x)
         serving = effnet_fast.optimize_for_inference(model)
         assert_2x(serving(x), plain, expected, "serving")
-        assert native.REASON is not None or "one native call" in str(serving)
+        planned = native.REASON is None and name in DEPTHWISE
+        assert ("one native call" if planned else "run block by block") in str(serving)
+        half = effnet_fast.optimize_for_inference(model, torch.bfloat16)(x)
+        bf16 = copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16())
+        assert_2x(half, bf16, expected, "serving in half precision")
+        pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        mean, std = (torch.tensor(model.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+        torch.testing.assert_close(serving(pixels), model((pixels / 255 - mean) / std), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mnasnet0_5", "resnet18_cifar"])
+def test_compiling_and_export(name: str) -> None:
+    model, x = calibrate(create_model(name), (32, 32)), images(2, (32, 32))
+    with torch.no_grad():
+        plain = model(x)
         assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), plain)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), plain, rtol=1e-3, atol=1e-4)
 
 
 def test_checkpoints(tmp_path) -> None:
