@@ -153,9 +153,9 @@ def perform(
     size    of the nets, by default the published ones at 32x32 pixels
     recipe  of the runs, but for what the experiment varies
 
-    Both files are replaced whole after each run. Where they are there already, runs that they have are not done again, and one that
-    was stopped goes on where it was (its folder is within ``out``). A run whose loss is not finite has no accuracy. Raises
-    ValueError for an unknown name, and where the JSON is of other settings; Stopped as :func:`effnet_fast.training.train`.
+    Both are replaced whole, the JSON after each run. Where it is there already, runs that it has are not done again, and one that
+    was stopped goes on where it was (its folder is within ``out``). A run whose loss is not finite has no accuracy. Raises ValueError
+    for an unknown name, and where the JSON is of other settings; Stopped as :func:`effnet_fast.training.train`.
     """
     from tqdm import tqdm
 
@@ -178,17 +178,18 @@ def perform(
     done = {row["label"] for row in result["rows"]}
     out.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if run.label not in done]
-    for run in tqdm(missing, pictures.name, unit="run", disable=None, delay=2):
-        folder = out / f"{name}-{run.label.replace(' ', '-').replace(',', '')}"
-        result["rows"].append(_row(run, pictures, folder, device))
-        with whole(path) as aside:
-            aside.write_text(json.dumps(result, indent=1) + "\n")
-        draw_experiment(result, experiment.axis, experiment.logarithmic, out / f"{name}.png")
-        for file in (LAST, LOG, CURVES):  # what is worth keeping of them is in the JSON
-            (folder / file).unlink(missing_ok=True)
-        folder.rmdir()
-    if not missing:
-        draw_experiment(result, experiment.axis, experiment.logarithmic, out / f"{name}.png")
+    try:
+        for run in tqdm(missing, pictures.name, unit="run", disable=None, delay=2):
+            folder = out / f"{name}-{run.label.replace(' ', '-').replace(',', '')}"
+            result["rows"].append(_row(run, pictures, folder, device))
+            with whole(path) as aside:
+                aside.write_text(json.dumps(result, indent=1) + "\n")
+            for file in (LAST, LOG, CURVES):  # what is worth keeping of them is in the JSON
+                (folder / file).unlink(missing_ok=True)
+            folder.rmdir()
+    finally:
+        if result["rows"]:
+            draw_experiment(result, experiment.axis, experiment.logarithmic, out / f"{name}.png")
     return result
 
 
