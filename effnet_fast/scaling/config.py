@@ -23,7 +23,7 @@ FAMILIES = {
 ACTIVATIONS = ("silu", "relu", "relu6", "identity")
 PADDINGS = ("symmetric", "same")
 # Beyond these no net is meant, and what a damaged file asks for would fill the memory.
-_MOST = {"layers": 1 << 12, "resolution": 1 << 16, "kernel_size": 1 << 8, "num_classes": 1 << 24}
+_MOST = {"layers": 1 << 12, "resolution": 1 << 16, "kernel_size": 1 << 8, "stem_kernel": 1 << 8, "num_classes": 1 << 24}
 _MOST_CHANNELS, _MOST_STAGES = 1 << 20, 1 << 8
 
 
