@@ -29,6 +29,11 @@ def draw_experiment(result: dict[str, Any], axis: str, logarithmic: bool, path: 
         style |= {"marker": "." if len(epochs) < 30 else None, "label": row["label"], "linewidth": 1.3}
         accuracy.plot(epochs, [100 * entry["top1"] for entry in row["history"]], **style)
         loss.plot(epochs, [entry["train_loss"] for entry in row["history"]], **style)
+    alone = len(result["rows"]) == 1
+    if alone:
+        (row,) = result["rows"]
+        epochs, losses = ([entry[name] for entry in row["history"]] for name in ("epoch", "loss"))
+        loss.plot(epochs, losses, color=_COLOURS[1], marker=".", linewidth=1.3, label="held out")
     if not axis:
         _published_lines(accuracy, result["published"])
     loss.set_yscale("log")
@@ -36,7 +41,7 @@ def draw_experiment(result: dict[str, Any], axis: str, logarithmic: bool, path: 
     for axes in (accuracy, loss):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _dress(accuracy, "held-out images right (%)", "epoch")
-    _dress(loss, "training loss: cross entropy", "epoch")
+    _dress(loss, "cross entropy" if alone else "cross entropy of the training images", "epoch")
     for axes in first:
         (_over_size if axis.startswith("parameters") else _over_value)(axes, result)
         if logarithmic:
@@ -45,7 +50,11 @@ def draw_experiment(result: dict[str, Any], axis: str, logarithmic: bool, path: 
         lost = [row["label"] for row in result["rows"] if row["top1"] is None]
         told = f"{axis} (no finite loss: {', '.join(lost)})" if lost else axis
         _dress(axes, "held-out images right after the last epoch (%)", told)
-    figure.suptitle(f"{result['title']}: {result['data']}, {result['recipe']['epochs']} epochs", fontsize=10)
+    size = result["size"]
+    scaled = ", ".join(f"{name} x{size[name]:g}" for name in ("depth", "width") if size[name] != 1)
+    nets = f"nets of {scaled}, " if scaled else ""
+    told = f"{result['data']}; {nets}{size['resolution']} pixels, {result['recipe']['epochs']} epochs"
+    figure.suptitle(f"{result['title']}\n{told}", fontsize=9)
     with whole(path) as aside:
         figure.savefig(aside, dpi=120, format="png")
 
