@@ -11,15 +11,15 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from effnet_fast.models import FAMILY, create_model
-from effnet_fast.scaling import B0, LITE0, V2_B0, BaseNet, CompoundScaling, Cost, NetConfig, StageConfig, layers
+from effnet_fast.models import CLASSICS, FAMILY, config_of, create_model
+from effnet_fast.scaling import B0, LITE0, RESNET18, V2_B0, BaseNet, CompoundScaling, Cost, NetConfig, StageConfig, layers
 
 TIMM_NAMES = [name for name in FAMILY if timm.is_model(name)]
 
 
 def on_meta(name: str) -> nn.Module:
     with torch.device("meta"):
-        return timm.create_model(name).eval()
+        return (create_model if name in CLASSICS else timm.create_model)(name).eval()
 
 
 def test_only_the_v2_base_nets_go_by_their_tf_names_alone() -> None:
@@ -29,9 +29,9 @@ def test_only_the_v2_base_nets_go_by_their_tf_names_alone() -> None:
         assert Cost.of(FAMILY[name]).parameters == Cost.of(FAMILY[f"tf_{name}"]).parameters
 
 
-@pytest.mark.parametrize("name", TIMM_NAMES)
+@pytest.mark.parametrize("name", [*TIMM_NAMES, *CLASSICS])
 def test_parameters_and_buffers_are_the_built_nets(name: str) -> None:
-    net, cost = on_meta(name), Cost.of(FAMILY[name])
+    net, cost = on_meta(name), Cost.of(config_of(name))
     assert cost.parameters == sum(p.numel() for p in net.parameters())
     net = net.to(torch.bfloat16)
     assert cost.weight_bytes("bf16") == sum(t.numel() * t.element_size() for t in net.state_dict().values())
@@ -54,10 +54,11 @@ def test_parameters_and_buffers_are_the_built_nets(name: str) -> None:
         ("efficientnet_lite0", (224, 224)),
         ("efficientnetv2_s", (384, 384)),
         ("efficientnetv2_s", (129, 97)),
+        *((name, (97, 130)) for name in CLASSICS),
     ],
 )
 def test_macs_and_shapes_are_the_flop_counters(name: str, size: tuple[int, int]) -> None:
-    net, cost, shapes = on_meta(name), Cost.of(FAMILY[name], size), {}
+    net, cost, shapes = on_meta(name), Cost.of(config_of(name), size), {}
     for key, module in net.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(lambda m, x, y, key=key: shapes.update({key: tuple(y.shape[1:])}))
@@ -65,7 +66,7 @@ def test_macs_and_shapes_are_the_flop_counters(name: str, size: tuple[int, int])
         net(torch.empty(1, 3, *size, device="meta"))
     assert cost.flops == counter.get_total_flops()
     assert {layer.name: layer.output_shape for layer in cost.layers if layer.kind in ("conv", "linear")} == shapes
-    outputs = [math.prod(shape) for key, shape in shapes.items() if key != "classifier"]
+    outputs = [math.prod(shape) for shape in shapes.values() if len(shape) == 3]
     assert cost.activations == sum(outputs)
 
 
@@ -190,7 +191,16 @@ def test_saved_elements_are_what_autograd_keeps(config: NetConfig, batch: int) -
     assert saved_elements(plain(config), x) == Cost.of(config).saved_elements(batch)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0", "efficientnetv2_s", "efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "efficientnet_b0",
+        "tf_efficientnet_b0",
+        "efficientnetv2_s",
+        "efficientnet_lite0",
+        *(name for name in CLASSICS if name != "resnet101"),
+    ],
+)
 def test_saved_elements_of_our_own_nets(name: str) -> None:
     net = create_model(name).train().double()  # which trains as plain PyTorch
     x = torch.randn(2, 3, 67, 65, dtype=torch.float64)
@@ -255,6 +265,24 @@ def test_peak_of_inference_is_an_interpreters(config: NetConfig) -> None:
         run.image = torch.empty(2, 3, config.resolution, config.resolution)
         run.run(run.image)
     assert 4 * run.most == Cost.of(config).inference_memory("fp32", 2).activations
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "mnasnet1_0", "resnet18", "resnet50", "resnet18_cifar"])
+def test_peak_of_inference_of_the_older_nets(name: str) -> None:
+    with torch.device("meta"), torch.no_grad():
+        run = Peak(fx.symbolic_trace(create_model(name).eval()))
+        run.image = torch.empty(2, 3, 97, 97)
+        run.run(run.image)
+    assert 4 * run.most == Cost.of(CLASSICS[name], 97).inference_memory("fp32", 2).activations
+
+
+def test_positions_of_a_max_pool_are_of_64_bits() -> None:
+    cost = Cost.of(RESNET18.scaled())
+    positions = 64 * 56 * 56
+    assert [layer.positions for layer in cost.layers if layer.positions] == [positions]
+    statistics = sum(layer.statistics for layer in cost.layers)
+    kept = 2 * (cost.saved_elements(2) - statistics - 2 * positions) + 4 * statistics + 2 * 8 * positions
+    assert cost.training_memory("bf16", 2).activations == kept
 
 
 def test_a_launch_reads_a_tensor_once() -> None:

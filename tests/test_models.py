@@ -15,7 +15,7 @@ from tolerance import assert_2x, assert_2x_of_all, largest
 
 import effnet_fast
 from effnet_fast.benchmark import calibrate, images
-from effnet_fast.models import FAMILY, create_model, efficientnet, list_models
+from effnet_fast.models import CLASSICS, FAMILY, create_model, efficientnet, list_models
 from effnet_fast.nn import MBConv
 from effnet_fast.scaling.law import CompoundScaling
 
@@ -324,7 +324,8 @@ def test_bad_input(call, error, says):
 
 def test_list_models():
     assert list_models("tf_*_b?")[0] == "tf_efficientnet_b0"
-    assert len(list_models()) == len(FAMILY) == 46
+    assert len(FAMILY) == 46 and not FAMILY.keys() & CLASSICS.keys()
+    assert list_models() == sorted([*FAMILY, *CLASSICS])
     assert list_models("nothing*") == []
     assert effnet_fast.efficientnet_b5.__name__ == "efficientnet_b5"
     with torch.device("meta"):

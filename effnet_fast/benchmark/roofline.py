@@ -185,10 +185,12 @@ def pointwise(name: str, inputs: int, outputs: int, size: Size, activation: bool
 def launches(config: NetConfig, level: str = "L2", machine: Machine = H200, dtype: str = "bf16") -> tuple[Launch, ...]:
     """Every launch of ``config`` at its own resolution, in order. ``machine`` and ``dtype`` matter to L3's tiles alone.
 
-    Raises ValueError for a level that is not one of LEVELS.
+    Raises ValueError for a level that is not one of LEVELS, and for a net that is no EfficientNet.
     """
     if level not in LEVELS:
         raise ValueError(f"launches: level is {level!r}; one of {', '.join(LEVELS)} would do")
+    if config.family != "efficientnet" or not config.head_channels:
+        raise ValueError(f"launches: config is {config.name}'s; an EfficientNet's would do")
     active = config.activation != "identity"
     size = Size(config.resolution, config.resolution)
     rows = _unfused(conv("stem", config.in_channels, config.stem_channels, size, 3, 2, active, False), level)

@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "classify images",
     "cam": "where in an image the evidence for a class is",
     "train": "train or fine-tune a network on images, with recipes, exact resumption and any number of GPUs",
+    "lab": "how optimizer, learning rate, momentum and size change what ResNets learn: a figure for each",
     "eval": "accuracy on the held-out images of a data set",
     "bench": "a network's speed beside every peer that is installed, each checked",
     "convert": "rewrite a checkpoint in the layout of timm, torchvision or lukemelas",
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()  # whoever read it has gone
         return BROKEN_PIPE
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print_error(error, training=argv[:1] == ["train"])
+        print_error(error, training=argv[:1] in (["train"], ["lab"]))
         try:
             if sys.stdout is not None:
                 sys.stdout.flush()

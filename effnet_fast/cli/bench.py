@@ -26,6 +26,7 @@ from effnet_fast.benchmark.compare import ROUNDS, Results, compare, described, f
 from effnet_fast.benchmark.nets import NOT_INSTALLED, PEERS
 from effnet_fast.benchmark.race import steps
 from effnet_fast.benchmark.results import write
+from effnet_fast.benchmark.roofline import launches
 from effnet_fast.cli import say
 from effnet_fast.cli.options import count, listed, one_of, seconds
 from effnet_fast.cli.table import si, table
@@ -61,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     draw = _checked(arguments)
     config = config_of(arguments.name)
+    launches(config)  # raises where there is no bound to race against
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     peers = {"all": list(PEERS), "none": []}.get(arguments.peers[0], arguments.peers)
     size = arguments.size or config.resolution

@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 
 from effnet_fast.benchmark.timing import interleaved
-from effnet_fast.cli.digits import BATCH, CLASSES, CONFIG, DEPTH, RECIPE, SIDE, WIDTH, load_digits, train_model
+from effnet_fast.cli.digits import BATCH, CLASSES, CONFIG, DEPTH, RECIPE, SIDE, WIDTH, train_model
 from effnet_fast.cli.model import load_saved
 from effnet_fast.cli.options import count
 from effnet_fast.cli.table import si, table
 from effnet_fast.inference.cam import class_activation_maps
 from effnet_fast.inference.images import prepare, read_image
 from effnet_fast.inference.predict import Prediction, predict
-from effnet_fast.models import EfficientNet
+from effnet_fast.models import Classifier
 from effnet_fast.nn import explain
 from effnet_fast.ops import backend
 from effnet_fast.scaling import Cost
+from effnet_fast.training.pictures import load_digits
 from effnet_fast.weights import Preprocessing, preprocessing_of, save_checkpoint
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _prepared(files: list[Path], preprocessing: Preprocessing) -> Tensor:
     return torch.from_numpy(np.stack([prepare(read_image(file, 1), preprocessing) for file in files]))
 
 
-def _fused_against_plain(model: EfficientNet, x: Tensor) -> str:
+def _fused_against_plain(model: Classifier, x: Tensor) -> str:
     """Compare both forms of the forward with float64: fused may be off twice as far as plain; RuntimeError beyond."""
     with torch.no_grad():
         fused = model(x)
@@ -124,14 +125,14 @@ def _fused_against_plain(model: EfficientNet, x: Tensor) -> str:
     return f"logits differ by at most {(fused - plain).abs().max():.1g} ({fused_blocks} of {len(blocks)} blocks fused)"
 
 
-def _trained_fused(model: EfficientNet, x: Tensor) -> str:
+def _trained_fused(model: Classifier, x: Tensor) -> str:
     """How much of the network trains by the fused kernels, forward and backward, at the demo's batch size."""
     rows = explain(copy.deepcopy(model).train(), x, grad=True)
     plain = [row.name for row in rows if row.plain is not None]
     return f"{len(rows) - len(plain)} of {len(rows)} blocks fused" + (f" (plain PyTorch: {', '.join(plain)})" if plain else "")
 
 
-def _times(model: EfficientNet, x: Tensor) -> str:
+def _times(model: Classifier, x: Tensor) -> str:
     """Time the forward on the best backends and on the reference alone."""
 
     def fused() -> None:
@@ -147,7 +148,7 @@ def _times(model: EfficientNet, x: Tensor) -> str:
     return f"{' and '.join(medians)} for {len(x)} images (medians, in turn)"
 
 
-def _picture(model: EfficientNet, preprocessing: Preprocessing, predictions: list[Prediction], title: str) -> Image.Image:
+def _picture(model: Classifier, preprocessing: Preprocessing, predictions: list[Prediction], title: str) -> Image.Image:
     """Held-out digits beside their maps, up to a third of them wrong ones."""
     from PIL import Image
 

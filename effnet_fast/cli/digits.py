@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +15,7 @@ from effnet_fast.training import Batches, Recipe, train
 
 CLASSES = list("0123456789")
 DEPTH, WIDTH, SIDE = 0.3, 0.35, 32
-HELD_OUT, BATCH = 360, 64
+BATCH = 64
 # B0 halves an image five times, which would leave one pixel of 32: this base keeps 8x8, as fine as the scans.
 _STRIDES = (1, 2, 1, 1, 1, 1, 1)
 _BASE = replace(
@@ -29,28 +27,6 @@ _BASE = replace(
 CONFIG = replace(
     CompoundScaling(base=_BASE).scaled(depth=DEPTH, width=WIDTH).config, in_channels=1, num_classes=len(CLASSES), drop_path=0.05
 )
-
-
-class Digits(NamedTuple):
-    """Scans [N, 8, 8] uint8, their digits [N], and which of them are trained on and held out (the same share of each digit)."""
-
-    scans: np.ndarray
-    digits: np.ndarray
-    train: np.ndarray
-    held_out: np.ndarray
-
-
-def load_digits() -> Digits:
-    """The 1797 scans, grey values 0 to 16 made 0 to 255; the split is always the same."""
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
-
-    values, digits = load(return_X_y=True)
-    scans = np.rint(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    train, held_out = train_test_split(np.arange(len(digits)), test_size=HELD_OUT, stratify=digits, random_state=0)
-    return Digits(scans, digits, np.sort(train), np.sort(held_out))
-
-
 RECIPE = Recipe(epochs=8, batch_size=BATCH, lr=4e-3, weight_decay=0.02, warmup_epochs=2, smoothing=0.1)
 
 

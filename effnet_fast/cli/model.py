@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from effnet_fast.cli import say
-from effnet_fast.models import EfficientNet, config_of, create_model
+from effnet_fast.models import Classifier, build, config_of, create_model
+from effnet_fast.scaling.names import names_of
 from effnet_fast.weights import Preprocessing, detect, key_map, load_checkpoint, net_of, preprocessing_of, read
 from effnet_fast.weights.files import locate
 
@@ -20,7 +21,7 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 class Loaded(NamedTuple):
     """A model in eval mode on its device; ``trained`` is False where its weights are random."""
 
-    model: EfficientNet
+    model: Classifier
     preprocessing: Preprocessing
     classes: list[str] | None
     trained: bool
@@ -76,29 +77,30 @@ def is_path(model: str) -> bool:
     return Path(model).suffix in _SUFFIXES or os.sep in model
 
 
-def load_saved(path: str | Path, ema: bool = False) -> tuple[EfficientNet, list[str] | None]:
+def load_saved(path: str | Path, ema: bool = False) -> tuple[Classifier, list[str] | None]:
     """The network that a checkpoint of effnet_fast's carries, its weights, and its class names if it has them."""
     checkpoint = read(path, ema)
     config = net_of(locate(path), checkpoint)
     if config is None:
         raise ValueError(f"{path} does not say which network it is of; a name as MODEL and --checkpoint {path} would do")
-    model = EfficientNet(config)
+    model = build(config)
     load_checkpoint(model, path, ema)
     return model, checkpoint.metadata.get("classes")
 
 
-def _load_into(name: str, path: str, ema: bool) -> tuple[EfficientNet, list[str] | None]:
+def _load_into(name: str, path: str, ema: bool) -> tuple[Classifier, list[str] | None]:
     """The network of a name with as many classes and channels as the checkpoint has."""
     checkpoint = read(path, ema)
     tensors = checkpoint.state_dict
     config = config_of(name)
     try:
-        names = key_map(config, detect(tensors))
+        names = key_map(config, detect(tensors, config))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     sizes: dict[str, Any] = {}
-    for argument, key, dimension in (("num_classes", "classifier.weight", 0), ("in_chans", "conv_stem.weight", 1)):
-        tensor = tensors.get(names[key])
+    own = names_of(config)
+    for argument, place, dimension in (("num_classes", own.classifier, 0), ("in_chans", own.stem[0], 1)):
+        tensor = tensors.get(names[f"{place}.weight"])
         if tensor is not None and tensor.dim() > dimension:
             sizes[argument] = tensor.shape[dimension]
     model = create_model(name, **sizes)

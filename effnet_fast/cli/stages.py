@@ -7,7 +7,7 @@ from typing import Any
 from effnet_fast.cli.table import si, table
 from effnet_fast.scaling import Cost, NetConfig
 
-_NAMES = {"mbconv": "MBConv", "fused_mbconv": "FusedMBConv"}
+_NAMES = {"mbconv": "MBConv", "fused_mbconv": "FusedMBConv", "separable": "Separable", "basic": "Basic", "bottleneck": "Bottleneck"}
 _HEADER = (
     "stage",
     "operator",
@@ -29,9 +29,14 @@ def stage_rows(config: NetConfig, cost: Cost) -> list[dict[str, Any]]:
     """One dict a stage, stem and head included. ``resolution`` is (height, width) of the stage's input."""
     parts = cost.by("stage")
     channels = [config.in_channels, config.stem_channels, *(stage.out_channels for stage in config.stages)]
-    rows = [_row("stem", parts["stem"], "Conv3x3", 3, 2, None, None, channels[0], channels[1], 1)]
+    kernel, pool = config.stem_kernel, ", max pool" if config.stem_pool else ""
+    stem = f"Conv{kernel}x{kernel}{pool}"
+    rows = [_row("stem", parts["stem"], stem, kernel, config.stem_stride, None, None, channels[0], channels[1], 1)]
     for number, stage in enumerate(config.stages):
-        name, operator = f"blocks.{number}", f"{_NAMES[stage.operator]}{stage.expand_ratio}"
+        name, operator = (
+            f"blocks.{number}",
+            _NAMES[stage.operator] + (str(stage.expand_ratio) if "mbconv" in stage.operator else ""),
+        )
         ends = channels[number + 1], channels[number + 2]
         rows.append(
             _row(
@@ -46,10 +51,9 @@ def stage_rows(config: NetConfig, cost: Cost) -> list[dict[str, Any]]:
                 stage.layers,
             )
         )
-    operator = "Conv1x1, pool, linear" if config.num_classes else "Conv1x1, pool"
-    rows.append(
-        _row("head", parts["head"], operator, 1, 1, None, None, channels[-1], config.num_classes or config.head_channels, 1)
-    )
+    steps = ["Conv1x1"] * bool(config.head_channels) + ["pool"] + ["linear"] * bool(config.num_classes)
+    made = config.num_classes or config.features
+    rows.append(_row("head", parts["head"], ", ".join(steps), 1, 1, None, None, channels[-1], made, 1))
     return rows
 
 

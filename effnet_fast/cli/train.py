@@ -25,7 +25,7 @@ from torch import nn
 from effnet_fast.cli import say
 from effnet_fast.cli.model import device_of, is_path, load_saved
 from effnet_fast.cli.options import LOADERS, count, index
-from effnet_fast.models import EfficientNet, create_model
+from effnet_fast.models import Classifier, create_model
 from effnet_fast.training import PRESETS, Batches, Recipe, Stopped, distributed, train
 from effnet_fast.training.data import DATASETS, Images, check_classes, held_out_transform, mixing, open_dataset, training_transform
 from effnet_fast.weights import Preprocessing, preprocessing_of, save_checkpoint
@@ -165,7 +165,7 @@ def _named(classes: list[str], outputs: int) -> list[str]:
     return [*classes, *map(str, range(len(classes), outputs))]
 
 
-def _model(arguments: argparse.Namespace, classes: int) -> EfficientNet:
+def _model(arguments: argparse.Namespace, classes: int) -> Classifier:
     wanted = arguments.num_classes or classes
     if wanted < classes:
         raise ValueError(f"--num-classes is {wanted}, and {arguments.data} has {classes} classes; at least as many would do")
@@ -174,7 +174,7 @@ def _model(arguments: argparse.Namespace, classes: int) -> EfficientNet:
     return create_model(arguments.model, arguments.pretrained_path or arguments.pretrained, **sizes)  # type: ignore[return-value]
 
 
-def _teacher(name: str, model: EfficientNet, preprocessing: Preprocessing) -> EfficientNet:
+def _teacher(name: str, model: Classifier, preprocessing: Preprocessing) -> Classifier:
     teacher: Any = load_saved(name)[0] if is_path(name) else create_model(name, pretrained=True)
     if teacher.num_classes != model.num_classes:
         raise ValueError(f"--teacher {name} has {teacher.num_classes} classes; {model.num_classes}, as the student, would do")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.models import EfficientNet
+from effnet_fast.models import Classifier
 
 
 class ClassActivation(NamedTuple):
@@ -18,7 +18,7 @@ class ClassActivation(NamedTuple):
     logits: Tensor
 
 
-def class_activation_maps(model: EfficientNet, x: Tensor, classes: Tensor | int | None = None) -> ClassActivation:
+def class_activation_maps(model: Classifier, x: Tensor, classes: Tensor | int | None = None) -> ClassActivation:
     """Weigh the last feature map by the classifier's row of a class (equation 2): exact where the pool is the average.
 
     x        [N, C, H, W], prepared as the weights want it; h = H / 32 and w = W / 32, rounded up, for the published networks

@@ -20,6 +20,7 @@ from effnet_fast.inference.pixels import image_batch, mean_and_std, scale_and_sh
 from effnet_fast.inference.plan import NativePlan
 from effnet_fast.inference.recording import Recording, Unplannable, run_joined
 from effnet_fast.interop import accelerate
+from effnet_fast.models import ResNet
 from effnet_fast.ops.backends import is_tracing, tracing
 from effnet_fast.ops.conv.reference import normalised
 from effnet_fast.weights.preprocessing import Preprocessing
@@ -39,8 +40,8 @@ def optimize_for_inference(
 ) -> InferenceModel:
     """A frozen copy of ``model`` in evaluation mode, with the same call, for serving.
 
-    model          an EfficientNet of ours, or one of timm, torchvision or efficientnet_pytorch that :func:`effnet_fast.accelerate`
-                   takes
+    model          a net of ours (a ResNet runs as plain PyTorch), or an EfficientNet of timm, torchvision or efficientnet_pytorch
+                   that :func:`effnet_fast.accelerate` takes
     dtype          what it computes in, float32, bfloat16 or float16: by default the model's own
     preprocessing  its mean and std normalise uint8 images: by default the model's own where it carries them (ours, timm's), else
                    ImageNet's
@@ -70,7 +71,8 @@ def optimize_for_inference(
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     if callable(set_swish := getattr(frozen, "set_swish", None)):
         set_swish(memory_efficient=False)  # efficientnet_pytorch's other form is two operators, to keep less for backward
-    accelerate(frozen)
+    if not isinstance(frozen, ResNet):  # which is plain throughout
+        accelerate(frozen)
     for module in frozen.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)  # norms stay as they are: every kernel folds them in float32

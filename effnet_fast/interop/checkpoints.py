@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from effnet_fast import weights
-from effnet_fast.models import FAMILY, config_of
+from effnet_fast.models import CLASSICS, FAMILY, config_of
 from effnet_fast.scaling.config import NetConfig
 
 
@@ -25,4 +25,4 @@ def convert(
     """
     if architecture is not None:
         config_of(architecture)  # raises: the name is unknown
-    return weights.convert(source, target, layout, FAMILY.values(), architecture, ema, force)
+    return weights.convert(source, target, layout, (*FAMILY.values(), *CLASSICS.values()), architecture, ema, force)

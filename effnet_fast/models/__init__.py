@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from effnet_fast.models.classics import MnasNet, MobileNetV2, ResNet
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
-from effnet_fast.models.family import FAMILY
-from effnet_fast.models.registry import config_of, create_model, efficientnet, list_models
+from effnet_fast.models.family import CLASSICS, FAMILY
+from effnet_fast.models.net import Classifier
+from effnet_fast.models.registry import build, config_of, create_model, efficientnet, list_models
 
 
-def _named(name: str) -> Callable[..., EfficientNet | EfficientNetFeatures]:
-    def build(pretrained: bool | str = False, **arguments: Any) -> EfficientNet | EfficientNetFeatures:
+def _named(name: str) -> Callable[..., Classifier | EfficientNetFeatures]:
+    def create(pretrained: bool | str = False, **arguments: Any) -> Classifier | EfficientNetFeatures:
         return create_model(name, pretrained, **arguments)
 
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"``create_model({name!r}, pretrained, **arguments)``; see :func:`effnet_fast.create_model`."
-    return build
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"``create_model({name!r}, pretrained, **arguments)``; see :func:`effnet_fast.create_model`."
+    return create
 
 
 efficientnet_b0 = _named("efficientnet_b0")
@@ -29,9 +31,15 @@ efficientnet_b6 = _named("efficientnet_b6")
 efficientnet_b7 = _named("efficientnet_b7")
 
 __all__ = [
+    "CLASSICS",
     "FAMILY",
+    "Classifier",
     "EfficientNet",
     "EfficientNetFeatures",
+    "MnasNet",
+    "MobileNetV2",
+    "ResNet",
+    "build",
     "config_of",
     "create_model",
     "efficientnet",

@@ -1,7 +1,17 @@
-"""The family as data: one row a network. Adding a variant adds a row."""
+"""All nets as data: one row a network. Adding a variant adds a row."""
 
 from __future__ import annotations
 
+from effnet_fast.scaling.classics import (
+    MNASNET,
+    MOBILENET_V1,
+    MOBILENET_V2,
+    RESNET18,
+    RESNET18_CIFAR,
+    RESNET34,
+    RESNET50,
+    RESNET101,
+)
 from effnet_fast.scaling.coefficients import DROP_PATH, PUBLISHED
 from effnet_fast.scaling.config import B0, LITE0, V2_B0, V2_L, V2_M, V2_S, V2_XL, BaseNet, NetConfig
 
@@ -40,4 +50,17 @@ def _tf_config(name: str) -> NetConfig:
 FAMILY: dict[str, NetConfig] = {
     **{name: _config(name) for name in _ROWS},
     **{f"tf_{name}": _tf_config(name) for name in _ROWS},
+}
+
+# Older nets, as their papers have them; of MnasNet torchvision's sizes too, and CIFAR-10 has ten classes.
+CLASSICS: dict[str, NetConfig] = {
+    config.name: config
+    for config in (
+        MOBILENET_V1.scaled(),
+        MOBILENET_V2.scaled(),
+        *(MNASNET.scaled(width=width, name=f"mnasnet{width:.2g}".replace(".", "_")) for width in (0.5, 0.75, 1.3)),
+        MNASNET.scaled(),
+        *(base.scaled() for base in (RESNET18, RESNET34, RESNET50, RESNET101)),
+        RESNET18_CIFAR.scaled(num_classes=10),
+    )
 }

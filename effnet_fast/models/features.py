@@ -14,8 +14,8 @@ class FeatureInfo(list[dict[str, Any]]):
     def __init__(self, config: NetConfig, out_indices: Sequence[int] | None = None) -> None:
         rows = []
         if config.stages[0].stride == 2:
-            rows.append({"stage": 0, "module": "bn1", "num_chs": config.stem_channels, "reduction": 2})
-        reduction = 2
+            rows.append({"stage": 0, "module": "bn1", "num_chs": config.stem_channels, "reduction": config.stem_stride})
+        reduction = config.stem_stride
         for number, stage in enumerate(config.stages, start=1):
             reduction *= stage.stride
             if number == len(config.stages) or config.stages[number].stride == 2:

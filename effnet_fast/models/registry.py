@@ -1,4 +1,4 @@
-"""Models by name, or by a point of the scaling law."""
+"""Models by name, by a point of the scaling law, or by any config."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from numbers import Integral, Real
 from typing import Any
 
 from effnet_fast import weights
+from effnet_fast.models.classics import MnasNet, MobileNetV2, ResNet
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
-from effnet_fast.models.family import FAMILY
+from effnet_fast.models.family import CLASSICS, FAMILY
+from effnet_fast.models.net import Classifier
 from effnet_fast.scaling.config import NetConfig
 from effnet_fast.scaling.law import CompoundScaling
 
+_NAMED = {**FAMILY, **CLASSICS}
+_CLASSES: dict[str, type[Classifier]] = {
+    "efficientnet": EfficientNet,
+    "mobilenet_v2": MobileNetV2,
+    "mnasnet": MnasNet,
+    "resnet": ResNet,
+}
 # Constructor argument: the NetConfig field that it sets.
 _CONFIG_ARGUMENTS = {
     "num_classes": "num_classes",
@@ -34,18 +43,18 @@ _PADDINGS = {"": "symmetric", "symmetric": "symmetric", "same": "same"}
 
 def list_models(pattern: str = "*") -> list[str]:
     """The names that :func:`create_model` takes, those matching a shell pattern such as ``"tf_*b?"``."""
-    return sorted(fnmatch.filter(FAMILY, pattern))
+    return sorted(fnmatch.filter(_NAMED, pattern))
 
 
 def config_of(name: str) -> NetConfig:
     """The config of a name, a tag of weights behind it or not; ValueError with the nearest good name for an unknown one."""
     name = name.partition(".")[0]
-    if name not in FAMILY:
-        raise ValueError(f"unknown model {name!r}; {_nearest(name, list(FAMILY))} would do (list_models() gives all)")
-    return FAMILY[name]
+    if name not in _NAMED:
+        raise ValueError(f"unknown model {name!r}; {_nearest(name, list(_NAMED))} would do (list_models() gives all)")
+    return _NAMED[name]
 
 
-def create_model(name: str, pretrained: bool | str = False, **arguments: Any) -> EfficientNet | EfficientNetFeatures:
+def create_model(name: str, pretrained: bool | str = False, **arguments: Any) -> Classifier | EfficientNetFeatures:
     """Build a network by name, such as ``"efficientnet_b5"``, or ``"efficientnet_b0.ra_in1k"`` with the tag of its weights.
 
     pretrained       True (the name's default weights), the tag of others, or the path of a checkpoint file or of a directory
@@ -57,7 +66,7 @@ def create_model(name: str, pretrained: bool | str = False, **arguments: Any) ->
     norm_layer, act_layer       factories (channels) -> module and () -> module; other than batch norm and the ops' activations
                      run unfused
     bn_eps, bn_momentum, pad_type ("", "same")   of the row where not given
-    features_only, out_indices  a backbone that returns feature maps
+    features_only, out_indices  a backbone that returns feature maps (EfficientNets and MobileNetV1)
     checkpoint_path  a file to load strictly, after all else
 
     Raises ValueError or TypeError that names an unknown name or argument and the nearest good one.
@@ -76,8 +85,10 @@ def efficientnet(
     resolution: float | None = None,
     law: CompoundScaling | None = None,
     **arguments: Any,
-) -> EfficientNet | EfficientNetFeatures:
-    """Build any point of the law: at ``phi``, or at multipliers of B0's depth, width and resolution (each > 0, default 1).
+) -> Classifier | EfficientNetFeatures:
+    """Build any point of the law: at ``phi``, or at multipliers of its base's depth, width and resolution (each > 0, default 1).
+
+    law  the paper's of B0 where None; ``CompoundScaling(base=effnet_fast.scaling.RESNET18)`` scales another net
 
     ``model.config`` holds what resulted, its resolution too. ``arguments`` are those of :func:`create_model`.
     """
@@ -94,7 +105,12 @@ def efficientnet(
     return _build(point.config, False, arguments)
 
 
-def _build(config: NetConfig, pretrained: bool | str, arguments: dict[str, Any]) -> EfficientNet | EfficientNetFeatures:
+def build(config: NetConfig, **arguments: Any) -> Classifier:
+    """The classifier of any config; ``arguments`` are those of its class (drop_rate, global_pool, norm_layer, act_layer)."""
+    return _CLASSES[config.family](config, **arguments)
+
+
+def _build(config: NetConfig, pretrained: bool | str, arguments: dict[str, Any]) -> Classifier | EfficientNetFeatures:
     known = (*_CONFIG_ARGUMENTS, *_CLASSIFIER_ARGUMENTS, *_FEATURES_ARGUMENTS, *_OTHER_ARGUMENTS)
     for argument in arguments:
         if argument not in known:
@@ -102,6 +118,8 @@ def _build(config: NetConfig, pretrained: bool | str, arguments: dict[str, Any])
     if arguments.get("output_stride", 32) != 32:
         raise ValueError(f"{config.name}: output_stride {arguments['output_stride']} would need dilation; 32 would do")
     features_only = arguments.get("features_only", False)
+    if features_only and config.family != "efficientnet":
+        raise ValueError(f"{config.name}: features_only is {features_only!r}; False would do: only EfficientNets give feature maps")
     unused = set(_CLASSIFIER_ARGUMENTS if features_only else _FEATURES_ARGUMENTS) - set(_LAYER_ARGUMENTS)
     for argument in sorted(unused & arguments.keys()):
         raise TypeError(f"{config.name}: {argument!r} has no meaning with features_only={features_only}")
@@ -115,11 +133,11 @@ def _build(config: NetConfig, pretrained: bool | str, arguments: dict[str, Any])
     fields = {field: arguments[name] for name, field in _CONFIG_ARGUMENTS.items() if arguments.get(name) is not None}
     built = replace(config, **_checked(config.name, fields))
     if features_only:
-        model: EfficientNet | EfficientNetFeatures = EfficientNetFeatures(
+        model: Classifier | EfficientNetFeatures = EfficientNetFeatures(
             built, **{key: arguments[key] for key in _FEATURES_ARGUMENTS if key in arguments}
         )
     else:
-        model = EfficientNet(built, **{key: arguments[key] for key in _CLASSIFIER_ARGUMENTS if key in arguments})
+        model = build(built, **{key: arguments[key] for key in _CLASSIFIER_ARGUMENTS if key in arguments})
     if pretrained:
         weights.load_pretrained(model, pretrained)
     if arguments.get("checkpoint_path"):

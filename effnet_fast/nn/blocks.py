@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,28 +106,40 @@ class MBConv(FusedBlock, nn.Module):
 
     def parts(self, *args: Any, **kwargs: Any) -> BlockParts | str:
         child: Any = self._modules
-        act1, se, drop_path = child["act1"], child["se"], child["drop_path"]
-        activation = activation_name(act1) or ""
         if self.expands:
-            expand = ConvNormAct(child["conv_pw"], child["bn1"], activation)
-            depthwise = ConvNormAct(child["conv_dw"], child["bn2"], activation, self.padding)
-            project = ConvNormAct(child["conv_pwl"], child["bn3"])
-            reason = why_not_fused(expand) or why_not_activation(child["act2"])
-            if activation_name(child["act2"]) != activation:
-                reason = reason or "the block's two activations differ"
+            expand = child["conv_pw"], child["bn1"], child["act1"]
+            depthwise = child["conv_dw"], child["bn2"], child["act2"]
+            project = child["conv_pwl"], child["bn3"], None
         else:
-            expand, reason = None, None
-            depthwise = ConvNormAct(child["conv_dw"], child["bn1"], activation, self.padding)
-            project = ConvNormAct(child["conv_pw"], child["bn2"])
-        reason = reason or why_not_activation(act1)
-        reason = reason or why_not_fused(depthwise, "depthwise") or why_not_fused(project, "pointwise")
-        squeeze_excite = None if type(se) is nn.Identity else _squeeze_excite_parts(se)
-        if isinstance(squeeze_excite, str):
-            return reason or squeeze_excite
-        if has_hooks(se):
-            reason = reason or "a hook sits on a child"
-        reason = reason or _why_not_drop_path(drop_path)
-        return reason or BlockParts(expand, depthwise, squeeze_excite, project, self.residual, _drop(drop_path))
+            expand, depthwise = None, (child["conv_dw"], child["bn1"], child["act1"])
+            project = child["conv_pw"], child["bn2"], None
+        return depthwise_parts(expand, depthwise, project, self.padding, self.residual, child["drop_path"], child["se"])
+
+
+class DepthwiseSeparable(FusedBlock, nn.Module):
+    """MobileNetV1's block (arXiv 1704.04861): depthwise kxk and 1x1, each normalised and activated, and no shortcut.
+
+    x [N, in, H, W] -> [N, out, H', W'], H' = ceil(H / stride).
+    """
+
+    def __init__(self, config: BlockConfig, norm_layer: NormLayer, act_layer: ActLayer, padding: str) -> None:
+        super().__init__()
+        check_padding("DepthwiseSeparable", padding)
+        self.padding, self.kernel_size, self.stride = padding, config.kernel_size, config.stride
+        channels = config.in_channels
+        self.conv_dw = conv2d(channels, channels, config.kernel_size, config.stride, padding, groups=channels)
+        self.bn1, self.act1 = norm_layer(channels), act_layer()
+        self.conv_pw = conv2d(channels, config.out_channels, 1, 1, padding)
+        self.bn2, self.act2 = norm_layer(config.out_channels), act_layer()
+
+    def forward_children(self, x: Tensor) -> Tensor:
+        x = self.act1(self.bn1(self.conv_dw(pad(self.conv_dw, self.kernel_size, self.stride, self.padding, x))))
+        return self.act2(self.bn2(self.conv_pw(x)))
+
+    def parts(self, *args: Any, **kwargs: Any) -> BlockParts | str:
+        child: Any = self._modules
+        depthwise = child["conv_dw"], child["bn1"], child["act1"]
+        return depthwise_parts(None, depthwise, (child["conv_pw"], child["bn2"], child["act2"]), self.padding)
 
 
 class FusedMBConv(FusedBlock, nn.Module):
@@ -172,6 +184,44 @@ class FusedMBConv(FusedBlock, nn.Module):
         return reason or BlockParts(expand, None, None, project, self.residual, _drop(drop_path))
 
 
+def depthwise_parts(
+    expand: Sequence[Any] | None,
+    depthwise: Sequence[Any],
+    project: Sequence[Any],
+    padding: str,
+    residual: bool = False,
+    drop_path: nn.Module | None = None,
+    se: nn.Module | None = None,
+) -> BlockParts | str:
+    """The parts of a block with a depthwise convolution, or why they are not what the ops compute.
+
+    expand, depthwise, project  (convolution, norm, activation) each; None where there is none
+    """
+    activation = activation_name(depthwise[2]) or ""
+    last = "identity" if project[2] is None else activation_name(project[2]) or ""
+    expand_part, reason = None, None
+    if expand is not None:
+        expand_part = ConvNormAct(expand[0], expand[1], activation_name(expand[2]) or "")
+        reason = why_not_fused(expand_part) or why_not_activation(depthwise[2])
+        if expand_part.activation != activation:
+            reason = reason or "the block's two activations differ"
+        reason = reason or why_not_activation(expand[2])
+    depthwise_part = ConvNormAct(depthwise[0], depthwise[1], activation, padding)
+    project_part = ConvNormAct(project[0], project[1], last)
+    reason = reason or why_not_activation(depthwise[2]) or why_not_fused(depthwise_part, "depthwise")
+    reason = reason or why_not_fused(project_part, "pointwise")
+    reason = reason or (None if project[2] is None else why_not_activation(project[2]))
+    squeeze_excite = None if type(se) is nn.Identity or se is None else _squeeze_excite_parts(se)
+    if isinstance(squeeze_excite, str):
+        return reason or squeeze_excite
+    if se is not None and has_hooks(se):
+        reason = reason or "a hook sits on a child"
+    drop = None
+    if drop_path is not None:
+        reason, drop = reason or _why_not_drop_path(drop_path), _drop(drop_path)
+    return reason or BlockParts(expand_part, depthwise_part, squeeze_excite, project_part, residual, drop)
+
+
 def _why_not_drop_path(module: nn.Module) -> str | None:
     if type(module) not in (StochasticDepth, nn.Identity):
         return f"the drop path is a {type(module).__name__}"
@@ -196,7 +246,7 @@ def set_padding(module: nn.Module, padding: str) -> None:
     """Change how every block of ours inside ``module`` pads: weights trained under one padding want that one."""
     check_padding("set_padding", padding)
     for block in module.modules():
-        if isinstance(block, (MBConv, FusedMBConv)):
+        if isinstance(block, (MBConv, FusedMBConv, DepthwiseSeparable)):
             block.padding = padding
             for child in block.modules():  # deeper too: another tool may have wrapped a convolution
                 if isinstance(child, nn.Conv2d) and child.kernel_size != (1, 1):

@@ -4,6 +4,16 @@ No nn.Module and no device in here: ``CompoundScaling().at(4)`` gives a ``NetCon
 MACs, activations, memory and bytes moved; ``multiplier_growth``, ``compound_growth`` and ``thresholds`` tell how they change.
 """
 
+from effnet_fast.scaling.classics import (
+    MNASNET,
+    MOBILENET_V1,
+    MOBILENET_V2,
+    RESNET18,
+    RESNET18_CIFAR,
+    RESNET34,
+    RESNET50,
+    RESNET101,
+)
 from effnet_fast.scaling.coefficients import DROP_PATH, PUBLISHED, Coefficients
 from effnet_fast.scaling.config import (
     B0,
@@ -28,7 +38,15 @@ __all__ = [
     "B0",
     "DROP_PATH",
     "LITE0",
+    "MNASNET",
+    "MOBILENET_V1",
+    "MOBILENET_V2",
     "PUBLISHED",
+    "RESNET101",
+    "RESNET18",
+    "RESNET18_CIFAR",
+    "RESNET34",
+    "RESNET50",
     "V2_B0",
     "V2_L",
     "V2_M",

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-OPERATORS = ("mbconv", "fused_mbconv")
+OPERATORS = ("mbconv", "fused_mbconv", "separable", "basic", "bottleneck")
+# Whose names the modules bear, and the operators that it has names for.
+FAMILIES = {
+    "efficientnet": ("mbconv", "fused_mbconv", "separable"),
+    "mobilenet_v2": ("mbconv",),
+    "mnasnet": ("mbconv",),
+    "resnet": ("basic", "bottleneck"),
+}
 ACTIVATIONS = ("silu", "relu", "relu6", "identity")
 PADDINGS = ("symmetric", "same")
 # Beyond these no net is meant, and what a damaged file asks for would fill the memory.
-_MOST = {"layers": 1 << 12, "resolution": 1 << 16, "kernel_size": 1 << 8, "num_classes": 1 << 24}
+_MOST = {"layers": 1 << 12, "resolution": 1 << 16, "kernel_size": 1 << 8, "stem_kernel": 1 << 8, "num_classes": 1 << 24}
 _MOST_CHANNELS, _MOST_STAGES = 1 << 20, 1 << 8
 
 
@@ -74,10 +81,13 @@ def round_layers(layers: int, depth: float = 1.0) -> int:
 class StageConfig:
     """A run of like blocks: one row of the paper's Table 1.
 
-    operator      "mbconv" (expand 1x1, depthwise, squeeze-excite, project 1x1) or "fused_mbconv" (expand kxk, project 1x1)
-    kernel_size   of the depthwise (or fused) convolution
-    stride        of the stage's first block; the others have stride 1
-    expand_ratio  expanded channels over the block's input channels; 1 means no expansion
+    operator      "mbconv" (expand 1x1, depthwise, squeeze-excite, project 1x1), "fused_mbconv" (expand kxk, project 1x1),
+                  "separable" (depthwise, 1x1, an activation after each; arXiv 1704.04861), "basic" (two kxk) or "bottleneck"
+                  (1x1, kxk, 1x1; arXiv 1512.03385, figure 5), the last two beside a shortcut that projects where shapes differ
+    kernel_size   of the depthwise, fused or kxk convolution
+    stride        of the stage's first block (in its kxk convolution, of "basic" in the first); the others have stride 1
+    expand_ratio  expanded channels over the block's input channels, 1 means no expansion; of "bottleneck" the output channels
+                  over the middle ones
     out_channels  of every block
     layers        blocks in the stage
     se_ratio      squeeze channels over the block's *input* channels; 0 means no squeeze-excite
@@ -101,13 +111,27 @@ class StageConfig:
             )
         if not is_real(self.se_ratio) or not 0 <= self.se_ratio <= 1:
             raise ValueError(f"StageConfig: se_ratio is {self.se_ratio!r}; a number from 0 to 1 would do")
-        if self.se_ratio and self.operator == "fused_mbconv":
-            raise ValueError(f"StageConfig: se_ratio is {self.se_ratio!r}; fused_mbconv has no squeeze-excite, so 0 would do")
+        if self.se_ratio and self.operator != "mbconv":
+            raise ValueError(f"StageConfig: se_ratio is {self.se_ratio!r}; {self.operator} has no squeeze-excite, so 0 would do")
+        if self.operator in ("separable", "basic") and self.expand_ratio != 1:
+            raise ValueError(f"StageConfig: expand_ratio is {self.expand_ratio}; {self.operator} does not expand, so 1 would do")
+        if self.operator == "bottleneck" and self.out_channels % self.expand_ratio:
+            raise ValueError(
+                f"StageConfig: out_channels is {self.out_channels}; a multiple of expand_ratio, {self.expand_ratio}, would do"
+            )
+
+    @property
+    def expansion(self) -> int:
+        """Output channels over those that are scaled and rounded: of a bottleneck the middle ones."""
+        return self.expand_ratio if self.operator == "bottleneck" else 1
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block with every channel count settled. ``stage`` and ``layer`` count from 0; ``index`` counts over the whole net."""
+    """One block with every channel count settled. ``stage`` and ``layer`` count from 0; ``index`` counts over the whole net.
+
+    ``expanded_channels`` are those of the kxk convolution's output; of "basic" and "bottleneck", the middle ones.
+    """
 
     stage: int
     layer: int
@@ -126,8 +150,16 @@ class BlockConfig:
         return self.expanded_channels != self.in_channels
 
     @property
-    def residual(self) -> bool:
+    def keeps_shape(self) -> bool:
         return self.stride == 1 and self.in_channels == self.out_channels
+
+    @property
+    def residual(self) -> bool:
+        return self.operator in ("basic", "bottleneck") or (self.operator != "separable" and self.keeps_shape)
+
+    @property
+    def projects_shortcut(self) -> bool:
+        return self.residual and not self.keeps_shape
 
 
 @dataclass(frozen=True)
@@ -138,8 +170,11 @@ class NetConfig:
     dropout      probability before the classifier
     drop_path    stochastic depth: block i of N is dropped, per image, with probability ``drop_path * i / N``
     activation   one of ``ACTIVATIONS``
+    head_channels   of the 1x1 convolution before the pool; 0: there is none
     padding      "symmetric" ((k-1)/2 on each side) or "same" (TensorFlow's, from the run-time size)
     bn_momentum  None: the running statistics are the average over all batches
+    family       whose names the modules bear, one of ``FAMILIES``
+    stem_pool    a 3x3 max pool with stride 2 follows the stem
     """
 
     name: str
@@ -155,6 +190,10 @@ class NetConfig:
     bn_momentum: float | None = 0.1
     in_channels: int = 3
     num_classes: int = 1000
+    family: str = "efficientnet"
+    stem_kernel: int = 3
+    stem_stride: int = 2
+    stem_pool: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -164,8 +203,8 @@ class NetConfig:
             raise ValueError("NetConfig: stages is no tuple of StageConfig, or an empty one; one or more stages would do")
         if len(stages) > _MOST_STAGES:
             raise ValueError(f"NetConfig: stages has {len(stages)} rows; up to {_MOST_STAGES} would do")
-        _check_whole(self, ("stem_channels", "head_channels", "resolution", "in_channels"))
-        _check_whole(self, ("num_classes",), least=0)
+        _check_whole(self, ("stem_channels", "resolution", "in_channels", "stem_kernel", "stem_stride"))
+        _check_whole(self, ("head_channels", "num_classes"), least=0)
         for name in ("dropout", "drop_path"):
             value = getattr(self, name)
             if not is_real(value) or not 0 <= value <= 1:
@@ -173,6 +212,34 @@ class NetConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"NetConfig: activation is {self.activation!r}; one of {', '.join(map(repr, ACTIVATIONS))} would do")
         check_convention("NetConfig", self.padding, self.bn_eps, self.bn_momentum)
+        self._check_family()
+
+    def _check_family(self) -> None:
+        family = self.family
+        if family not in FAMILIES:
+            raise ValueError(f"NetConfig: family is {family!r}; one of {', '.join(map(repr, FAMILIES))} would do")
+        for stage in self.stages:
+            if stage.operator not in FAMILIES[family] or (stage.se_ratio and family != "efficientnet"):
+                raise ValueError(f"NetConfig: a stage of {family} is {stage}; {' or '.join(FAMILIES[family])} would do")
+        for name, good, would_do in (
+            ("stem_kernel", self.stem_kernel % 2 == 1, "an odd number"),
+            ("stem_stride", self.stem_stride <= 2, "1 or 2"),
+            ("stem_pool", self.stem_pool in ((True, False) if family == "resnet" else (False,)), "False"),
+            ("padding", family == "efficientnet" or self.padding == "symmetric", "'symmetric'"),
+            ("head_channels", family == "efficientnet" or bool(self.head_channels) != (family == "resnet"), "the family's own"),
+        ):
+            if not good:
+                raise ValueError(f"NetConfig: {name} is {getattr(self, name)!r} in {family}; {would_do} would do")
+
+    @property
+    def features(self) -> int:
+        """Channels that the classifier is given."""
+        return self.head_channels or self.stages[-1].out_channels
+
+    @property
+    def reduction(self) -> int:
+        """Pixels of the image's side over those of the last feature map, but for rounding up."""
+        return self.stem_stride * (2 if self.stem_pool else 1) * math.prod(stage.stride for stage in self.stages)
 
     def blocks(self) -> Iterator[BlockConfig]:
         """Every block in order, with the channels that flow through it."""
@@ -188,12 +255,17 @@ class NetConfig:
                     kernel_size=stage.kernel_size,
                     stride=stage.stride if layer == 0 else 1,
                     in_channels=channels,
-                    expanded_channels=channels * stage.expand_ratio,
+                    expanded_channels=_middle(stage, channels),
                     out_channels=stage.out_channels,
                     se_channels=max(1, int(channels * stage.se_ratio)) if stage.se_ratio else 0,
                     drop_path=self.drop_path * index / total,
                 )
                 channels, index = stage.out_channels, index + 1
+
+
+def _middle(stage: StageConfig, in_channels: int) -> int:
+    residual_net = stage.operator in ("basic", "bottleneck")
+    return stage.out_channels // stage.expansion if residual_net else in_channels * stage.expand_ratio
 
 
 @dataclass(frozen=True)
@@ -202,6 +274,8 @@ class BaseNet:
 
     fixed_ends   the Lite rule: stem and head keep their width, the first and last stage their depth
     round_limit  see :func:`round_channels`
+    head_rule    the head's width is "scaled" as any, "grows" (is scaled by no less than 1) or stays "fixed"
+    dropout      before the classifier, at any size, and no stochastic depth; None: as EfficientNets of that size have them
     """
 
     name: str
@@ -212,6 +286,13 @@ class BaseNet:
     activation: str = "silu"
     fixed_ends: bool = False
     round_limit: float = 0.9
+    head_rule: str = "scaled"
+    dropout: float | None = None
+    bn_momentum: float = 0.1
+    family: str = "efficientnet"
+    stem_kernel: int = 3
+    stem_stride: int = 2
+    stem_pool: bool = False
 
     def scaled(
         self,
@@ -232,34 +313,37 @@ class BaseNet:
         if not is_whole(pixels):
             raise ValueError(f"{self.name}.scaled: resolution is {pixels!r}; a whole number of pixels >= 1 would do")
 
-        def channels(count: int, end: bool = False) -> int:
-            return count if end and self.fixed_ends else round_channels(count, width, limit=self.round_limit)
+        def channels(count: int, factor: float = width) -> int:
+            return round_channels(count, factor, limit=self.round_limit)
 
-        last = len(self.stages) - 1
-        stages = tuple(
-            StageConfig(
-                stage.operator,
-                stage.kernel_size,
-                stage.stride,
-                stage.expand_ratio,
-                channels(stage.out_channels),
-                stage.layers if self.fixed_ends and number in (0, last) else round_layers(stage.layers, depth),
-                stage.se_ratio,
-            )
-            for number, stage in enumerate(self.stages)
-        )
+        def stage(number: int, row: StageConfig) -> StageConfig:
+            keeps = self.fixed_ends and number in (0, len(self.stages) - 1)
+            out = channels(row.out_channels // row.expansion) * row.expansion
+            return replace(row, out_channels=out, layers=row.layers if keeps else round_layers(row.layers, depth))
+
+        own: dict[str, Any] = {} if self.dropout is None else {"dropout": self.dropout, "drop_path": 0.0}
         return NetConfig(
             name=name or self.name,
-            stages=stages,
-            stem_channels=channels(self.stem_channels, end=True),
-            head_channels=channels(self.head_channels, end=True),
+            stages=tuple(stage(number, row) for number, row in enumerate(self.stages)),
+            stem_channels=self.stem_channels if self.fixed_ends else channels(self.stem_channels),
+            head_channels=self.head_channels and channels(self.head_channels, self.head_width(width)),
             resolution=pixels,
             activation=self.activation,
-            **settings,  # type: ignore[arg-type]
+            family=self.family,
+            stem_kernel=self.stem_kernel,
+            stem_stride=self.stem_stride,
+            stem_pool=self.stem_pool,
+            **{"bn_momentum": self.bn_momentum, **own, **settings},
         )
 
+    def head_width(self, width: float) -> float:
+        """What the head's width is multiplied by where all else's is by ``width``."""
+        if self.fixed_ends or self.head_rule == "fixed":
+            return 1.0
+        return max(1.0, width) if self.head_rule == "grows" else width
 
-def _stages(*rows: tuple[str, int, int, int, int, int, float]) -> tuple[StageConfig, ...]:
+
+def stage_rows(*rows: tuple[str, int, int, int, int, int, float]) -> tuple[StageConfig, ...]:
     """Rows of (operator, kernel, stride, expand, out channels, layers, se_ratio)."""
     return tuple(StageConfig(*row) for row in rows)
 
@@ -267,7 +351,7 @@ def _stages(*rows: tuple[str, int, int, int, int, int, float]) -> tuple[StageCon
 # EfficientNet, Table 1.
 B0 = BaseNet(
     "efficientnet_b0",
-    _stages(
+    stage_rows(
         ("mbconv", 3, 1, 1, 16, 1, 0.25),
         ("mbconv", 3, 2, 6, 24, 2, 0.25),
         ("mbconv", 5, 2, 6, 40, 2, 0.25),
@@ -295,7 +379,7 @@ LITE0 = BaseNet(
 # EfficientNetV2 (arXiv 2104.00298), Table 4 for S; M, L, XL and the base nets from the authors' release.
 V2_B0 = BaseNet(
     "efficientnetv2_b0",
-    _stages(
+    stage_rows(
         ("fused_mbconv", 3, 1, 1, 16, 1, 0),
         ("fused_mbconv", 3, 2, 4, 32, 2, 0),
         ("fused_mbconv", 3, 2, 4, 48, 2, 0),
@@ -310,7 +394,7 @@ V2_B0 = BaseNet(
 )
 V2_S = BaseNet(
     "efficientnetv2_s",
-    _stages(
+    stage_rows(
         ("fused_mbconv", 3, 1, 1, 24, 2, 0),
         ("fused_mbconv", 3, 2, 4, 48, 4, 0),
         ("fused_mbconv", 3, 2, 4, 64, 4, 0),
@@ -325,7 +409,7 @@ V2_S = BaseNet(
 )
 V2_M = BaseNet(
     "efficientnetv2_m",
-    _stages(
+    stage_rows(
         ("fused_mbconv", 3, 1, 1, 24, 3, 0),
         ("fused_mbconv", 3, 2, 4, 48, 5, 0),
         ("fused_mbconv", 3, 2, 4, 80, 5, 0),
@@ -341,7 +425,7 @@ V2_M = BaseNet(
 )
 V2_L = BaseNet(
     "efficientnetv2_l",
-    _stages(
+    stage_rows(
         ("fused_mbconv", 3, 1, 1, 32, 4, 0),
         ("fused_mbconv", 3, 2, 4, 64, 7, 0),
         ("fused_mbconv", 3, 2, 4, 96, 7, 0),
@@ -357,7 +441,7 @@ V2_L = BaseNet(
 )
 V2_XL = BaseNet(
     "efficientnetv2_xl",
-    _stages(
+    stage_rows(
         ("fused_mbconv", 3, 1, 1, 32, 4, 0),
         ("fused_mbconv", 3, 2, 4, 64, 8, 0),
         ("fused_mbconv", 3, 2, 4, 96, 8, 0),

@@ -12,7 +12,8 @@ block, a stage or the net.
   of plain PyTorch (convolution and normalisation keep their input, SiLU too, the gate's product both factors). Temporaries of the
   backward pass and convolution workspaces come on top.
 * **Bytes moved**: ``eager``, every operation reads its inputs and weights and writes its output; ``fused``, a block is at most four
-  launches, expand | depthwise + squeeze | gate | project, and only what crosses between launches moves.
+  launches, expand | depthwise + squeeze | gate | project (of a ResNet one for each convolution, as if they were fused), and only
+  what crosses between launches moves.
 
 A strided layer makes ``ceil(size / stride)`` pixels under either padding. With "same" padding, training keeps a padded copy of the
 input of each convolution larger than 1x1 in place of that input; the other figures take the zeros to be made inside the kernel.
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from effnet_fast.scaling.config import BlockConfig, NetConfig, is_whole
+from effnet_fast.scaling.names import Pair, block_names, names_of
 
 Shape = tuple[int, ...]
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -36,13 +38,15 @@ IMAGE = -1
 class Layer:
     """One operation of plain PyTorch. Elements are per image; shapes are (C, H, W), or (features,) after the pool.
 
-    kind            conv, norm, activation, squeeze (mean over H, W), sigmoid, scale (by the gate), add, pool or linear
+    kind            conv, norm, activation, squeeze (mean over H, W), sigmoid, scale (by the gate), add, max_pool, pool or linear
     stage, block    "stem", "head", or "blocks.S" and "blocks.S.B"; ``launch`` is the fused kernel that does this operation
     inputs          indices into :func:`layers` of the operations whose outputs it reads; ``IMAGE`` (-1) is the image
+    weight          shape of its weight, () where it has none
     buffers         running mean and variance of a norm
     activations     output elements of a convolution, else 0
     live            elements that exist while it runs in inference
     saved           elements kept for backward: its output, its dropout mask, a padded copy; the image counts with the stem
+    positions       of the maxima, kept for backward in 64 bits each
     statistics      batch mean and inverse deviation that a norm keeps for backward, fp32, once per batch
     eager, fused    elements read and written, weights apart
     """
@@ -55,12 +59,14 @@ class Layer:
     inputs: tuple[int, ...]
     input_shapes: tuple[Shape, ...]
     output_shape: Shape
+    weight: Shape
     parameters: int
     buffers: int
     macs: int
     activations: int
     live: int
     saved: int
+    positions: int
     statistics: int
     eager: int
     fused: int
@@ -141,7 +147,7 @@ class Cost:
     def saved_elements(self, batch: int = 1) -> int:
         """Elements kept for backward at ``batch`` images, parameters and buffers excluded."""
         _check_batch("saved_elements", batch)
-        return sum(batch * layer.saved + layer.statistics for layer in self.layers)
+        return sum(batch * (layer.saved + layer.positions) + layer.statistics for layer in self.layers)
 
     def weight_bytes(self, dtype: str = "fp32") -> int:
         """Bytes of parameters and buffers, all in ``dtype`` but the norms' 64-bit batch counters."""
@@ -155,7 +161,7 @@ class Cost:
         return InferenceMemory(self.weight_bytes(dtype), max((layer.live for layer in self.layers), default=0) * batch * size)
 
     def training_memory(self, dtype: str = "fp32", batch: int = 1, optimizer_tensors: int = 2) -> TrainingMemory:
-        """Bytes to train on ``batch`` images with everything in ``dtype`` but the norms' batch statistics (fp32).
+        """Bytes to train on ``batch`` images with everything in ``dtype`` but the norms' batch statistics (fp32) and positions.
 
         ``optimizer_tensors`` are kept per parameter: 0 for SGD, 1 with momentum, 2 for Adam or RMSProp with momentum.
         """
@@ -163,7 +169,7 @@ class Cost:
         _check_batch("training_memory", batch)
         if not is_whole(optimizer_tensors, least=0):
             raise ValueError(f"training_memory: optimizer_tensors is {optimizer_tensors!r}; a whole number >= 0 would do")
-        saved = sum(layer.saved for layer in self.layers) * batch * size + sum(layer.statistics for layer in self.layers) * 4
+        saved = sum(batch * (size * layer.saved + 8 * layer.positions) + 4 * layer.statistics for layer in self.layers)
         gradients = self.parameters * size
         return TrainingMemory(self.weight_bytes(dtype), gradients, gradients * optimizer_tensors, saved)
 
@@ -177,29 +183,32 @@ class Cost:
 
 
 def layers(config: NetConfig, resolution: int | Sequence[int] | None = None) -> tuple[Layer, ...]:
-    """Every operation of ``config`` in the order it runs, under timm's module names (``blocks.1.0.conv_pw``).
+    """Every operation of ``config`` in the order it runs, under its module's name (``blocks.1.0.conv_pw``).
 
     Functions without a module are named beside them: ``act1`` after ``bn1``, ``se.squeeze``, ``se.act1``, ``se.gate``,
-    ``se.scale``, ``add``, ``global_pool``. Stochastic depth and dropout keep a mask and cost nothing else: they count with ``add``
-    and ``classifier``.
+    ``se.scale``, ``add``, ``max_pool``, ``global_pool``. Stochastic depth and dropout keep a mask and cost nothing else: they count
+    with ``add`` and ``classifier``.
     """
     if not isinstance(config, NetConfig):
         raise ValueError(f"layers: config is {config!r}; a NetConfig, such as a model's .config, would do")
     height, width = _image_size(config.resolution if resolution is None else resolution)
-    walk = _Walk((config.in_channels, height, width), config.activation, config.padding)
+    walk, names = _Walk((config.in_channels, height, width), config.activation, config.padding), names_of(config)
     walk.enter("stem", "stem", "")
-    x = walk.conv_norm_act("conv_stem", "bn1", IMAGE, config.stem_channels, 3, 2)
+    x = walk.conv_norm_act(names.stem, IMAGE, config.stem_channels, config.stem_kernel, config.stem_stride)
+    x = walk.max_pool(x) if config.stem_pool else x
     for block in config.blocks():
-        walk.enter(f"blocks.{block.stage}", f"blocks.{block.stage}.{block.layer}", f"blocks.{block.stage}.{block.layer}.")
-        x = walk.block(x, block)
+        prefix, pairs = block_names(config, block)
+        walk.enter(f"blocks.{block.stage}", f"blocks.{block.stage}.{block.layer}", prefix)
+        x = walk.residual_block(x, block, pairs) if config.family == "resnet" else walk.block(x, block, pairs)
     walk.enter("head", "head", "")
-    x = walk.conv_norm_act("conv_head", "bn2", x, config.head_channels)
-    x = walk.add("global_pool", "pool", (x,), (config.head_channels,))
-    features, classes = config.head_channels, config.num_classes
+    if config.head_channels:
+        x = walk.conv_norm_act(names.head, x, config.head_channels)
+    features, classes = config.features, config.num_classes
+    x = walk.add("global_pool", "pool", (x,), (features,))
     if classes:
         walk.launch = "classifier"
         mask = features if config.dropout else 0
-        walk.add("classifier", "linear", (x,), (classes,), parameters=(features + 1) * classes, macs=features * classes, own=mask)
+        walk.add(names.classifier, "linear", (x,), (classes,), (classes, features), bias=True, macs=features * classes, own=mask)
     return walk.finish()
 
 
@@ -213,6 +222,7 @@ class _Row(NamedTuple):
     launch: str
     inputs: tuple[int, ...]
     shape: Shape
+    weight: Shape
     parameters: int
     buffers: int
     macs: int
@@ -240,26 +250,16 @@ class _Walk:
         kind: str,
         inputs: tuple[int, ...],
         shape: Shape,
-        parameters: int = 0,
-        buffers: int = 0,
+        weight: Shape = (),
+        *,
+        bias: bool = False,
         macs: int = 0,
         own: int = 0,
     ) -> int:
-        self.rows.append(
-            _Row(
-                self.prefix + name,
-                kind,
-                self.stage,
-                self.block_name,
-                self.launch,
-                inputs,
-                shape,
-                parameters,
-                buffers,
-                macs,
-                own,
-            )
-        )
+        parameters = math.prod(weight) + bias * weight[0] if weight else 0
+        buffers = 2 * shape[0] if kind == "norm" else 0
+        where = self.stage, self.block_name, self.launch
+        self.rows.append(_Row(self.prefix + name, kind, *where, inputs, shape, weight, parameters, buffers, macs, own))
         return len(self.rows) - 1
 
     def conv(
@@ -267,53 +267,74 @@ class _Walk:
     ) -> int:
         channels, *size = self.shape(x)
         height, width = (-(-side // stride) for side in size)
-        weight = out * (1 if depthwise else channels) * kernel**2
+        weight = (out, 1 if depthwise else channels, kernel, kernel)
         padded = 0
         if self.padding == "same" and kernel > 1:
             padded = channels * math.prod((after - 1) * stride + kernel for after in (height, width))
-        macs = weight * height * width
-        return self.add(name, "conv", (x,), (out, height, width), weight + bias * out, macs=macs, own=padded)
+        macs = math.prod(weight) * height * width
+        return self.add(name, "conv", (x,), (out, height, width), weight, bias=bias, macs=macs, own=padded)
 
-    def norm(self, name: str, x: int) -> int:
-        shape = self.shape(x)
-        return self.add(name, "norm", (x,), shape, parameters=2 * shape[0], buffers=2 * shape[0])
+    def conv_norm(self, names: Pair, x: int, out: int, kernel: int = 1, stride: int = 1, depthwise: bool = False) -> int:
+        y = self.conv(names[0], x, out, kernel, stride, depthwise)
+        return self.add(names[1], "norm", (y,), self.shape(y), (out,), bias=True)
 
-    def conv_norm_act(
-        self, conv: str, norm: str, x: int, out: int, kernel: int = 1, stride: int = 1, depthwise: bool = False
-    ) -> int:
-        x = self.norm(norm, self.conv(conv, x, out, kernel, stride, depthwise))
-        return self.act(norm.replace("bn", "act"), x)
+    def conv_norm_act(self, names: Pair, x: int, out: int, kernel: int = 1, stride: int = 1, depthwise: bool = False) -> int:
+        return self.act(_after(names[1]), self.conv_norm(names, x, out, kernel, stride, depthwise))
 
     def act(self, name: str, x: int) -> int:
         return x if self.activation == "identity" else self.add(name, "activation", (x,), self.shape(x))
 
-    def block(self, x: int, config: BlockConfig) -> int:
+    def max_pool(self, x: int) -> int:
+        channels, height, width = self.shape(x)
+        return self.add("max_pool", "max_pool", (x,), (channels, -(-height // 2), -(-width // 2)))
+
+    def block(self, x: int, config: BlockConfig, names: tuple[Pair, ...]) -> int:
         shortcut, block, expanded = x, self.block_name, config.expanded_channels
         kernel, stride, out = config.kernel_size, config.stride, config.out_channels
+        first, last = names[0], names[-1]
         if config.operator == "fused_mbconv" and not config.expands:
             self.launch = f"{block}.conv"
-            x = self.conv_norm_act("conv", "bn1", x, out, kernel, stride)
+            x = self.conv_norm_act(first, x, out, kernel, stride)
         else:
-            norm = 1
             if config.operator == "fused_mbconv":
                 self.launch = f"{block}.expand"
-                x = self.conv_norm_act("conv_exp", "bn1", x, expanded, kernel, stride)
+                x = self.conv_norm_act(first, x, expanded, kernel, stride)
             else:
                 if config.expands:
                     self.launch = f"{block}.expand"
-                    x = self.conv_norm_act("conv_pw", "bn1", x, expanded)
-                    norm = 2
+                    x = self.conv_norm_act(first, x, expanded)
                 self.launch = f"{block}.depthwise"
-                x = self.conv_norm_act("conv_dw", f"bn{norm}", x, expanded, kernel, stride, depthwise=True)
+                x = self.conv_norm_act(names[-2], x, expanded, kernel, stride, depthwise=True)
             gate = self.gate(x, config.se_channels) if config.se_channels else None
             self.launch = f"{block}.project"
             if gate is not None:
                 x = self.add("se.scale", "scale", (x, gate), self.shape(x))
-            x = self.conv("conv_pwl" if config.expands else "conv_pw", x, out)
-            x = self.norm(f"bn{norm + 1}", x)
+            x = self.conv_norm(last, x, out)
+            if config.operator == "separable":
+                x = self.act(_after(last[1]), x)
         if config.residual:
             x = self.add("add", "add", (x, shortcut), self.shape(x), own=1 if config.drop_path else 0)
         return x
+
+    def residual_block(self, x: int, config: BlockConfig, names: tuple[Pair, ...]) -> int:
+        """A ResNet's: the last activation comes after the sum, and is in the launch of the last convolution."""
+        block, shortcut, middle = self.block_name, x, config.expanded_channels
+        kernel, stride = config.kernel_size, config.stride
+        plan = [(middle, 1, 1), (middle, kernel, stride), (config.out_channels, 1, 1)]
+        if config.operator == "basic":
+            plan = [(middle, kernel, stride), (config.out_channels, kernel, 1)]
+        own = list(zip(names, plan, strict=False))
+        for number, (pair, (out, size, step)) in enumerate(own, start=1):
+            self.launch = f"{block}.{pair[0]}"
+            convolve = self.conv_norm if number == len(own) else self.conv_norm_act
+            x = convolve(pair, x, out, size, step)
+        last = self.launch
+        if config.projects_shortcut:
+            self.launch = f"{block}.downsample"
+            shortcut = self.conv_norm(names[-1], shortcut, config.out_channels, 1, stride)
+        self.launch = last
+        x = self.add("add", "add", (x, shortcut), self.shape(x), own=1 if config.drop_path else 0)
+        return self.act(_after(own[-1][0][1]), x)
 
     def gate(self, x: int, squeezed: int) -> int:
         channels = self.shape(x)[0]
@@ -363,12 +384,14 @@ class _Walk:
                     row.inputs,
                     tuple(self.shape(tensor) for tensor in row.inputs),
                     row.shape,
+                    row.weight,
                     row.parameters,
                     row.buffers,
                     row.macs,
                     activations=elements[index] if row.kind == "conv" else 0,
                     live=alive,
                     saved=kept,
+                    positions=elements[index] if row.kind == "max_pool" else 0,
                     statistics=row.buffers,
                     eager=sum(elements[tensor] for tensor in row.inputs) + elements[index],
                     fused=crossing,
@@ -383,9 +406,15 @@ class _Walk:
         for index, row in enumerate(self.rows):
             if row.kind == "activation" and self.activation == "relu":
                 saved.add(index)  # the derivative is a function of the result
-            elif row.kind in ("norm", "activation", "scale", "linear") or (row.kind == "conv" and not row.own):
+            elif row.kind in ("norm", "activation", "scale", "max_pool", "linear") or (row.kind == "conv" and not row.own):
                 saved.update(row.inputs)
         return saved
+
+
+def _after(norm: str) -> str:
+    """The name of the activation after a norm: ``act1`` after ``bn1``, and in a sequence the next."""
+    place, dot, name = norm.rpartition(".")
+    return f"{place}{dot}{int(name) + 1 if name.isdigit() else name.replace('bn', 'act')}"
 
 
 def _image_size(resolution: int | Sequence[int]) -> tuple[int, int]:

@@ -79,14 +79,18 @@ def _crossings(law: CompoundScaling, phi_max: float) -> Iterator[Threshold]:
             while (phi := _power(layers / stage.layers, law.alpha)) <= phi_max:
                 yield Threshold(phi, f"blocks.{number}", "layers", layers, layers + 1)
                 layers += 1
-    parts = [(f"blocks.{number}", stage.out_channels) for number, stage in enumerate(base.stages)]
+    parts = [
+        (f"blocks.{number}", stage.out_channels // stage.expansion, stage.expansion) for number, stage in enumerate(base.stages)
+    ]
     if not base.fixed_ends:
-        parts += [("stem", base.stem_channels), ("head", base.head_channels)]
-    for part, count in parts:
+        parts.append(("stem", base.stem_channels, 1))
+    if base.head_channels and base.head_width(2.0) > 1:
+        parts.append(("head", base.head_channels, 1))
+    for part, count, times in parts:
         channels = round_channels(count, limit=base.round_limit)
         # Rounding reaches the next multiple half a divisor early, or where staying would fall below the limit.
         while (phi := _power(_width_reaching(channels + _DIVISOR, base.round_limit) / count, law.beta)) <= phi_max:
-            yield Threshold(phi, part, "channels", channels, channels + _DIVISOR)
+            yield Threshold(phi, part, "channels", times * channels, times * (channels + _DIVISOR))
             channels += _DIVISOR
 
 

@@ -171,7 +171,8 @@ class CompoundScaling:
     def _build(self, phi: float | None, depth: float, width: float, resolution: float, name: str) -> ScaledNet:
         pixels = max(1, math.floor(self.base.resolution * resolution + 0.5))
         size = math.log2(depth) + 2 * math.log2(width) + 2 * math.log2(resolution)
-        config = self.base.scaled(depth, width, pixels, name, dropout=_dropout(size), drop_path=DROP_PATH)
+        regularised = {"dropout": _dropout(size), "drop_path": DROP_PATH} if self.base.dropout is None else {}
+        config = self.base.scaled(depth, width, pixels, name, **regularised)
         nearest = _nearest(depth, width, resolution) if self.base == B0 else None
         return ScaledNet(phi, depth, width, resolution, config, nearest)
 

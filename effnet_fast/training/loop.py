@@ -24,6 +24,10 @@ from effnet_fast.training.transfer import freeze_batch_norm, frozen
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class Diverged(ValueError):
+    """The training loss is not finite."""
+
+
 class Scores(NamedTuple):
     """On held-out images: the mean cross entropy, and the shares with the label first, and among the first five of more classes."""
 
@@ -118,10 +122,10 @@ class Trainer:
         return mean
 
     def finite_total(self) -> float:
-        """The sum of this epoch's losses so far over all processes, each of which calls this; ValueError where it is not finite."""
+        """The sum of this epoch's losses so far over all processes, each of which calls this; Diverged where it is not finite."""
         total = float(distributed.summed(self.total.clone()))
         if not math.isfinite(total):
-            raise ValueError(f"the training loss of epoch {self.epoch + 1} is {total}; a smaller lr, or clip_grad, would do")
+            raise Diverged(f"the training loss of epoch {self.epoch + 1} is {total}; a smaller lr, or clip_grad, would do")
         return total
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.scaling.config import NetConfig
+from effnet_fast.scaling.names import names_of
 from effnet_fast.weights.files import Checkpoint, locate, metadata_of, read, write
-from effnet_fast.weights.layouts import COUNT, LAYOUTS, Convention, convention, detect, few, key_map, shapes
+from effnet_fast.weights.layouts import COUNT, LAYOUTS, Convention, convention, detect, few, key_map, native, shapes
 from effnet_fast.weights.preprocessing import HALF, Preprocessing
 from effnet_fast.weights.sources import Source, library_default, published_as
-
-_HEAD = ("conv_head.", "bn2.", "classifier.")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -45,7 +43,8 @@ class Net(Protocol):
 
     config: NetConfig
     default_cfg: dict[str, Any]
-    bn1: nn.Module
+
+    def get_submodule(self, target: str) -> nn.Module: ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -55,10 +54,13 @@ class Net(Protocol):
 def default_cfg(config: NetConfig, source: Source | None = None) -> dict[str, Any]:
     """The preprocessing and provenance of a net's weights under timm's names; sizes are those the weights are evaluated at.
 
-    Without a source: the paper's preprocessing (crop of crop + 32, bicubic, ImageNet's mean and std; 0.5 for lite) at the config's
-    resolution.
+    Without a source: the paper's preprocessing (crop of crop + 32, bicubic, ImageNet's mean and std; 0.5 for lite and MobileNetV1)
+    at the config's resolution; for nets under torchvision's names bilinear, and where they are meant for small images no crop.
     """
-    if source is None:
+    names = names_of(config)
+    if source is None and config.family != "efficientnet":
+        preprocessing = Preprocessing.of(config.resolution, 1.0 if config.stem_stride == 1 else None, interpolation="bilinear")
+    elif source is None:
         colours: dict[str, Any] = {"mean": HALF, "std": HALF} if config.activation == "relu6" else {}
         preprocessing = Preprocessing.of(config.resolution, **colours)
     else:
@@ -66,8 +68,8 @@ def default_cfg(config: NetConfig, source: Source | None = None) -> dict[str, An
     cfg = {
         "architecture": config.name,
         "num_classes": config.num_classes if source is None else source.num_classes,
-        "first_conv": "conv_stem",
-        "classifier": "classifier",
+        "first_conv": names.stem[0],
+        "classifier": names.classifier,
         **_preprocessing_entries(config, preprocessing),
     }
     if source is not None:
@@ -100,13 +102,14 @@ def load_checkpoint(model: Net, path: str | os.PathLike[str], ema: bool = False)
 def save_checkpoint(
     model: Net,
     path: str | os.PathLike[str],
-    layout: str = "timm",
+    layout: str | None = None,
     classes: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     force: bool = False,
 ) -> None:
     """Write the model's tensors in a layout, with what :func:`load_checkpoint` wants to know, to .safetensors or .pth; atomic.
 
+    layout         the net's own where None: "timm" of an EfficientNet
     classes        the names of the classes, in order, for ``effnet-fast predict``
     preprocessing  how images were prepared in training, where ``model.default_cfg`` does not say so
     force          write it even where the layout's library would run the net with another padding or eps, and warn
@@ -114,16 +117,17 @@ def save_checkpoint(
     Raises ValueError for that, and where the library has no such net; OSError where the file cannot be written.
     """
     check_net("save_checkpoint", model)
-    state = model.state_dict()
+    state, layout = model.state_dict(), layout or native(model.config)
     names = key_map(model.config, layout)
     homeless = [key for key in state if key not in names]
-    if homeless and layout != "timm":
-        raise ValueError(f"save_checkpoint: layout {layout!r} has no name for {few(homeless)}; 'timm' would do")
+    if homeless and layout != native(model.config):
+        raise ValueError(f"save_checkpoint: layout {layout!r} has no name for {few(homeless)}; {native(model.config)!r} would do")
     # A norm_layer of the user's may have brought settings of its own.
+    norm = model.get_submodule(names_of(model.config).stem[1])
     config = replace(
         model.config,
-        bn_eps=getattr(model.bn1, "eps", model.config.bn_eps),
-        bn_momentum=getattr(model.bn1, "momentum", model.config.bn_momentum),
+        bn_eps=getattr(norm, "eps", model.config.bn_eps),
+        bn_momentum=getattr(norm, "momentum", model.config.bn_momentum),
     )
     _check_convention("save_checkpoint", config, layout, force)
     prepared = preprocessing or preprocessing_of(model)
@@ -151,9 +155,10 @@ def convert(
     apart (name the architecture), the layout has no such net, or its library would run it with another padding or eps.
     """
     path = locate(source)
-    checkpoint = read(path, ema)
-    written = _detect(path, checkpoint)
-    config = _deduce(path, checkpoint, written, list(configs), architecture)
+    checkpoint, configs = read(path, ema), list(configs)
+    named = next((config for config in configs if config.name == architecture), checkpoint.config)
+    written = _detect(path, checkpoint, named)
+    config = _deduce(path, checkpoint, written, configs, architecture)
     names = key_map(config, layout)
     tensors = _fit(path, checkpoint.state_dict, config, written, _present(checkpoint.state_dict, config, written))
     rules = _convention(checkpoint, config, written)
@@ -179,7 +184,7 @@ def net_of(path: Path, checkpoint: Checkpoint) -> NetConfig | None:
     """The net that the metadata names, where there is one; ValueError where the tensors are not its."""
     if checkpoint.config is None:
         return None
-    return _deduce(path, checkpoint, _detect(path, checkpoint), [], None)
+    return _deduce(path, checkpoint, _detect(path, checkpoint, checkpoint.config), [], None)
 
 
 def fill(model: Net, path: Path, checkpoint: Checkpoint, new_head: bool = False, source: Source | None = None) -> None:
@@ -188,13 +193,13 @@ def fill(model: Net, path: Path, checkpoint: Checkpoint, new_head: bool = False,
     new_head  leave the classifier as it is where the file has none or one for other classes
     source    the published weights that these are, where they have been fetched
     """
-    written = _detect(path, checkpoint)
-    state, tensors = model.state_dict(), checkpoint.state_dict
+    written = _detect(path, checkpoint, model.config)
+    state, tensors, classifier = model.state_dict(), checkpoint.state_dict, names_of(model.config).classifier
     wanted = {key: tuple(value.shape) for key, value in state.items()}
-    if new_head and "classifier.weight" in wanted:
-        given = tensors.get(key_map(model.config, written)["classifier.weight"])
-        if given is None or tuple(given.shape) != wanted["classifier.weight"]:
-            wanted = {key: shape for key, shape in wanted.items() if not key.startswith("classifier.")}
+    if new_head and f"{classifier}.weight" in wanted:
+        given = tensors.get(key_map(model.config, written)[f"{classifier}.weight"])
+        if given is None or tuple(given.shape) != wanted[f"{classifier}.weight"]:
+            wanted = {key: shape for key, shape in wanted.items() if not key.startswith(f"{classifier}.")}
     fitted = _fit(path, tensors, model.config, written, wanted)
     rules = _convention(checkpoint, model.config, written)
     preprocessing, published = _preprocessing(path, checkpoint, model.config, written, source)
@@ -213,10 +218,9 @@ def fill(model: Net, path: Path, checkpoint: Checkpoint, new_head: bool = False,
 
 def _preprocessing_entries(config: NetConfig, preprocessing: Preprocessing) -> dict[str, Any]:
     adapted = preprocessing.for_channels(config.in_channels)
-    reduction = 2 * math.prod(stage.stride for stage in config.stages)
     return {
         "input_size": (config.in_channels, adapted.crop, adapted.crop),
-        "pool_size": (math.ceil(adapted.crop / reduction),) * 2,
+        "pool_size": (-(-adapted.crop // config.reduction),) * 2,
         "crop_pct": adapted.crop_pct,
         "crop_mode": adapted.crop_mode,
         "interpolation": adapted.interpolation,
@@ -225,11 +229,17 @@ def _preprocessing_entries(config: NetConfig, preprocessing: Preprocessing) -> d
     }
 
 
-def _detect(path: Path, checkpoint: Checkpoint) -> str:
+def _detect(path: Path, checkpoint: Checkpoint, config: NetConfig | None) -> str:
     try:
-        return detect(checkpoint.state_dict)
+        return detect(checkpoint.state_dict, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _head(config: NetConfig) -> tuple[str, ...]:
+    """How the keys begin of what comes after the last block."""
+    names = names_of(config)
+    return tuple(f"{name}." for name in (*names.head, names.classifier) if name)
 
 
 def _with_head(config: NetConfig) -> NetConfig:
@@ -240,11 +250,11 @@ def _faults(tensors: Mapping[str, Tensor], config: NetConfig, written: str, want
     """What keeps a checkpoint from being all of ``wanted`` (under timm's keys) and no more."""
     names = key_map(_with_head(config), written)
     homeless = [key for key in wanted if key not in names]
-    if written == "timm":  # also what a norm_layer of the user's keeps
+    if written == native(config):  # also what a norm_layer of the user's keeps
         names |= {key: key for key in homeless}
         homeless = []
     expected = {names[key]: shape for key, shape in wanted.items() if key in names}
-    spare = {name for key, name in names.items() if key not in wanted and key.startswith(_HEAD)}
+    spare = {name for key, name in names.items() if key not in wanted and key.startswith(_head(config))}
     missing = [name for name in expected if name not in tensors and not name.endswith(COUNT)]
     surplus = [name for name in tensors if name not in expected and name not in spare]
     shaped = [
@@ -317,8 +327,8 @@ def _present(tensors: Mapping[str, Tensor], config: NetConfig, written: str) -> 
     """The shapes to expect of a file that may hold no classifier, or no head at all."""
     names = key_map(_with_head(config), written)
     wanted = shapes(config)
-    if names["conv_head.weight"] not in tensors:
-        return {key: shape for key, shape in wanted.items() if not key.startswith(_HEAD)}
+    if config.head_channels and names[f"{names_of(config).head[0]}.weight"] not in tensors:
+        return {key: shape for key, shape in wanted.items() if not key.startswith(_head(config))}
     return wanted
 
 
@@ -336,7 +346,8 @@ def _deduce(path: Path, checkpoint: Checkpoint, written: str, configs: list[NetC
             names = key_map(_with_head(candidate), written)
         except ValueError:
             continue  # that library has no such net
-        stem, classifier = tensors.get(names["conv_stem.weight"]), tensors.get(names["classifier.weight"])
+        own = names_of(candidate)
+        stem, classifier = (tensors.get(names[f"{name}.weight"]) for name in (own.stem[0], own.classifier))
         config = replace(
             candidate,
             in_channels=stem.shape[1] if stem is not None and stem.dim() == 4 else candidate.in_channels,

@@ -1,12 +1,18 @@
-"""The names that each library's checkpoints give to the same tensors, derived from a config; none is parsed."""
+"""The names that each library's checkpoints give to the same tensors, derived from a config; none is parsed.
+
+An EfficientNet has a name in each layout, and its own are timm's. Of the older nets, whose own names are torchvision's, there is no
+other layout here, but that timm names ResNets alike.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from effnet_fast.scaling.config import BlockConfig, NetConfig
+from effnet_fast.scaling.cost import layers
 
 LAYOUTS = ("timm", "torchvision", "lukemelas")
 # The stem's key in each, and how the key of a norm's batch counter ends.
@@ -47,11 +53,20 @@ class _Module(NamedTuple):
                 yield "bias", self.shape[:1]
 
 
-def detect(keys: Iterable[str]) -> str:
+def native(config: NetConfig) -> str:
+    """The layout of a net's own state dict."""
+    return "timm" if config.family == "efficientnet" else "torchvision"
+
+
+def detect(keys: Iterable[str], config: NetConfig | None = None) -> str:
     """The layout that most of the keys are written in: "timm", "torchvision" or "lukemelas".
+
+    config  of the net that they should be of, where it is known: an older net has one layout only
 
     Raises ValueError, naming the nearest layout and some keys, where fewer than half fit any.
     """
+    if config is not None and config.family != "efficientnet":
+        return native(config)
     keys = list(keys)
     fits = {layout: sum(bool(pattern.match(key)) for key in keys) for layout, pattern in _SIGNATURES.items()}
     nearest = max(fits, key=fits.__getitem__)
@@ -64,7 +79,7 @@ def detect(keys: Iterable[str]) -> str:
 
 
 def key_map(config: NetConfig, layout: str) -> dict[str, str]:
-    """timm's key -> the layout's key for every tensor of the net, in the order of all three libraries' state dicts.
+    """The net's own key -> the layout's for every tensor of the net, in the order of all libraries' state dicts.
 
     Raises ValueError for an unknown layout, or where that library has no such net.
     """
@@ -77,12 +92,15 @@ def key_map(config: NetConfig, layout: str) -> dict[str, str]:
 
 
 def shapes(config: NetConfig) -> dict[str, tuple[int, ...]]:
-    """timm's key -> shape, for every tensor of the net."""
+    """The net's own key -> shape, for every tensor of the net."""
     return {f"{module.names[0]}.{entry}": shape for module in _modules(config) for entry, shape in module.tensors()}
 
 
 def convention(config: NetConfig, layout: str) -> Convention | None:
-    """What the weights that a library trained or converted were run under there; None for timm, which runs them under either."""
+    """What the weights that a library trained or converted were run under there; None for timm, which runs them under either, and
+    for a net that has one layout only."""
+    if config.family != "efficientnet":
+        return None
     if layout == "lukemelas":
         # Fixes SAME at the nominal size, where it is the same as SAME from the run-time size.
         return Convention("same", 1e-3, 0.01)
@@ -104,8 +122,12 @@ def few(names: Iterable[str], limit: int = 3) -> str:
 def _column(config: NetConfig, layout: str) -> int:
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; one of {', '.join(map(repr, LAYOUTS))} would do")
+    if config.family != "efficientnet":
+        if layout != "torchvision" and (layout, config.family) != ("timm", "resnet"):
+            raise ValueError(f"{config.name} has torchvision's names, and none here in {layout}'s; layout 'torchvision' would do")
+        return LAYOUTS.index(layout)
     fused = any(stage.operator == "fused_mbconv" for stage in config.stages)
-    plain = any(stage.operator == "mbconv" and not stage.se_ratio for stage in config.stages)
+    plain = any(stage.operator != "fused_mbconv" and not stage.se_ratio for stage in config.stages)
     if layout != "timm" and (plain or config.activation != "silu"):
         raise ValueError(f"{layout} has no net without squeeze-excite such as {config.name}; layout 'timm' would do")
     if layout == "lukemelas" and fused:
@@ -114,7 +136,14 @@ def _column(config: NetConfig, layout: str) -> int:
 
 
 def _modules(config: NetConfig) -> Iterator[_Module]:
-    yield _Module(("conv_stem", "features.0.0", "_conv_stem"), (config.stem_channels, config.in_channels, 3, 3))
+    if config.family != "efficientnet":
+        for layer in layers(config):
+            if layer.weight:
+                biased = len(layer.weight) > 1 and layer.parameters > math.prod(layer.weight)
+                yield _Module((layer.name,) * 3, layer.weight, biased)
+        return
+    kernel = config.stem_kernel
+    yield _Module(("conv_stem", "features.0.0", "_conv_stem"), (config.stem_channels, config.in_channels, kernel, kernel))
     yield _Module(("bn1", "features.0.1", "_bn0"), (config.stem_channels,))
     for block in config.blocks():
         places = (
@@ -125,11 +154,12 @@ def _modules(config: NetConfig) -> Iterator[_Module]:
         for module in _fused_mbconv(block) if block.operator == "fused_mbconv" else _mbconv(block):
             names = [f"{place}.{name}" for place, name in zip(places, module.names, strict=True)]
             yield module._replace(names=(names[0], names[1], names[2]))
-    last = len(config.stages) + 1
-    yield _Module(("conv_head", f"features.{last}.0", "_conv_head"), (config.head_channels, config.stages[-1].out_channels, 1, 1))
-    yield _Module(("bn2", f"features.{last}.1", "_bn1"), (config.head_channels,))
+    last, head = len(config.stages) + 1, config.head_channels
+    if head:
+        yield _Module(("conv_head", f"features.{last}.0", "_conv_head"), (head, config.stages[-1].out_channels, 1, 1))
+        yield _Module(("bn2", f"features.{last}.1", "_bn1"), (head,))
     if config.num_classes:
-        yield _Module(("classifier", "classifier.1", "_fc"), (config.num_classes, config.head_channels), bias=True)
+        yield _Module(("classifier", "classifier.1", "_fc"), (config.num_classes, config.features), bias=True)
 
 
 def _mbconv(block: BlockConfig) -> Iterator[_Module]:

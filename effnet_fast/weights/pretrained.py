@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from effnet_fast.scaling.names import names_of
 from effnet_fast.weights.checkpoint import Net, check_net, fill
 from effnet_fast.weights.files import locate, read
 from effnet_fast.weights.layouts import detect, key_map
@@ -54,7 +55,7 @@ def _is_path(text: str) -> bool:
 def _adapt_stem(tensors: dict[str, Tensor], model: Net) -> None:
     channels = model.config.in_channels
     try:
-        key = key_map(model.config, detect(tensors))["conv_stem.weight"]
+        key = key_map(model.config, detect(tensors, model.config))[f"{names_of(model.config).stem[0]}.weight"]
     except ValueError:
         return  # fill says what is wrong
     weight = tensors.get(key)
