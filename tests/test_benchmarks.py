@@ -330,7 +330,7 @@ def test_a_cpus_bound_knows_its_multiply_adds():
 
 def wrong_step(case):
     """An entrant whose logits are off by a hundredth."""
-    return training._checked(case, create_model("efficientnet_b0"), lambda model: lambda x: 1.01 * model(x), 2.0)
+    return training._checked(case, create_model("efficientnet_b0"), 2.0, lambda model: lambda x: 1.01 * model(x))
 
 
 def test_training_suite(tmp_path):
