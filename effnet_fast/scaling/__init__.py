@@ -1,7 +1,8 @@
 """Compound scaling: base nets, the law and the published table that scale them, what the result costs and how that grows.
 
 No nn.Module and no device in here: ``CompoundScaling().at(4)`` gives a ``NetConfig``, ``Cost.of(config)`` its exact parameters,
-MACs, activations, memory and bytes moved; ``multiplier_growth``, ``compound_growth`` and ``thresholds`` tell how they change.
+MACs, activations, memory and bytes moved; ``multiplier_growth``, ``compound_growth`` and ``thresholds`` tell how they change;
+``search`` finds the most accurate net within a budget, and ``grid_search`` the law's coefficients.
 """
 
 from effnet_fast.scaling.coefficients import DROP_PATH, PUBLISHED, Coefficients
@@ -21,28 +22,38 @@ from effnet_fast.scaling.config import (
     round_layers,
 )
 from effnet_fast.scaling.cost import Cost, InferenceMemory, Layer, TrainingMemory, layers
+from effnet_fast.scaling.fit import POINTS, AccuracyFit, AccuracyPoint, fit_accuracy, published_fit
+from effnet_fast.scaling.grid import Grid, GridPoint, grid_search
 from effnet_fast.scaling.growth import Growth, Threshold, compound_growth, multiplier_growth, thresholds
 from effnet_fast.scaling.law import CompoundScaling, Constraint, NearestNet, ScaledNet
+from effnet_fast.scaling.search import Found, Limit, search
 
 __all__ = [
     "B0",
     "DROP_PATH",
     "LITE0",
+    "POINTS",
     "PUBLISHED",
     "V2_B0",
     "V2_L",
     "V2_M",
     "V2_S",
     "V2_XL",
+    "AccuracyFit",
+    "AccuracyPoint",
     "BaseNet",
     "BlockConfig",
     "Coefficients",
     "CompoundScaling",
     "Constraint",
     "Cost",
+    "Found",
+    "Grid",
+    "GridPoint",
     "Growth",
     "InferenceMemory",
     "Layer",
+    "Limit",
     "NearestNet",
     "NetConfig",
     "ScaledNet",
@@ -50,9 +61,13 @@ __all__ = [
     "Threshold",
     "TrainingMemory",
     "compound_growth",
+    "fit_accuracy",
+    "grid_search",
     "layers",
     "multiplier_growth",
+    "published_fit",
     "round_channels",
     "round_layers",
+    "search",
     "thresholds",
 ]
