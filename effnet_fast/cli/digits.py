@@ -70,7 +70,7 @@ def _shifted(x: Tensor) -> Tensor:
     return F.grid_sample(x, F.affine_grid(matrix, list(x.shape), align_corners=False), padding_mode="border", align_corners=False)
 
 
-# What ``grid`` scales: a net whose stages are deep and wide enough for coefficients between 1 and 2 to mean something after rounding.
+# What ``grid`` scales: a net whose stages are deep and wide enough for coefficients of 1 to 2 to survive rounding.
 GRID_BASE = BaseNet(
     "digits_tiny",
     (StageConfig("mbconv", 3, 1, 3, 16, 1, 0.25), StageConfig("mbconv", 3, 2, 3, 40, 4, 0.25)),

@@ -1,5 +1,5 @@
 """The paper's grid search (arXiv 1905.11946, section 3.3) made small enough for a CPU: which alpha, beta, gamma with
-alpha * beta^2 * gamma^2 ~ 2 make the best net of a tiny EfficientNet on scikit-learn's scanned digits, each judged by real training.
+alpha * beta^2 * gamma^2 ~ 2 make the best of a tiny EfficientNet on scikit-learn's scanned digits, each judged by real training.
 
 The best law is then scaled on by phi, beside depth, width and resolution alone at 4 times the multiply-adds, all trained with seeds
 that the search has not seen: the best of many noisy scores is a flattered one. Scans have 8x8 pixels, so larger images only
@@ -25,6 +25,7 @@ from effnet_fast.cli.options import CORES, check_output, count, positive
 from effnet_fast.cli.table import si, table
 from effnet_fast.scaling import CompoundScaling, Cost, Grid, ScaledNet, grid_search
 from effnet_fast.scaling.grid import write_json
+from effnet_fast.training import Trial
 
 _FRESH = 1000  # is where the seeds of the second part begin
 _SHOWN = 8
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_output("plot", arguments.plot, ".png")
         from effnet_fast.cli.scaling_plots import draw_grid
     trial = digits_trial(arguments.epochs, tuple(range(arguments.seeds)))
-    started = time.perf_counter()
+    started, before = time.perf_counter(), _judged(arguments.out)
     grid = grid_search(
         trial,
         GRID_BASE,
@@ -56,24 +57,37 @@ def run(arguments: argparse.Namespace) -> int:
         file=arguments.out,
         same={"data": "digits", "recipe": asdict(trial.recipe), "seeds": list(trial.seeds)},
     )
-    seeds = tuple(_FRESH + seed for seed in trial.seeds)
-    nets = _scaled(grid.best)
-    with ProcessPoolExecutor(min(arguments.processes, len(nets)), multiprocessing.get_context("spawn")) as pool:
-        scores = list(pool.map(replace(trial, seeds=seeds), nets.values()))
-    result = {
-        **json.loads(arguments.out.read_text()),
-        "best": {name: getattr(grid.best, name) for name in ("alpha", "beta", "gamma")},
-        "scaled": {"seeds": seeds, "nets": [_row(*one) for one in zip(nets, nets.values(), scores, strict=True)]},
-        "held_out": HELD_OUT,
-        "processes": arguments.processes,
-        "seconds": time.perf_counter() - started,
-        "machine": facts(),
-    }
-    write_json(arguments.out, result)
+    result = json.loads(arguments.out.read_text())
+    if "scaled" not in result:  # else the file is of a search that was finished
+        result |= _scaled_on(grid, trial, arguments.processes) | {"seconds": time.perf_counter() - started, "resumed_from": before}
+        write_json(arguments.out, result)
     print(_told(grid, result))
     if arguments.plot:
         draw_grid(grid, result, arguments.plot)
     return 0
+
+
+def _scaled_on(grid: Grid, trial: Trial, processes: int) -> dict[str, Any]:
+    """What the file has beside the search: the best law, scaled on and trained, and the machine."""
+    seeds = tuple(_FRESH + seed for seed in trial.seeds)
+    nets = _scaled(grid.best)
+    with ProcessPoolExecutor(min(processes, len(nets)), multiprocessing.get_context("spawn")) as pool:
+        scores = list(pool.map(replace(trial, seeds=seeds), nets.values()))
+    return {
+        "best": {name: getattr(grid.best, name) for name in ("alpha", "beta", "gamma")},
+        "scaled": {"seeds": seeds, "nets": [_row(*one) for one in zip(nets, nets.values(), scores, strict=True)]},
+        "held_out": HELD_OUT,
+        "processes": processes,
+        "machine": facts(),
+    }
+
+
+def _judged(out: Path) -> int:
+    """Nets that an earlier run has judged; what the file is worth, the search tells."""
+    try:
+        return len(json.loads(out.read_text())["points"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _scaled(law: CompoundScaling) -> dict[str, ScaledNet]:
@@ -110,7 +124,7 @@ def _told(grid: Grid, result: dict[str, Any]) -> str:
         (
             f"the best {len(rows)} of {len(grid.points)} laws at phi = 1, {grid.base.name}, {seeds} trainings each\n",
             table(("alpha", "beta", "gamma", "product", "MACs of base", "parameters", "held out"), rows, "rrrrrrr"),
-            f"\nalpha {best.alpha:g}, beta {best.beta:g}, gamma {best.gamma:g} scaled on, beside one dimension alone; other seeds\n",
+            f"\nalpha {best.alpha:g}, beta {best.beta:g}, gamma {best.gamma:g} scaled on, beside each dimension alone\n",
             table(("net", "MACs", "parameters", "held out"), scaled, "lrrr"),
             f"\n{result['seconds']:.0f} s in {result['processes']} processes",
         )

@@ -72,8 +72,8 @@ def grid_search(
     file       JSON that is replaced whole after each point; where it is there, its points are not judged again
     same       what else a resumed search must have in common, as plain values by name: epochs, seeds, ...
 
-    Progress is told on stderr where that is a terminal (tqdm). Raises ValueError for a bad argument, a grid without a point (with the
-    nearest product there is), and a file of another search; an error of ``accuracy`` is raised, with what was judged in the file.
+    Progress is told on stderr where that is a terminal (tqdm). Raises ValueError for a bad argument, a grid without a point (with
+    the nearest product there is), and a file of another search. An error of ``accuracy`` is raised; the file has what was judged.
     """
     from tqdm import tqdm
 
@@ -113,8 +113,12 @@ def grid_laws(base: BaseNet = B0, step: float = 0.1, tolerance: float = 0.1) -> 
     if not isinstance(base, BaseNet):
         raise ValueError(f"grid_search: base is {base!r}; a BaseNet such as effnet_fast.scaling.B0 would do")
     values = [round(1 + step * number, 10) for number in range(int(TARGET / step) + 1)]
-    products = {three: three[0] * three[1] ** 2 * three[2] ** 2 for three in itertools.product(values, repeat=3)}
-    good = tuple(CompoundScaling(*three, base) for three, product in products.items() if abs(product - TARGET) <= tolerance + 1e-9)
+    products = {(a, b, c): a * b**2 * c**2 for a, b, c in itertools.product(values, repeat=3)}
+    good = tuple(
+        CompoundScaling(alpha, beta, gamma, base)
+        for (alpha, beta, gamma), product in products.items()
+        if abs(product - TARGET) <= tolerance + 1e-9
+    )
     if not good:
         nearest = min(products.values(), key=lambda product: abs(product - TARGET))
         raise ValueError(

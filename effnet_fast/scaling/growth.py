@@ -22,8 +22,8 @@ class Growth(NamedTuple):
     depthwise  MACs of the depthwise convolutions alone, which width does not square: d * w * r^2; None where there are none
     peak       elements alive at once in inference: w * r^2
     saved      elements kept for backward, of one image: d * w * r^2
-    layers, channels, pixels   what rounding made of the multipliers: blocks over the base's (d), the mean of the stages' widths over
-               their own in the base (w), pixels of the image (r^2)
+    layers, channels, pixels   what rounding made of the multipliers: blocks over the base's (d), the mean over the
+               stages of their width's own growth (w), pixels of the image (r^2)
     """
 
     label: str

@@ -17,6 +17,7 @@ from effnet_fast.scaling.law import PHI_TOLERANCE, CompoundScaling, ScaledNet
 
 LADDER = tuple(2 ** (step / 8) for step in range(17))
 LATENCY_TOLERANCE = 1 / 64  # of phi: a measured time does not tell nearer nets apart
+_UNITS = {"macs": "MACs", "parameters": "parameters", "memory": "bytes", "milliseconds": "ms"}
 _SIDES = 28  # of the base's image are the steps that a free resolution takes: 8 pixels of 224
 
 Measure = Callable[[ScaledNet], float]
@@ -80,7 +81,8 @@ def search(
     accuracy      of a net, larger is better. By default :func:`effnet_fast.scaling.published_fit` where the base is B0; for other
                   bases and over "phi" the larger net is taken for the better
     over          "phi": the largest that fits, and the whole ones below it. "free": of every depth and width of the ``ladder`` of
-                  multipliers the net with the largest images that fits, in steps of a 28th of the base's side up to the ladder's end
+                  multipliers the net with the largest images that fits, in steps of a 28th of the base's side up to the ladder's
+                  end
 
     Larger nets are taken to need more of everything. Raises ValueError for a bad argument, and where no net fits: it names each
     limit that the smallest net exceeds, and by how much.
@@ -161,11 +163,11 @@ class _Budget:
 
     def check(self, smallest: ScaledNet) -> None:
         if beyond := self.exceeded(smallest):
-            told = "; ".join(
-                f"{name} is {most:,.10g}, {smallest.config.name} already needs {used:,.10g}, {used - most:,.10g} more"
+            told = " and ".join(
+                f"{name} is {most:,.10g}; {smallest.config.name} already needs {used:,.10g} {_UNITS[name]}, {used - most:,.6g} more"
                 for name, most, used in beyond
             )
-            raise ValueError(f"search: {told}; more, or a smaller base or ladder, would do")
+            raise ValueError(f"search: {told}; more, or depth, width or resolution multipliers below 1 make smaller nets")
 
 
 def _over_phi(law: CompoundScaling, budget: _Budget) -> Iterator[tuple[ScaledNet, str | None]]:
@@ -207,7 +209,11 @@ def _free(law: CompoundScaling, budget: _Budget, rungs: list[float]) -> Iterator
 
 def _distinct(base: BaseNet, rungs: list[float], dimension: str) -> list[float]:
     """The multipliers that give nets of their own: rounding makes one of several."""
-    return list({base.scaled(**{dimension: rung}).stages: rung for rung in reversed(rungs)}.values())[::-1]
+
+    def scaled(rung: float) -> NetConfig:
+        return base.scaled(depth=rung) if dimension == "depth" else base.scaled(width=rung)
+
+    return list({scaled(rung): rung for rung in reversed(rungs)}.values())[::-1]
 
 
 def _amount(name: str, value: float | str, count: Callable[[Cost], int] | None = None) -> float:

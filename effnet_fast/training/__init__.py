@@ -6,8 +6,8 @@ from effnet_fast.training.loop import Scores, Trainer, evaluate
 from effnet_fast.training.optimizer import build_optimizer, layers, parameter_groups, schedule
 from effnet_fast.training.recipes import PRESETS, Recipe
 from effnet_fast.training.run import Stopped, train
-from effnet_fast.training.trial import Trial
 from effnet_fast.training.transfer import freeze, freeze_batch_norm, head_of, unfreeze
+from effnet_fast.training.trial import Trial
 
 __all__ = [
     "PRESETS",
