@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from effnet_fast.benchmark.latency import Latency
-from effnet_fast.cli import main
+from effnet_fast.cli import grid, main
 from effnet_fast.cli.digits import GRID_BASE, digits_trial
 from effnet_fast.scaling import (
     B0,
@@ -180,8 +180,9 @@ def test_a_trial_follows_from_the_net() -> None:
     assert trial(net) == trial(net) > 0.15
 
 
-def test_the_grid_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_grid_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The one law of this grid, trained for an epoch, and its picture; asked again, it trains nothing."""
+    monkeypatch.setattr(grid, "GRID_BASE", replace(GRID_BASE, stages=GRID_BASE.stages[:1], resolution=6))
     out, plot = tmp_path / "grid.json", tmp_path / "grid.png"
     arguments = ["--step", "1", "--tolerance", "0.1", "--epochs", "1", "--seeds", "1", "--out", str(out), "--plot", str(plot)]
     assert main(["grid", *arguments]) == 0
