@@ -197,6 +197,11 @@ def _found_json(found: Found) -> dict[str, Any]:
     }
 
 
+def _plain(value: float) -> str:
+    """Counts to the last digit, times to four."""
+    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
+
+
 def _fit_told(found: Found) -> str | None:
     return None if found.accuracy is None else str(published_fit())
 
@@ -219,7 +224,7 @@ def _found_table(found: tuple[Found, ...]) -> str:
             + (f"extrapolated in {', '.join(beyond)}" if beyond else "",)
         )
     best = found[0]
-    told = [f"{limit.name} {limit.used:,.10g} of {limit.most:,.10g}, {limit.slack:,.10g} left" for limit in best.limits]
+    told = [f"{limit.name} {_plain(limit.used)} of {_plain(limit.most)}, {_plain(limit.slack)} left" for limit in best.limits]
     lines = [
         table((*header, *(limit.name for limit in best.limits), ""), rows, "rrrrrrrl" + "r" * len(best.limits) + "l"),
         "",
