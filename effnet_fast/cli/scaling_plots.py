@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from effnet_fast.cli.table import si
 from effnet_fast.scaling import CompoundScaling, Cost, Found, Grid, ScaledNet
 from effnet_fast.scaling.fit import AccuracyFit
 from effnet_fast.weights.files import whole
@@ -30,7 +31,7 @@ def draw_found(law: CompoundScaling, found: Sequence[Found], fit: AccuracyFit | 
         left.plot([_gmacs(one.net) for one in found], [one.accuracy for one in found], "o", color=_ORANGE, label="found")
         left.plot(_gmacs(best.net), best.accuracy, "*", color=_ORANGE, ms=14, label="the best of them")
         left.set_ylabel("top-1, %, by the fit to published points")
-        left.legend(fontsize=8, frameon=False, loc="lower right")
+        left.legend(fontsize=8, frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(-0.12, -0.13))
     else:
         phis = np.linspace(0, best.net.phi or 1.0, 30)
         left.plot([_gmacs(law.at(phi)) for phi in phis], phis, color="black", lw=1)
@@ -40,7 +41,7 @@ def draw_found(law: CompoundScaling, found: Sequence[Found], fit: AccuracyFit | 
     for limit in best.limits:
         if limit.name == "macs":
             left.axvline(limit.most / 1e9, color="black", lw=0.8, ls=":")
-    told = ", ".join(f"{limit.name} {limit.used:,.4g} of {limit.most:,.4g}" for limit in best.limits)
+    told = ", ".join(f"{limit.name} {si(limit.used)} of {si(limit.most)}" for limit in best.limits)
     figure.suptitle(f"{told}; binding: {best.binding or 'nothing'}", fontsize=9)
     stages = best.cost.by("stage")
     places = np.arange(len(stages))
