@@ -366,6 +366,13 @@ def test_growth_of_b0() -> None:
         (32, 8, 16),
     ]
     assert [(row.depth, row.width, row.resolution) for row in rows] == [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]
+    memory = [tuple(round(value, 2) for value in (row.peak, row.saved)) for row in rows[:3]]
+    assert memory == [(1.0, 1.81), (1.94, 1.99), (4.0, 3.99)]
+    assert [(row.peak_rule, row.saved_rule, row.depthwise_rule) for row in rows[:3]] == [(1, 2, 2), (2, 2, 2), (4, 4, 4)]
+    # Depthwise layers do not grow with the square of width, and rounding makes 23 blocks of 16 for alpha = 1.2.
+    assert rows[1].depthwise == pytest.approx(2, rel=0.01) and rows[1].macs < 4
+    assert compound_growth(B0, 1)[-1].layers == 23 / 16
+    assert all(row.depthwise is not None and row.pixels == row.resolution**2 for row in rows)
     # Together they nearly multiply: what is left is the ends of the net and rounding.
     assert rows[3].macs == pytest.approx(math.prod(row.macs for row in rows[:3]), rel=0.02)
 

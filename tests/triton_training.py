@@ -54,7 +54,7 @@ def test_norm_act(shape, dtype, activation, processors):
     every_backend.test_norm_act(activation, shape, dtype)
 
 
-# The largest error of few sums is luck; so is that of few channels in half types, where PyTorch's own products stand between passes.
+# The largest error of few sums is luck, and so is that of few channels in half types.
 DEPTHWISE = [case for case in SHAPES if case.images * case.height * case.width > 16]
 DEPTHWISE = [
     (case, dtype)

@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": "what is installed here, and which backends can run",
     "summary": "a network stage by stage: operators, channels, parameters, MACs",
     "scale": "a network from the compound scaling law, or the largest one within a budget",
+    "grid": "the paper's grid search for the law's coefficients, by real training on scanned digits",
     "predict": "classify images",
     "cam": "where in an image the evidence for a class is",
     "train": "train or fine-tune a network on images, with recipes, exact resumption and any number of GPUs",

@@ -28,7 +28,7 @@ from effnet_fast.benchmark.race import steps
 from effnet_fast.benchmark.results import write
 from effnet_fast.benchmark.roofline import launches
 from effnet_fast.cli import say
-from effnet_fast.cli.options import count, listed, one_of, seconds
+from effnet_fast.cli.options import check_output, count, listed, one_of, seconds
 from effnet_fast.cli.table import si, table
 from effnet_fast.models import config_of
 
@@ -92,8 +92,8 @@ def _checked(arguments: argparse.Namespace) -> Any:
     """Raise for what cannot be done, before any work; returns what draws, if it is asked for."""
     for option in ("json", "plot"):
         path = getattr(arguments, option)
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"--{option} is {path}; a file in a directory that exists would do")
+        if path:
+            check_output(option, path, None if option == "json" else ".png")
     if len(arguments.peers) > 1 and {"all", "none"} & set(arguments.peers):
         raise ValueError(f"--peers is {','.join(arguments.peers)}; all or none stands alone")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -102,8 +102,6 @@ def _checked(arguments: argparse.Namespace) -> Any:
         raise ValueError(f"--size is {arguments.size}; {_SMALLEST} pixels or more would do")
     if not arguments.plot:
         return None
-    if arguments.plot.suffix.lower() != ".png":
-        raise ValueError(f"--plot is {arguments.plot}; a name that ends in .png would do")
     from effnet_fast.benchmark.plot import draw
 
     return draw

@@ -6,9 +6,11 @@ import argparse
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-LOADERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+LOADERS = min(4, CORES)
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _QUANTITY = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
 
@@ -57,13 +59,26 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 def seconds(text: str) -> float:
     """A number > 0."""
+    return positive(text, " of seconds")
+
+
+def positive(text: str, unit: str = "") -> float:
+    """A number > 0."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds > 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number{unit} > 0")
     return value
+
+
+def check_output(option: str, path: Path, suffix: str | None) -> None:
+    """Raise ValueError, before any work, where a file cannot be written there or its name does not end as it must."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--{option} is {path}; a file in a directory that exists would do")
+    if suffix and path.suffix.lower() != suffix:
+        raise ValueError(f"--{option} is {path}; a name that ends in {suffix} would do")
 
 
 def amount(text: str) -> float:

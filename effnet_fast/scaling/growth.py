@@ -18,6 +18,12 @@ class Growth(NamedTuple):
 
     The rules (arXiv 1905.11946, section 3.3, for MACs): MACs d * w^2 * r^2, or 2^phi on the law; parameters d * w^2; activations
     d * w * r^2. Depthwise layers, the ends of the net and rounding make the difference.
+
+    depthwise  MACs of the depthwise convolutions alone, which width does not square: d * w * r^2; None where there are none
+    peak       elements alive at once in inference: w * r^2
+    saved      elements kept for backward, of one image: d * w * r^2
+    layers, channels, pixels   what rounding made of the multipliers: blocks over the base's (d), the mean over the
+               stages of their width's own growth (w), pixels of the image (r^2)
     """
 
     label: str
@@ -30,6 +36,15 @@ class Growth(NamedTuple):
     parameters_rule: float
     activations: float
     activations_rule: float
+    depthwise: float | None
+    depthwise_rule: float
+    peak: float
+    peak_rule: float
+    saved: float
+    saved_rule: float
+    layers: float
+    channels: float
+    pixels: float
 
 
 class Threshold(NamedTuple):
@@ -115,7 +130,10 @@ def _combinations(depth: float, width: float, resolution: float) -> list[tuple[s
 
 def _row(law: CompoundScaling, label: str, net: ScaledNet) -> Growth:
     d, w, r = net.depth, net.width, net.resolution
-    before, after = Cost.of(law.base.scaled()), Cost.of(net.config)
+    base, config = law.base.scaled(), net.config
+    before, after = Cost.of(base), Cost.of(config)
+    depthwise = [_depthwise_macs(cost) for cost in (before, after)]
+    widths = [new.out_channels / old.out_channels for old, new in zip(base.stages, config.stages, strict=True)]
     return Growth(
         label,
         d,
@@ -127,7 +145,24 @@ def _row(law: CompoundScaling, label: str, net: ScaledNet) -> Growth:
         parameters_rule=d * w**2,
         activations=after.activations / before.activations,
         activations_rule=d * w * r**2,
+        depthwise=depthwise[1] / depthwise[0] if depthwise[0] else None,
+        depthwise_rule=d * w * r**2,
+        peak=_peak(after) / _peak(before),
+        peak_rule=w * r**2,
+        saved=after.saved_elements() / before.saved_elements(),
+        saved_rule=d * w * r**2,
+        layers=sum(stage.layers for stage in config.stages) / sum(stage.layers for stage in base.stages),
+        channels=sum(widths) / len(widths),
+        pixels=(config.resolution / base.resolution) ** 2,
     )
+
+
+def _depthwise_macs(cost: Cost) -> int:
+    return sum(layer.macs for layer in cost.layers if layer.kind == "conv" and layer.launch.endswith(".depthwise"))
+
+
+def _peak(cost: Cost) -> int:
+    return max(layer.live for layer in cost.layers)
 
 
 def _law(law: CompoundScaling | BaseNet, function: str) -> CompoundScaling:

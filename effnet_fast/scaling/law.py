@@ -151,21 +151,27 @@ class CompoundScaling:
                 f"already needs {least:,} {unit}, {least - target:,.0f} more; "
                 "explicit depth, width or resolution multipliers below 1 make smaller nets"
             )
-        if math.isinf(self.max_phi):
+        phi = self.largest_phi(lambda net: measure(Cost.of(net.config)) <= target)
+        if phi == self.max_phi:
             raise ValueError(
-                "CompoundScaling.phi_for: alpha, beta and gamma are all 1, so phi changes nothing; one above 1 would do"
+                f"CompoundScaling.phi_for: {name} is {target:,.0f}; the largest net of the law (phi = {phi:.6g}) "
+                f"needs {needed(phi):,} {unit}, so that or less would do"
             )
+        return phi
+
+    def largest_phi(self, fits: Callable[[ScaledNet], bool], tolerance: float = PHI_TOLERANCE) -> float:
+        """The largest phi whose net ``fits``, within ``tolerance``, where larger nets fit less and the base does; :attr:`max_phi`
+        where all do. Raises ValueError where phi changes nothing."""
+        if math.isinf(self.max_phi):
+            raise ValueError("CompoundScaling: alpha, beta and gamma are all 1, so phi changes nothing; one above 1 would do")
         low, high = 0.0, min(1.0, self.max_phi)
-        while needed(high) <= target:
+        while fits(self.at(high)):
             if high == self.max_phi:
-                raise ValueError(
-                    f"CompoundScaling.phi_for: {name} is {target:,.0f}; the largest net of the law (phi = {high:.6g}) "
-                    f"needs {needed(high):,} {unit}, so that or less would do"
-                )
+                return high
             low, high = high, min(2 * high, self.max_phi)
-        while high - low > PHI_TOLERANCE:
+        while high - low > tolerance:
             middle = (low + high) / 2
-            low, high = (middle, high) if needed(middle) <= target else (low, middle)
+            low, high = (middle, high) if fits(self.at(middle)) else (low, middle)
         return low
 
     def _build(self, phi: float | None, depth: float, width: float, resolution: float, name: str) -> ScaledNet:

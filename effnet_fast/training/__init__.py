@@ -7,6 +7,7 @@ from effnet_fast.training.optimizer import build_optimizer, layers, parameter_gr
 from effnet_fast.training.recipes import PRESETS, Recipe
 from effnet_fast.training.run import Stopped, train
 from effnet_fast.training.transfer import freeze, freeze_batch_norm, head_of, unfreeze
+from effnet_fast.training.trial import Trial
 
 __all__ = [
     "PRESETS",
@@ -15,6 +16,7 @@ __all__ = [
     "Scores",
     "Stopped",
     "Trainer",
+    "Trial",
     "build_optimizer",
     "distillation_loss",
     "evaluate",

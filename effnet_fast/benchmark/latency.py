@@ -1,0 +1,40 @@
+"""How long a scaled net takes on this machine, as :func:`effnet_fast.scaling.search` asks: the fused model, measured."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from effnet_fast.benchmark.case import DTYPES
+from effnet_fast.benchmark.timing import EventTimer, HostTimer
+from effnet_fast.inference import optimize_for_inference
+from effnet_fast.models import EfficientNet
+from effnet_fast.scaling import ScaledNet
+
+
+@dataclass(frozen=True)
+class Latency:
+    """``latency(net)`` builds the net with random weights and its copy for serving: the median milliseconds of that copy's calls.
+
+    batch    images at a time, of the net's own resolution
+    dtype    "fp32", "bf16" or "fp16"
+    device   "cpu", with torch's threads, or "cuda"
+    seconds  of calls, at least three, after a first one
+    """
+
+    batch: int = 1
+    dtype: str = "fp32"
+    device: str = "cpu"
+    seconds: float = 0.5
+
+    def __call__(self, net: ScaledNet) -> float:
+        dtype = DTYPES[self.dtype]
+        with torch.no_grad():
+            serving = optimize_for_inference(EfficientNet(net.config).eval().to(self.device, dtype))
+            size = net.config.resolution
+            x = torch.randn(self.batch, net.config.in_channels, size, size).to(self.device, dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            timer = (EventTimer if self.device == "cuda" else HostTimer)(lambda _: serving(x), 1)
+            return 1e3 * statistics.median(timer.burst(self.seconds))

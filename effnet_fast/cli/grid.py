@@ -1,0 +1,132 @@
+"""The paper's grid search (arXiv 1905.11946, section 3.3) made small enough for a CPU: which alpha, beta, gamma with
+alpha * beta^2 * gamma^2 ~ 2 make the best of a tiny EfficientNet on scikit-learn's scanned digits, each judged by real training.
+
+The best law is then scaled on by phi, beside depth, width and resolution alone at 4 times the multiply-adds, all trained with seeds
+that the search has not seen: the best of many noisy scores is a flattered one. Scans have 8x8 pixels, so larger images only
+interpolate: what is found holds for these digits and this short training. A search that was stopped goes on from its file.
+
+example: effnet-fast grid --out grid.json --plot grid.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from effnet_fast.benchmark.machine import facts
+from effnet_fast.cli.digits import GRID_BASE, digits_trial
+from effnet_fast.cli.options import CORES, check_output, count, positive
+from effnet_fast.cli.table import si, table
+from effnet_fast.scaling import CompoundScaling, Cost, Grid, ScaledNet, grid_search
+from effnet_fast.scaling.grid import write_json
+from effnet_fast.training import Trial
+from effnet_fast.training.pictures import HELD_OUT
+
+_FRESH = 1000  # is where the seeds of the second part begin
+_SHOWN = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("grid.json"), metavar="FILE", help="the result (default grid.json)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (matplotlib)")
+    parser.add_argument("--processes", type=count, default=CORES, metavar="N", help=f"at a time, a thread each (default {CORES})")
+    parser.add_argument("--step", type=positive, default=0.1, metavar="X", help="of the coefficients (default 0.1)")
+    parser.add_argument("--tolerance", type=positive, default=0.1, metavar="X", help="of the product around 2 (default 0.1)")
+    parser.add_argument("--epochs", type=count, default=4, metavar="N", help="of each training (default 4)")
+    parser.add_argument("--seeds", type=count, default=2, metavar="N", help="trainings of each net (default 2)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_output("out", arguments.out, None)
+    if arguments.plot:
+        check_output("plot", arguments.plot, ".png")
+        from effnet_fast.cli.scaling_plots import draw_grid
+    trial = digits_trial(arguments.epochs, tuple(range(arguments.seeds)))
+    started, before = time.perf_counter(), _judged(arguments.out)
+    grid = grid_search(
+        trial,
+        GRID_BASE,
+        step=arguments.step,
+        tolerance=arguments.tolerance,
+        processes=arguments.processes,
+        file=arguments.out,
+        same={"data": "digits", "recipe": asdict(trial.recipe), "seeds": list(trial.seeds)},
+    )
+    result = json.loads(arguments.out.read_text())
+    if "scaled" not in result:  # else the file is of a search that was finished
+        result |= _scaled_on(grid, trial, arguments.processes) | {"seconds": time.perf_counter() - started, "resumed_from": before}
+        write_json(arguments.out, result)
+    print(_told(grid, result))
+    if arguments.plot:
+        draw_grid(grid, result, arguments.plot)
+    return 0
+
+
+def _scaled_on(grid: Grid, trial: Trial, processes: int) -> dict[str, Any]:
+    """What the file has beside the search: the best law, scaled on and trained, and the machine."""
+    seeds = tuple(_FRESH + seed for seed in trial.seeds)
+    nets = _scaled(grid.best)
+    with ProcessPoolExecutor(min(processes, len(nets)), multiprocessing.get_context("spawn")) as pool:
+        scores = list(pool.map(replace(trial, seeds=seeds), nets.values()))
+    return {
+        "best": {name: getattr(grid.best, name) for name in ("alpha", "beta", "gamma")},
+        "scaled": {"seeds": seeds, "nets": [_row(*one) for one in zip(nets, nets.values(), scores, strict=True)]},
+        "held_out": HELD_OUT,
+        "processes": processes,
+        "machine": facts(),
+    }
+
+
+def _judged(out: Path) -> int:
+    """Nets that an earlier run has judged; what the file is worth, the search tells."""
+    try:
+        return len(json.loads(out.read_text())["points"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _scaled(law: CompoundScaling) -> dict[str, ScaledNet]:
+    """The law at phi 0, 1 and 2, and what the rules say has the MACs of phi = 2."""
+    nets = {f"phi={phi}": law.at(phi) for phi in (0, 1, 2)}
+    alone = {"d=4": law.scaled(depth=4), "w=2": law.scaled(width=2), "r=2": law.scaled(resolution=2)}
+    return {**nets, **alone}
+
+
+def _row(label: str, net: ScaledNet, accuracy: float) -> dict[str, Any]:
+    cost = Cost.of(net.config)
+    return {"label": label, "macs": cost.macs, "parameters": cost.parameters, "accuracy": accuracy}
+
+
+def _told(grid: Grid, result: dict[str, Any]) -> str:
+    base = Cost.of(grid.base.scaled())
+    rows = [
+        (
+            f"{point.alpha:g}",
+            f"{point.beta:g}",
+            f"{point.gamma:g}",
+            f"{point.alpha * point.beta**2 * point.gamma**2:.3f}",
+            f"{point.macs / base.macs:.2f}",
+            point.parameters,
+            f"{100 * point.accuracy:.2f} %",
+        )
+        for point in grid.ranked[:_SHOWN]
+    ]
+    scaled = [
+        (row["label"], si(row["macs"]), row["parameters"], f"{100 * row['accuracy']:.2f} %") for row in result["scaled"]["nets"]
+    ]
+    best, seeds = grid.best, len(result["scaled"]["seeds"])
+    return "\n".join(
+        (
+            f"the best {len(rows)} of {len(grid.points)} laws at phi = 1, {grid.base.name}, {seeds} trainings each\n",
+            table(("alpha", "beta", "gamma", "product", "MACs of base", "parameters", "held out"), rows, "rrrrrrr"),
+            f"\nalpha {best.alpha:g}, beta {best.beta:g}, gamma {best.gamma:g} scaled on, beside each dimension alone\n",
+            table(("net", "MACs", "parameters", "held out"), scaled, "lrrr"),
+            f"\n{result['seconds']:.0f} s in {result['processes']} processes",
+        )
+    )

@@ -1,0 +1,226 @@
+"""The best net within a budget (arXiv 1905.11946, eq. 2): maximise Accuracy(N(d, w, r)) subject to memory, MACs, parameters, time.
+
+Accuracy and latency are callables of a :class:`ScaledNet`, so that this knows neither a data set nor a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from effnet_fast.scaling.coefficients import PUBLISHED
+from effnet_fast.scaling.config import B0, BaseNet, NetConfig, is_real
+from effnet_fast.scaling.cost import Cost
+from effnet_fast.scaling.fit import published_fit
+from effnet_fast.scaling.law import PHI_TOLERANCE, CompoundScaling, ScaledNet
+
+LADDER = tuple(2 ** (step / 8) for step in range(17))
+LATENCY_TOLERANCE = 1 / 64  # of phi: a measured time does not tell nearer nets apart
+_UNITS = {"macs": "MACs", "parameters": "parameters", "memory": "bytes", "milliseconds": "ms"}
+_SIDES = 28  # of the base's image are the steps that a free resolution takes: 8 pixels of 224
+
+Measure = Callable[[ScaledNet], float]
+
+
+class Limit(NamedTuple):
+    """What a net may take at most and what it takes, of MACs, parameters, bytes of memory or milliseconds; ``name`` says which."""
+
+    name: str
+    most: float
+    used: float
+
+    @property
+    def slack(self) -> float:
+        """What is left; below 0 what is missing."""
+        return self.most - self.used
+
+
+@dataclass(frozen=True)
+class Found:
+    """A net within the budget.
+
+    accuracy   as the callable has it; None where there is none
+    limits     each that was asked for
+    binding    the name of that limit which the next larger net of the search exceeds most; None where no limit stops it
+    """
+
+    net: ScaledNet
+    cost: Cost
+    accuracy: float | None
+    limits: tuple[Limit, ...]
+    binding: str | None
+
+    @property
+    def config(self) -> NetConfig:
+        return self.net.config
+
+
+def search(
+    law: CompoundScaling | BaseNet = B0,
+    *,
+    macs: float | str | None = None,
+    parameters: float | str | None = None,
+    memory: float | str | None = None,
+    training: bool = False,
+    dtype: str = "fp32",
+    batch: int = 1,
+    milliseconds: float | None = None,
+    latency: Measure | None = None,
+    accuracy: Measure | None = None,
+    over: str = "phi",
+    ladder: Sequence[float] = LADDER,
+    keep: int = 5,
+) -> tuple[Found, ...]:
+    """The ``keep`` most accurate nets within every limit that is given, the best first; equals by fewer MACs.
+
+    law           whose points are taken, or whose base is scaled freely
+    macs, parameters, memory   per image, a count, and bytes (of inference, or ``training``, at ``dtype`` and ``batch``: see
+                  :class:`effnet_fast.scaling.Cost`); "b2" is what that published net takes
+    milliseconds  that ``latency(net)`` may give, which is asked only of nets within the other limits, once each
+    accuracy      of a net, larger is better. By default :func:`effnet_fast.scaling.published_fit` where the base is B0; for other
+                  bases and over "phi" the larger net is taken for the better
+    over          "phi": the largest that fits, and the whole ones below it. "free": of every depth and width of the ``ladder`` of
+                  multipliers the net with the largest images that fits, in steps of a 28th of the base's side up to the ladder's
+                  end
+
+    Larger nets are taken to need more of everything. Raises ValueError for a bad argument, and where no net fits: it names each
+    limit that the smallest net exceeds, and by how much.
+    """
+    law = CompoundScaling(base=law) if isinstance(law, BaseNet) else law
+    if not isinstance(law, CompoundScaling):
+        raise ValueError(f"search: law is {law!r}; a CompoundScaling or a BaseNet would do")
+    if over not in ("phi", "free"):
+        raise ValueError(f"search: over is {over!r}; 'phi' or 'free' would do")
+    if accuracy is None and law.base == B0:
+        accuracy = published_fit()
+    if accuracy is None and over == "free":
+        raise ValueError(
+            f"search: accuracy is None, and the published points are of {B0.name}; a callable, or over 'phi', would do"
+        )
+    if (milliseconds is None) != (latency is None):
+        raise ValueError("search: milliseconds and latency, which measures them, go together; both or neither would do")
+    rungs = sorted(set(ladder))
+    if not rungs or not all(map(is_real, rungs)) or rungs[0] <= 0:
+        raise ValueError(f"search: ladder is {ladder!r}; one or more multipliers > 0 would do")
+
+    def memory_of(cost: Cost) -> int:
+        taken = cost.training_memory(dtype, batch) if training else cost.inference_memory(dtype, batch)
+        return taken.total
+
+    counts: dict[str, Callable[[Cost], int]] = {
+        "macs": lambda cost: cost.macs,
+        "parameters": lambda cost: cost.parameters,
+        "memory": memory_of,
+    }
+    most = {
+        name: _amount(name, value, counts[name])
+        for name, value in (("macs", macs), ("parameters", parameters), ("memory", memory))
+        if value is not None
+    }
+    if milliseconds is not None:
+        most["milliseconds"] = _amount("milliseconds", milliseconds)
+    if not most:
+        raise ValueError("search: nothing limits it; macs, parameters, memory or milliseconds would do")
+    budget = _Budget(most, {name: counts[name] for name in counts if name in most}, latency)
+    found = [
+        Found(net, Cost.of(net.config), None if accuracy is None else accuracy(net), budget.limits(net), binding)
+        for net, binding in (_over_phi(law, budget) if over == "phi" else _free(law, budget, rungs))
+    ]
+    if accuracy is not None:
+        found.sort(key=lambda one: (-(one.accuracy or 0.0), one.cost.macs))
+    return tuple(found[:keep])
+
+
+class _Budget:
+    """The limits, and what nets take of each."""
+
+    def __init__(self, most: dict[str, float], counts: dict[str, Callable[[Cost], int]], latency: Measure | None) -> None:
+        self.most, self.counts, self.latency = most, counts, latency
+        self.timed: dict[NetConfig, float] = {}
+
+    def counted(self, net: ScaledNet) -> tuple[Limit, ...]:
+        cost = Cost.of(net.config)
+        return tuple(Limit(name, self.most[name], count(cost)) for name, count in self.counts.items())
+
+    def limits(self, net: ScaledNet) -> tuple[Limit, ...]:
+        if self.latency is None:
+            return self.counted(net)
+        key = replace(net.config, name="")
+        if key not in self.timed:
+            self.timed[key] = self.latency(net)
+        return (*self.counted(net), Limit("milliseconds", self.most["milliseconds"], self.timed[key]))
+
+    def exceeded(self, net: ScaledNet) -> list[Limit]:
+        """The limits that ``net`` exceeds, that by most first; it is timed only where it exceeds no other."""
+        beyond = [limit for limit in self.counted(net) if limit.slack < 0]
+        beyond = beyond or [limit for limit in self.limits(net) if limit.slack < 0]
+        return sorted(beyond, key=lambda limit: limit.most / limit.used)
+
+    def binding(self, larger: ScaledNet) -> str | None:
+        beyond = self.exceeded(larger)
+        return beyond[0].name if beyond else None
+
+    def check(self, smallest: ScaledNet) -> None:
+        if beyond := self.exceeded(smallest):
+            told = " and ".join(
+                f"{name} is {most:,.10g}; {smallest.config.name} already needs {used:,.10g} {_UNITS[name]}, {used - most:,.6g} more"
+                for name, most, used in beyond
+            )
+            raise ValueError(f"search: {told}; more, or depth, width or resolution multipliers below 1 make smaller nets")
+
+
+def _over_phi(law: CompoundScaling, budget: _Budget) -> Iterator[tuple[ScaledNet, str | None]]:
+    budget.check(law.at(0))
+    tolerance = PHI_TOLERANCE if budget.latency is None else LATENCY_TOLERANCE
+    phi = law.largest_phi(lambda net: not budget.exceeded(net), tolerance)
+    yield law.at(phi), None if phi == law.max_phi else budget.binding(law.at(min(phi + tolerance, law.max_phi)))
+    for whole in range(int(phi), -1, -1):
+        if whole < phi:
+            yield law.at(whole), None
+
+
+def _free(law: CompoundScaling, budget: _Budget, rungs: list[float]) -> Iterator[tuple[ScaledNet, str | None]]:
+    side = law.base.resolution
+    step = max(1, side // _SIDES)
+    first, last = (max(1, round(side * rung)) for rung in (rungs[0], rungs[-1]))
+    sides = range(first, last + 1, step)
+    budget.check(law.scaled(rungs[0], rungs[0], first / side))
+    depths, widths = (_distinct(law.base, rungs, dimension) for dimension in ("depth", "width"))
+    # What fits at a depth and width fits at no larger image deeper or wider, so each search begins where its neighbours' ended.
+    ends = dict.fromkeys(widths, len(sides) - 1)
+    for depth, deeper in zip(depths, [*depths[1:], None], strict=True):
+        end = len(sides) - 1
+        for width, wider in zip(widths, [*widths[1:], None], strict=True):
+            low, high = -1, min(end, ends[width])
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (low, middle - 1) if budget.exceeded(law.scaled(depth, width, sides[middle] / side)) else (middle, high)
+            end = ends[width] = low
+            if low < 0:
+                continue
+            larger = [(depth, width, sides[low + 1])] if low + 1 < len(sides) else []
+            # At the ladder's end of one dimension it is another that might grow.
+            larger += [(depth, wider, sides[low])] if wider else []
+            larger += [(deeper, width, sides[low])] if deeper else []
+            binding = (budget.binding(law.scaled(d, w, pixels / side)) for d, w, pixels in larger)
+            yield law.scaled(depth, width, sides[low] / side), next(filter(None, binding), None)
+
+
+def _distinct(base: BaseNet, rungs: list[float], dimension: str) -> list[float]:
+    """The multipliers that give nets of their own: rounding makes one of several."""
+
+    def scaled(rung: float) -> NetConfig:
+        return base.scaled(depth=rung) if dimension == "depth" else base.scaled(width=rung)
+
+    return list({scaled(rung): rung for rung in reversed(rungs)}.values())[::-1]
+
+
+def _amount(name: str, value: float | str, count: Callable[[Cost], int] | None = None) -> float:
+    if count is not None and isinstance(value, str) and value in PUBLISHED:
+        row = PUBLISHED[value]
+        return count(Cost.of(B0.scaled(row.depth, row.width, row.resolution)))
+    if isinstance(value, str) or not is_real(value) or value <= 0:
+        names = " or one of " + ", ".join(PUBLISHED) if count else ""
+        raise ValueError(f"search: {name} is {value!r}; a number > 0{names} would do")
+    return value

@@ -1,0 +1,228 @@
+"""The search within a budget, the fitted law of accuracy, and the grid search with its file."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from effnet_fast.benchmark.latency import Latency
+from effnet_fast.cli import grid, main
+from effnet_fast.cli.digits import GRID_BASE, digits_trial
+from effnet_fast.scaling import (
+    B0,
+    LITE0,
+    POINTS,
+    V2_B0,
+    AccuracyPoint,
+    CompoundScaling,
+    Cost,
+    ScaledNet,
+    fit_accuracy,
+    grid_search,
+    published_fit,
+    search,
+)
+from effnet_fast.scaling.grid import grid_laws
+
+LAW = CompoundScaling()
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "grid-digits.json"
+
+
+def test_the_fit_says_how_good_it_is() -> None:
+    fit = published_fit()
+    assert len(fit.residuals) == len(POINTS) == 12
+    assert max(map(abs, fit.residuals)) < 0.35 and fit.left_out < 0.25
+    for point, residual in zip(POINTS, fit.residuals, strict=True):
+        assert fit(LAW.scaled(*point[1:4])) + residual == pytest.approx(point.top1, abs=0.01)
+    assert "a fit to 12 points" in str(fit)
+    assert fit.beyond(LAW.at(1)) == () and fit.beyond(LAW.scaled(width=2.5)) == ("width",)
+    assert fit.beyond(LAW.at(12)) == ("depth", "width", "resolution")
+    # What the points say: together is better than alone, at the same MACs.
+    assert (
+        fit(LAW.scaled(1.4, 1.2, 1.3)) > max(fit(LAW.scaled(depth=4)), fit(LAW.scaled(width=2)), fit(LAW.scaled(resolution=2))) + 1
+    )
+
+
+def test_a_fit_finds_the_law_that_made_the_points() -> None:
+    fit = published_fit()
+    made = [point._replace(top1=fit(LAW.scaled(*point[1:4]))) for point in POINTS]
+    again = fit_accuracy(made)
+    assert again.exponent == fit.exponent and again.coefficients == pytest.approx(fit.coefficients)
+    assert again.left_out < 1e-9
+
+
+@pytest.mark.parametrize("over", ["phi", "free"])
+@pytest.mark.parametrize("budget", [{"macs": 1e9}, {"parameters": "b2"}, {"memory": 60e6}, {"macs": "b2", "parameters": "b2"}])
+def test_what_is_found_fits_and_the_next_net_does_not(over: str, budget: dict) -> None:
+    found = search(over=over, **budget)
+    assert found and [one.accuracy for one in found] == sorted((one.accuracy for one in found), reverse=True)
+    for one in found:
+        assert {limit.name for limit in one.limits} == set(budget)
+        assert all(limit.slack >= 0 for limit in one.limits)
+        assert one.cost == Cost.of(one.config) and one.accuracy == published_fit()(one.net)
+    assert found[0].binding in budget
+
+
+def test_over_phi_is_phi_for_and_names_what_binds() -> None:
+    best = search(macs=1.5e9)[0]
+    assert best.net.phi == LAW.phi_for(target_macs=1.5e9)
+    # Of two limits that one binds which alone allows the least.
+    parameters, both = search(parameters=9e6)[0], search(macs=1.5e9, parameters=9e6)[0]
+    assert both.net.phi == parameters.net.phi and both.binding == "parameters"
+    assert search(CompoundScaling(1, 50, 1), macs=1e18)[0].binding is None
+    memory = search(memory=2e9, training=True, batch=4)[0]
+    assert memory.limits[0].used == memory.cost.training_memory("fp32", 4).total
+
+
+def test_free_search_beats_every_net_it_could_have_tried() -> None:
+    ladder = (1.0, 1.5, 2.0)
+    (best,) = search(macs=2e9, over="free", ladder=ladder, keep=1)
+    sides = [side / 224 for side in range(224, 449, 8)]
+    tried = [LAW.scaled(d, w, r) for d in ladder for w in ladder for r in sides]
+    fitting = [net for net in tried if Cost.of(net.config).macs <= 2e9]
+    assert best.accuracy == max(map(published_fit(), fitting))
+
+
+def test_any_base_and_any_callables() -> None:
+    for base in (LITE0, V2_B0, GRID_BASE):
+        budget = 3 * Cost.of(base.scaled()).macs
+        (best, *_) = search(base, macs=budget)
+        assert best.accuracy is None and best.binding == "macs" and best.net.phi == max(one.net.phi or 0 for one in (best, *_))
+        (wide,) = search(base, macs=budget, over="free", accuracy=lambda net: net.width, keep=1, ladder=(0.5, 1, 1.4, 2))
+        assert wide.net.width >= 1.4 and wide.cost.macs <= budget
+    timed: list[ScaledNet] = []
+
+    def latency(net: ScaledNet) -> float:
+        timed.append(net)
+        return Cost.of(net.config).macs / 1e8
+
+    found = search(milliseconds=10, latency=latency, macs=5e9)[0]
+    assert found.binding == "milliseconds" and found.limits[-1].used <= 10
+    assert Cost.of(LAW.at((found.net.phi or 0) + 1 / 64).config).macs / 1e8 > 10
+    assert len({replace(net.config, name="") for net in timed}) == len(timed) < 30  # each net once
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: search(), "nothing limits it"),
+        (lambda: search("b0", macs=1e9), "law is 'b0'"),
+        (lambda: search(macs=1e9, over="all"), "over is 'all'"),
+        (lambda: search(macs=-1), "macs is -1; a number > 0 or one of b0"),
+        (lambda: search(macs="b99"), "macs is 'b99'"),
+        (lambda: search(memory=math.nan), "memory is nan"),
+        (lambda: search(milliseconds=5), "go together"),
+        (lambda: search(macs=1e9, ladder=()), "ladder is"),
+        (lambda: search(macs=1e9, ladder=(0, 1)), "ladder is"),
+        (lambda: search(LITE0, macs=1e9, over="free"), "the published points are of efficientnet_b0"),
+        (lambda: search(macs=1e8), "already needs 385,814,752 MACs, 2.85815e+08 more"),
+        (lambda: search(macs=1e8, parameters=5e6), "MACs, 2.85815e.08 more and parameters is 5,000,000; .* 288,548 more"),
+        (lambda: search(parameters=5e6, over="free"), "5,288,548 parameters, 288,548 more"),
+        (lambda: search(CompoundScaling(1, 1, 1), macs=1e9), "phi changes nothing"),
+        (lambda: published_fit()(LAW.scaled(width=0.5)), "width is 0.5 times efficientnet_b0's; the points begin at 1"),
+        (lambda: fit_accuracy(POINTS[:5]), "5 points do not tell"),
+        (lambda: fit_accuracy([]), "0 points do not tell"),
+        (lambda: fit_accuracy([AccuracyPoint("small", 0.5, 1, 1, 70.0)]), "point 'small'"),
+        (lambda: grid_search(score, step=0.5, tolerance=0.01, base=B0) and grid_laws(B0, 0.4, 0.01), "nearest product is 1.96"),
+        (lambda: grid_search(score, step=0), "step is 0"),
+        (lambda: grid_search(score, tolerance=2.0), "tolerance is 2.0"),
+        (lambda: grid_search(score, processes=0), "processes is 0"),
+        (lambda: grid_search(score, base="b0"), "base is 'b0'"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_input_names_what_is_wrong_and_by_how_much(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("+", r"\+") if "e+" in message else message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def score(net: ScaledNet) -> float:
+    """Best where the three grow alike."""
+    return -abs(net.depth - 1.2) - abs(net.width - 1.2) - abs(net.resolution - 1.1)
+
+
+def fails_when_wide(net: ScaledNet) -> float:
+    if net.width > 1.25:
+        raise ValueError(f"too wide: {net.width:g}")
+    return score(net)
+
+
+def test_the_grid(tmp_path: Path) -> None:
+    laws = grid_laws(B0)
+    assert all(min(law.alpha, law.beta, law.gamma) >= 1 and law.constraint.distance <= 0.1 + 1e-9 for law in laws)
+    assert len(set(laws)) == len(laws) == 22 and CompoundScaling(1.2, 1.1, 1.2) in laws
+    file = tmp_path / "grid.json"
+    # An error leaves what was judged, and the search goes on from there, whatever the number of processes.
+    with pytest.raises(ValueError, match="too wide: 1.3"):
+        grid_search(fails_when_wide, processes=1, file=file)
+    before = json.loads(file.read_text())["points"]
+    assert 0 < len(before) < len(laws)
+    again, alone = grid_search(score, processes=2, file=file), [score(law.at(1)) for law in laws]
+    assert [point.accuracy for point in again.points] == alone
+    assert again.best == CompoundScaling(1.2, 1.2, 1.1)
+    assert {point["seconds"] for point in before} <= {point.seconds for point in again.points}
+    assert again.best.at(2).width == pytest.approx(1.44)
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.json"]
+    with pytest.raises(ValueError, match=r"of another search \(step 0.1, not 0.2\)"):
+        grid_search(score, step=0.2, file=file)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="no file of a grid search"):
+        grid_search(score, file=file)
+
+
+def test_a_trial_follows_from_the_net() -> None:
+    trial, net = digits_trial(1, (3,)), CompoundScaling(base=GRID_BASE).at(0)
+    assert trial(net) == trial(net) > 0.15
+
+
+def test_the_grid_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one law of this grid, trained for an epoch, and its picture; asked again, it trains nothing."""
+    monkeypatch.setattr(grid, "GRID_BASE", replace(GRID_BASE, stages=GRID_BASE.stages[:1], resolution=6))
+    out, plot = tmp_path / "grid.json", tmp_path / "grid.png"
+    arguments = ["--step", "1", "--tolerance", "0.1", "--epochs", "1", "--seeds", "1", "--out", str(out), "--plot", str(plot)]
+    assert main(["grid", *arguments]) == 0
+    told = capsys.readouterr().out
+    assert "the best 1 of 1 laws" in told and "phi=2" in told
+    result = json.loads(out.read_text())
+    assert [point["accuracy"] for point in result["points"]] and result["scaled"]["seeds"] == [1000]
+    written = out.read_bytes()
+    assert main(["grid", *arguments]) == 0 and capsys.readouterr().out == told and out.read_bytes() == written
+    with Image.open(plot) as picture:
+        assert picture.size[0] > 1000
+
+
+def test_the_stored_grid_search_is_one_of_under_ten_minutes() -> None:
+    result = json.loads(RESULT.read_text())
+    assert len(result["points"]) == len(grid_laws(GRID_BASE))
+    assert result["seconds"] < 600 and result["search"]["seeds"] == [0, 1] and result["machine"]["cpu"]
+    best = max(result["points"], key=lambda point: (point["accuracy"], -point["macs"]))
+    assert result["best"] == {name: best[name] for name in ("alpha", "beta", "gamma")}
+    assert [row["label"] for row in result["scaled"]["nets"]] == ["phi=0", "phi=1", "phi=2", "d=4", "w=2", "r=2"]
+
+
+def test_scale_answers_for_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", "--macs", "1.5G", "--parameters", "b2", "--plot", str(tmp_path / "b2.png")]) == 0
+    told = capsys.readouterr().out
+    assert "binding      parameters" in told and "a fit to 12 points" in told and "MBConv6" in told
+    with Image.open(tmp_path / "b2.png") as picture:
+        assert picture.size[0] > 1000
+    assert main(["scale", "--parameters", "b2", "--free"]) == 0
+    assert "extrapolated in resolution" in capsys.readouterr().out
+    assert main(["scale", "--macs", "2G", "--base", "efficientnetv2_b0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["binding"] == "macs" and found["fit"] is None and found["found"][0]["limits"][0]["slack"] >= 0
+    assert main(["scale", "--growth"]) == 0
+    told = capsys.readouterr().out
+    assert "efficientnet_lite0" in told and "2.03 (2)" in told and "1.44" in told
+    assert main(["scale", "--ms", "1", "--batch", "1"]) == 2
+    assert "milliseconds is 1; efficientnet_b0 already needs" in capsys.readouterr().err
+
+
+def test_a_measured_latency_is_of_the_net() -> None:
+    small, large = (Latency(seconds=0.05)(CompoundScaling(base=GRID_BASE).at(phi)) for phi in (0, 4))
+    assert 0 < small < large
