@@ -5,17 +5,17 @@
 #   bash benchmarks/gpu.sh OUTDIR
 #
 # Every part has a limit and is skipped, with a line, when the nine minutes are over; what fails is reported and the rest goes on
-# (without the build: Triton's kernels and the peers). The parts stand in order of worth: the kernels on five shapes of each op of
-# B0, B5 and B7 at a batch that fills the chip; the nets against eager peers and torch.compile, one image too; B0 against its
-# max-autotune, of which an H200 with 16 cores did not finish one in 112 s; training; the ceilings; and last the kernels against
-# torch.compile.
+# (without the build: Triton's kernels and the peers). The parts stand in order of worth: a training step and the nets, B0 first,
+# beside eager peers and torch.compile; the kernels on five shapes of each op of B0, B5 and B7 at a batch that fills the chip; the
+# ceilings; and last B0 against its max-autotune, of which an H200 with 16 cores did not finish one in 112 s.
 #
-# Max-autotune of other nets, with one image and in training does not fit: it compiles each anew. Where a machine is to be had for
-# longer, they are (of each the other nets with --nets):
+# Max-autotune of other nets, with one image and in training does not fit: it compiles each anew. Nor do the kernels against
+# torch.compile. Where a machine is to be had for longer, they are (of each the other nets with --nets):
 #   python3 -m benchmarks.run --device cuda --suite model --nets b0 --only ' n1 .*: (ours|timm|compile)' --out model-one-cuda.json
 #   python3 -m benchmarks.run --device cuda --suite train --nets b0 --only ': (ours|timm|compile)' --out train-autotuned-cuda.json
+#   python3 -m benchmarks.run --device cuda --suite kernels --nets b0,b5 --most 5 --out kernels-compiled-cuda.json
 #
-# OUTDIR gets six JSON files, table.txt and logs.tar.gz. In a copy of the tree without its history set EFFNET_FAST_COMMIT, which the
+# OUTDIR gets five JSON files, table.txt and logs.tar.gz. In a copy of the tree without its history set EFFNET_FAST_COMMIT, which the
 # JSON then states as the commit. Fails only where there is no GPU.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: bash benchmarks/gpu.sh OUTDIR" >&2; exit 2; }
@@ -49,8 +49,8 @@ part() {
   return $rc
 }
 
-# The gpu tests in as many processes as there are cores for: what takes them long is Triton compiling hundreds of kernels. 900 tests
-# take 100 s of an H200 and 16 cores. At the limit each process is interrupted, as from a keyboard, so that pytest tells how far it
+# The gpu tests in as many processes as there are cores for: what takes them long is Triton compiling hundreds of kernels. 2150 tests
+# took 230 s of an H200 and 16 cores. At the limit each process is interrupted, as from a keyboard, so that pytest tells how far it
 # came.
 gpu_tests() {
   local limit=$1 shards=$(($(nproc) - 1)) pids=() lost=0 i
@@ -88,23 +88,21 @@ arch=$(python3 -c 'import torch; p = torch.cuda.get_device_properties(0); print(
 part build 110 env TORCH_CUDA_ARCH_LIST="$arch" EFFNET_FAST_CUDA=1 MAX_JOBS="$(nproc)" \
   python3 setup.py -q build_ext --inplace --build-temp "$scratch/temp" --build-lib "$scratch/lib" ||
   echo "== without the native kernels"
-part tests 120 bash -c 'gpu_tests "$1"' bash LEFT
-# Limits up to here and down to model-autotuned add up to 525 s; the last parts take what the others left.
+part tests 200 bash -c 'gpu_tests "$1"' bash LEFT
+# Limits up to here and down to model add up to 525 s; the last parts take what the others left.
 run=(python3 -m benchmarks.run --device cuda --seconds LEFT)
 large=' n(?!1 ).*'
+part train 150 "${run[@]}" --suite train --out "$work/train-cuda.json" --only ': (ours, |timm channels_last, |compile (?!max))'
+part model 65 "${run[@]}" --suite model --out "$work/model-cuda.json" --only ': (?!compile max|timm nchw|torchvision)'
 part kernels 70 "${run[@]}" --suite kernels --out "$work/kernels-cuda.json" --nets b0,b5,b7 --most 5 \
   --only "$large: (ours|eager channels_last)"
-part model 65 "${run[@]}" --suite model --out "$work/model-cuda.json" --only ': (?!compile max|timm nchw|torchvision)'
+part ceilings 30 python3 -m benchmarks.ceilings --out "$work/ceilings.json"
 part model-autotuned 160 "${run[@]}" --suite model --out "$work/model-autotuned-cuda.json" --nets b0 \
   --only "$large: (ours|timm channels_last$|compile max)"
-part train 50 "${run[@]}" --suite train --out "$work/train-cuda.json" --only ': (?!compile max)'
-part ceilings 30 python3 -m benchmarks.ceilings --out "$work/ceilings.json"
-part kernels-compiled 90 "${run[@]}" --suite kernels --out "$work/kernels-compiled-cuda.json" --nets b0,b5 --most 5 \
-  --only "$large: (ours|eager channels_last|compile default)"
 
 {
   files=()
-  for file in ceilings kernels-cuda model-cuda model-autotuned-cuda train-cuda kernels-compiled-cuda; do
+  for file in train-cuda model-cuda kernels-cuda ceilings model-autotuned-cuda; do
     [ ! -f "$work/$file.json" ] || files+=("$work/$file.json")
   done
   [ ${#files[@]} -eq 0 ] || python3 -m benchmarks.report "${files[@]}"

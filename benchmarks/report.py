@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 KERNELS = ("csrc", "effnet_fast/ops")  # whose changes make timings old
+TRIALS = "training-trials-cuda.json"
 HEADLINES = {"model": "Speed", "train": "Training step"}  # suites of whole nets
 TIMINGS = tuple(f"{suite}-{device}" for device in ("cuda", "cpu") for suite in ("model", "train", "kernels"))
 
@@ -101,6 +102,14 @@ def kept_memory(results: dict[str, Any]) -> str:
     return f"**Training memory** kept between forward and backward, of eager PyTorch's: {'; '.join(parts)}."
 
 
+def trials(results: dict[str, Any]) -> str:
+    """Single steps on a GPU, which no benchmark has raced."""
+    parts = [f"{step['entrant']} {step['median_ms']:.1f} ms" for step in results["steps"]]
+    first = results["steps"][0]
+    where = f"{results['dtype']}, {results['machine']['gpu']['name']}, {first['net']} at batch {first['batch']}"
+    return f"**Training step on a GPU** ([trials](benchmarks/results/{TRIALS}), {where}): {', '.join(parts)}."
+
+
 def headline() -> str:
     """How fast nets are against the fastest peer of each kind, what was not measured, and how often a peer is faster."""
     told, kept = [], list(timings().values())
@@ -112,6 +121,8 @@ def headline() -> str:
                 leads += [f"{case['group']} at batch {case['batch']}, {findings.fastest(case)}, has {against}"] if against else []
             label = HEADLINES[results["suite"]]
             told.append(f"**{label}** ({findings.setting(results)}), beside the fastest peer of each kind: {'; '.join(leads)}.")
+    if (path := RESULTS / TRIALS).exists():
+        told.append(trials(json.loads(path.read_text())))
     if (path := RESULTS / "memory-cpu.json").exists():
         told.append(kept_memory(json.loads(path.read_text())))
     for device, named in (("cuda", "a GPU"), ("cpu", "a CPU")):

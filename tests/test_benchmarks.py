@@ -377,7 +377,7 @@ def test_gpu_script_goes_on(tmp_path):
     assert "== build: rc 1" in done.stdout and "no compiler" in done.stdout and "== without the native kernels" in done.stdout
     assert "== model-autotuned: rc 3" in done.stdout and "== ceilings: rc 2" in done.stdout  # there is no CUDA device
     assert "2 tests in" in done.stdout and sum(map(int, re.findall(r"(\d+) passed", done.stdout))) == 2
-    wanted = {"table.txt", "logs.tar.gz", "kernels-cuda.json", "model-cuda.json", "train-cuda.json", "kernels-compiled-cuda.json"}
+    wanted = {"table.txt", "logs.tar.gz", "kernels-cuda.json", "model-cuda.json", "train-cuda.json"}
     assert {path.name for path in out.iterdir()} == wanted
     limits = [int(limit) for limit in re.findall(r"^part [\w-]+ (\d+)", (ROOT / "benchmarks" / "gpu.sh").read_text(), flags=re.M)]
     assert sum(limits[:-3]) == 525 < 530

@@ -316,7 +316,9 @@ def _why_slower(parts: BlockParts, x: Tensor) -> str | None:
     if parts.depthwise is None:
         return "without a depthwise convolution PyTorch's own kernels are as fast"
     if x.is_cuda:
-        return "on a GPU the kernels of training have not been timed: effnet_fast.backend('native') asks for them"
+        return (
+            "on a GPU its launches take Python longer than PyTorch's: effnet_fast.backend('native') asks for them, in a CUDA graph"
+        )
     conv = parts.depthwise.conv
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if conv.in_channels >= OF_CHANNELS and isinstance(pixels, int) and pixels < FEWEST_PIXELS * conv.stride[0] ** 2:
