@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from collections import Counter
 
 import pytest
 
 from effnet_fast.cli import main
-from effnet_fast.scaling import Cost
+from effnet_fast.scaling import Cost, NetConfig
+from effnet_fast.scaling.courses import claims
 from effnet_fast.scaling.published import B0_SCALED, FAMILY, RIVALS, SCALED_UP, Figure
-from effnet_fast.scaling.rules import alternatives, convention
+from effnet_fast.scaling.rules import AXES, COUNTS, alternatives, build, convention
 from effnet_fast.scaling.tables import NOT_REPRODUCED, OTHERWISE, REPRODUCED, TABLES, Comparison, PaperTable
 
 
@@ -147,6 +151,21 @@ def test_other_rules() -> None:
     assert only == ("channels to 1", 9_228_080)
 
 
+def test_no_single_rule_gives_them_all() -> None:
+    """Of the paper's 27 counts of multiply-adds the convention gives 14, and none of 432 rules more than 15."""
+    given: Counter[tuple[str, ...]] = Counter()
+    for net in (*FAMILY, *SCALED_UP, *B0_SCALED):
+        fits: dict[NetConfig, list[str]] = {}
+        for choices in itertools.product(*AXES):
+            config = build(net, *choices)
+            if config not in fits:
+                cost = Cost.of(config)
+                fits[config] = [name for name, count in COUNTS.items() if net.flops.agrees(count(cost))]
+            given.update((*choices, name) for name in fits[config])
+    assert math.prod(map(len, (*AXES, COUNTS))) == 432 and max(given.values()) == 15
+    assert given[(*(axis[0] for axis in AXES), next(iter(COUNTS)))] == 14
+
+
 @pytest.mark.parametrize(
     ("text", "value", "tolerance"),
     [("5.3M", 5.3e6, 5e4), (".39B", 3.9e8, 5e6), ("19B", 19e9, 5e8), ("8.9x", 8.9, 0.05), ("66", 66, 0.5)],
@@ -164,15 +183,47 @@ def test_no_figure(text: str) -> None:
         Figure(text)
 
 
+SO = {
+    "alpha * beta * gamma": ("1.518", "1.920"),
+    "B0 is phi = 1": ("phi = 0: 5,288,548", "9,109,994, as efficientnet_b2 has"),
+    "FLOPS are operations": ("0.386", "0.772"),
+    "memory and FLOPs grow": ("d=2 1.79, 1.93, 2.03; w=2 2.00, 3.43, 3.76; r=2 4.00, 1.00, 3.99",),
+    "B3's width": ("1.2",),
+    "MBConv ends in ReLU": ("of B0's 16 blocks 0 end",),
+    "stage 9 reduces": ("1,280 of the last stage's 320",),
+    "MBConv as sample": (
+        "32 channels stay 32",
+        "of the repeats, one after another, 0 are strided",
+        "9 of 16",
+        "0.1875",
+        "4 channels, of its input's 16, by silu",
+    ),
+    "a depthwise separable": ("82.6 to 95.7 % by block", "93.0 to 93.8 % by net"),
+    "B7 has 84.3 or 84.4": ("84.3 in an earlier", "84.4 in arXiv 1905.11946v5"),
+    "EfficientNet infers 6.1": ("= 5.65 (5.7x printed)", "= 6.13 (6.1x printed)"),
+    "ResNet-18 for CIFAR": ("224: 11,181,642, 106.0 MiB, 1.814 G", "32: 11,173,962, 58.1 MiB, 0.555 G"),
+    "phi = 1 and 2": ("36.80, 42.32: 37 and 42",),
+}
+
+
+def test_what_courses_say() -> None:
+    made = claims()
+    assert len(made) == len(SO)
+    for claim, (said, so) in zip(made, SO.items(), strict=True):
+        assert claim.said.startswith(said)
+        for part in so:
+            assert part in claim.so
+
+
 def test_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "tables.json"
     assert main(["tables", "--json", str(out)]) == 0
     told = capsys.readouterr().out
     for net in (*FAMILY, *SCALED_UP, *B0_SCALED, *RIVALS):
         assert f"\n{net.name} " in told
-    assert "47 of 68 figures follow" in told
+    assert "47 of 68 figures follow" in told and all(f"said  {claim.said}\nso    {claim.so}" in told for claim in claims())
     written = json.loads(out.read_text())
-    assert list(written) == list(TABLES) and list(tmp_path.iterdir()) == [out]
+    assert list(written) == [*TABLES, "courses"] and list(tmp_path.iterdir()) == [out]
     (b1,) = (row for row in written["family"]["rows"] if row["name"] == "B1")
     _, flops = b1["comparisons"]
     assert (flops["published"], flops["computed"], flops["verdict"]) == (".70B", FLOPS["B1"], NOT_REPRODUCED)
@@ -183,6 +234,9 @@ def test_command_of_one_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["tables", "--only", "b0-scaled"]) == 0
     told = capsys.readouterr().out
     assert "table 7" in told and "table 3" not in told and "2 of 5 figures follow" in told
+    assert main(["tables", "--only", "courses"]) == 0
+    told = capsys.readouterr().out
+    assert "1.920" in told and "table" not in told
     for bad in (["--only", "figures"], ["--json", str(tmp_path / "no" / "tables.json")]):
         assert main(["tables", *bad]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

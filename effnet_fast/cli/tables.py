@@ -2,7 +2,8 @@
 difference, and whether the print is the count, rounded. Accuracies are the paper's own. One convention holds for all rows: layers
 rounded up, channels to the nearest multiple of 8 (90 % at least), the image side to the nearest pixel, and multiply-adds counted,
 those of convolutions and the classifier. Where a figure does not follow from it, other rules are tried, each combination of them:
-one that fits is named, though of so many some fit by chance, and where none does, the nearest is.
+one that fits is named, though of so many some fit by chance, and where none does, the nearest is. At last, what courses say,
+and what is so.
 
 examples: effnet-fast tables
           effnet-fast tables --only scaled-up --json tables.json
@@ -17,28 +18,37 @@ from typing import Any
 
 from effnet_fast.cli.options import check_output
 from effnet_fast.cli.table import table
+from effnet_fast.scaling.courses import claims
 from effnet_fast.scaling.grid import write_json
 from effnet_fast.scaling.published import UNITS, Figure
 from effnet_fast.scaling.tables import REPRODUCED, TABLES, Comparison, PaperTable
 
+_COURSES = "courses"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", choices=list(TABLES), help="one of them (default: all)")
+    parser.add_argument("--only", choices=[*TABLES, _COURSES], help="one of them (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write them there too, with all that other rules give")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         check_output("json", arguments.json, None)
-    made = [TABLES[name]() for name in ([arguments.only] if arguments.only else TABLES)]
+    names = [arguments.only] if arguments.only else [*TABLES, _COURSES]
+    made = [TABLES[name]() for name in names if name != _COURSES]
+    answers = claims() if _COURSES in names else ()
     for one in made:
         print(f"{one.title} ({one.source})\n")
         print(table(_HEADER, _lines(one), "lrrlrrrll") + "\n")
-    comparisons = [comparison for one in made for row in one.rows for comparison in row.comparisons]
-    follow = sum(comparison.verdict == REPRODUCED for comparison in comparisons)
-    print(f"{follow} of {len(comparisons)} figures follow from the one convention (effnet-fast tables --help says which)")
+    if made:
+        comparisons = [comparison for one in made for row in one.rows for comparison in row.comparisons]
+        follow = sum(comparison.verdict == REPRODUCED for comparison in comparisons)
+        print(f"{follow} of {len(comparisons)} figures follow from the one convention (effnet-fast tables --help says which)")
+    for claim in answers:
+        print(f"\nsaid  {claim.said}\nso    {claim.so}")
     if arguments.json:
-        write_json(arguments.json, {one.name: _json(one) for one in made})
+        told: dict[str, Any] = {one.name: _json(one) for one in made}
+        write_json(arguments.json, told | ({_COURSES: [claim._asdict() for claim in answers]} if answers else {}))
     return 0
 
 

@@ -83,6 +83,16 @@ class Transfer(NamedTuple):
     parameters: Figure | None
 
 
+class Latency(NamedTuple):
+    """Seconds of one image on one core of an Intel Xeon E5-2690, and the ratio that the paper says."""
+
+    net: str
+    seconds: float
+    rival: str
+    rival_seconds: float
+    ratio: Figure
+
+
 def _family(key: str, top5: float, parameters: str, flops: str) -> PublishedNet:
     row = PUBLISHED[key]
     multipliers = row.depth, row.width, row.resolution / B0.resolution
@@ -172,3 +182,10 @@ TRANSFER = (
     Transfer("Flowers", "B7", 102, 98.8, None),
     Transfer("Stanford Cars", "B3", 196, 93.6, Figure("10M")),
 )
+
+# Table 4.
+LATENCIES = (
+    Latency("B1", 0.098, "ResNet-152", 0.554, Figure("5.7x")),
+    Latency("B7", 3.1, "GPipe", 19.0, Figure("6.1x")),
+)
+EARLIER_B7_TOP1 = 84.3

@@ -44,7 +44,7 @@ COUNTS: dict[str, Callable[[Cost], int]] = {
         layer.macs for layer in cost.layers if layer.kind == "conv" and "se." not in layer.name
     ),
 }
-_AXES = (tuple(LAYERS), tuple(DIVISORS), ENDS, OUTER, tuple(SIDES))
+AXES = (tuple(LAYERS), tuple(DIVISORS), ENDS, OUTER, tuple(SIDES))
 
 
 class Alternative(NamedTuple):
@@ -81,7 +81,7 @@ def build(net: PublishedNet, layers: str, divisor: str, ends: str, outer: str, s
 
 def convention(net: PublishedNet) -> Cost:
     """What the net costs by the convention."""
-    return Cost.of(build(net, *(axis[0] for axis in _AXES)))
+    return Cost.of(build(net, *(axis[0] for axis in AXES)))
 
 
 def alternatives(net: PublishedNet, quantity: str) -> tuple[Alternative, ...]:
@@ -92,17 +92,17 @@ def alternatives(net: PublishedNet, quantity: str) -> tuple[Alternative, ...]:
     for choices, config in _distinct(net):
         cost = Cost.of(config)
         for number, (name, count) in enumerate(counts.items()):
-            differs = [choice for axis, choice in zip(_AXES, choices, strict=True) if choice != axis[0]] + [name] * (number > 0)
+            differs = [choice for axis, choice in zip(AXES, choices, strict=True) if choice != axis[0]] + [name] * (number > 0)
             told.setdefault(count(cost), ", ".join(differs))
     return tuple(Alternative(rule, value) for value, rule in told.items() if rule)
 
 
 def _distinct(net: PublishedNet) -> Iterator[tuple[tuple[str, ...], NetConfig]]:
     def differences(choices: tuple[str, ...]) -> int:
-        return sum(choice != axis[0] for axis, choice in zip(_AXES, choices, strict=True))
+        return sum(choice != axis[0] for axis, choice in zip(AXES, choices, strict=True))
 
     seen = set()
-    for choices in sorted(itertools.product(*_AXES), key=differences):
+    for choices in sorted(itertools.product(*AXES), key=differences):
         config = build(net, *choices)
         if config not in seen:
             seen.add(config)
