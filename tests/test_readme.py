@@ -58,6 +58,12 @@ def test_figures_of_summary(capsys):
     assert f"{parameters} parameters" in told and macs in told and f"at {resolution}x{resolution}" in told
 
 
+def test_figures_of_tables(capsys):
+    follow, figures = re.search(r"(\d+) of\s(\d+) figures follow", README).groups()
+    assert cli.main(["tables"]) == 0
+    assert f"{follow} of {figures} figures follow" in capsys.readouterr().out
+
+
 def test_names_of_the_house():
     """The folders that the README draws are those there are."""
     root = Path(effnet_fast.__file__).parent

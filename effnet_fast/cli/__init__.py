@@ -18,6 +18,7 @@ COMMANDS = {
     "summary": "a network stage by stage: operators, channels, parameters, MACs",
     "scale": "a network from the compound scaling law, or the largest one within a budget",
     "grid": "the paper's grid search for the law's coefficients, by real training on scanned digits",
+    "tables": "the paper's tables, computed beside published, with the difference and whether it follows",
     "predict": "classify images",
     "cam": "where in an image the evidence for a class is",
     "train": "train or fine-tune a network on images, with recipes, exact resumption and any number of GPUs",
