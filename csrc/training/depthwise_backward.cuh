@@ -5,14 +5,16 @@
 //   z      = conv_transposed(g, w),  grad_w[tap] = sum g * shifted a,  a = activation(norm(x))
 //   grad_x = z * activation'(norm(x)) + residual;  sums of z * activation' and of that times (x - mean)
 //
-// A thread owns one channel of 4 columns of x (8 of 3x3, stride 2) and slides down its rows. The K / S rows of g that a row of x
-// meets stand in registers, each made once from grad and y: so a value of g in a register serves a multiply-add for z and one for
-// grad_w. Stride S is S x S phases of taps, told apart when the loops are unrolled. The row after the present one is on its way.
-// The taps stand in shared memory, to leave a 5x5 its registers.
+// A block owns 32 channels; a lane one of them (two of 3x3, stride 1, where pixels are whole 16-byte pieces), of 4 columns of x (8
+// with stride 2), and slides down its rows, which come by way of the warp's ring, two steps ahead. A row of x meets ceil(K / S) rows
+// of g at most. They stand in registers, each made once from grad and y, so that a value of g serves a multiply-add for z and one
+// for grad_w. Stride S is S x S phases of taps, told apart when the loops are unrolled. The taps stand in shared memory, to leave
+// registers, and so do a group's sums, to which those of a thread go every few rows.
 // Bytes an element of x: (2 + 2 / stride^2) times 2 or 4, and one more where there is a residual. Operations: 2 k^2 / stride^2
 // multiply-adds, about 15 instructions and two uses of the special function unit for a with its slope, and as much for each g, of
-// which neighbouring strips make 1.25 (k3 s2) to 2 (k5) times as many as there are. By these counts HBM binds 3x3 on an H200, issue
-// slots bind 5x5 in half types; not measured.
+// which neighbouring strips make 1.25 (k3 s2) to 2 (k5 s1) times as many as there are, and the segments of a strip some rows more.
+// By these counts HBM binds 3x3 on an H200, issue slots bind 5x5 in half types. An H200 ran an earlier form, of one channel a lane
+// loaded one row ahead, at 20 to 30 % of what HBM allows; this form is right there, and not timed.
 #pragma once
 #include "depthwise_common.cuh"
 
@@ -73,7 +75,9 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
     const int last = min(task.row + p.cut.rows, rows), width = task.exists && c < p.channels ? p.width : 0;
     const int out_width = task.exists ? p.out_width : 0;
     const int column = task.column + left - p.pad_left, g_column = (task.column + left) / S - Tr::kBefore;
-    const bool inside = column >= 0 && column + C <= width, g_inside = g_column >= 0 && g_column + G <= out_width;
+    // Asked again for each row: as values kept, they cost sm_100 a spill.
+    const auto inside = [&] { return column >= 0 && column + C <= width; };
+    const auto g_inside = [&] { return g_column >= 0 && g_column + G <= out_width; };
     const int64_t x_at = task.image * p.height * int64_t(x_row), y_at = task.image * p.out_height * int64_t(y_row);
     const Strip<Tr, C> x(ring, static_cast<const T*>(p.read.x) + x_at, lane, column, p.width, p, task.exists);
     const Strip<Tr, G> y(ring + S * Tr::kXRow, static_cast<const T*>(p.of_y.y) + y_at, lane, g_column, p.out_width, p, task.exists);
@@ -144,7 +148,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
                 }
               }
             });
-            if (!g_inside)
+            if (!g_inside())
 #pragma unroll
               for (int q = 0; q < G; ++q)
                 if (unsigned(g_column + q) >= unsigned(out_width))
@@ -159,7 +163,6 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
         }
         if (!has_x(row)) continue;
 
-        const int64_t out_at = x_at + int64_t(x_row_of(row)) * x_row + int64_t(column) * p.channels + c;
         Channels<T, V> now[C];
         float a[C][V], slope[C][V], z[C][V] = {};
         with_silu<Tr::kSilu>(p.range, [&](auto silu) {
@@ -174,7 +177,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             }
           }
         });
-        if (!inside)
+        if (!inside())
 #pragma unroll
           for (int t = 0; t < C; ++t)
             if (unsigned(column + t) >= unsigned(width))
@@ -199,6 +202,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             }
           }
         }
+        const int64_t out_at = x_at + int64_t(x_row_of(row)) * x_row + int64_t(column) * p.channels + c;
         const auto finish = [&](auto whole) {
           float of_row[V] = {}, centred_of_row[V] = {};
           int64_t to = out_at;
@@ -225,7 +229,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             sum_centred[e] += centred_of_row[e];
           }
         };
-        if (inside) {
+        if (inside()) {
           finish(std::true_type{});
         } else {
           finish(std::false_type{});

@@ -93,7 +93,7 @@ def build(directory: Path, bugs: dict[str, Bug]) -> dict[str, Path]:
     for name, bug in bugs.items():
         source, options = KERNELS[bug.kernel]
         text += f"build {name}.o: kernel {HERE / source}\n  csrc = {directory / name}\n  options = {options} {bug.options}\n"
-        objects = " ".join(f"{name if kernel == bug.kernel else kernel}.o" for kernel in KERNELS)
+        objects = " ".join([f"{name}.o"] + [f"{kernel}.o" for kernel in KERNELS if kernel != bug.kernel])  # what is first is linked
         text += f"build {name}.so: link {BINDING} {objects}\n"
     for name, bug in bugs.items():
         source = (CSRC / bug.path).read_text()

@@ -1,11 +1,12 @@
 // CUDA kernel source on the CPU: each thread of a block is a fiber. The blocks of a cluster run together, clusters one after
 // another.
 //
-// Beyond the arithmetic it checks: threads run in a random order between barriers, dynamic shared memory starts as NaN, barriers
-// and warp primitives must be reached by every lane at the same place, and AddressSanitizer and UBSan see every access and its
-// alignment. A copy_async turns its destination into NaN when it is issued and writes it when its thread waits for it: a missing
-// wait and a copy issued while others still read the old bytes both change the result. Of the blocks of a cluster that have come to
-// a barrier of their own some go on before the others; the shared memory of one that has ended is gone.
+// Beyond the arithmetic it checks: threads run in a random order between barriers, some warps only when no other can, dynamic
+// shared memory starts as NaN, barriers and warp primitives must be reached by every lane at the same place, and AddressSanitizer
+// and UBSan see every access and its alignment. A copy_async turns its destination into NaN when it is issued and writes it when
+// its thread waits for it: a missing wait and a copy issued while others still read the old bytes both change the result. Of the
+// blocks of a cluster that have come to a barrier of their own some go on before the others; the shared memory of one that has
+// ended is gone.
 //
 // Not seen: races between blocks of different clusters, overflow from one part of shared memory into another, the rounding of the
 // GPU's own expf and approximate functions, and that tensor cores truncate fp32 sums.
@@ -90,6 +91,7 @@ struct State {
   dim3 grid, block;
   size_t shared_bytes = 0;
   std::mt19937 order{0};
+  std::vector<bool> slow;  // warps that run only when no other can
 };
 inline State& state() {
   static State s;
@@ -136,7 +138,7 @@ inline void resume(Fiber& f) {
 
 // Appends to `ready` the lanes of each warp whose every lane named in the mask has arrived at one warp primitive.
 inline void release_warps(std::vector<unsigned>& ready) {
-  const auto& fibers = state().fibers;
+  auto& fibers = state().fibers;
   for (size_t low = 0; low < fibers.size(); low += 32) {
     const size_t high = std::min(low + 32, fibers.size());
     const Fiber* lead = nullptr;
@@ -156,6 +158,13 @@ inline void release_warps(std::vector<unsigned>& ready) {
     for (size_t i = low; all && i < high; ++i)
       if (lead->mask >> (i - low) & 1) ready.push_back(unsigned(i));
   }
+  for (const unsigned i : ready) fibers[i].wait = Wait::none;
+}
+
+inline void draw_slow() {
+  State& s = state();
+  s.slow.resize(s.fibers.size() / 32);
+  for (size_t warp = 0; warp < s.slow.size(); ++warp) s.slow[warp] = s.order() % 2;
 }
 
 // Appends to `ready` the threads of some of the blocks that can pass a barrier: all of a block's threads wait at the same one, and
@@ -185,30 +194,36 @@ inline void release_barriers(std::vector<unsigned>& ready) {
   passing.resize(1 + s.order() % passing.size());
   for (const size_t block : passing)
     for (size_t i = 0; i < threads; ++i) ready.push_back(unsigned(block * threads + i));
+  draw_slow();
 }
 
 inline void run_cluster() {
   State& s = state();
   auto& fibers = s.fibers;
   const size_t threads = fibers.size() / s.blocks.size();
-  std::vector<unsigned> ready;
+  std::vector<unsigned> ready, now;
   std::vector<size_t> running(s.blocks.size(), threads);
   size_t left = fibers.size();
   for (Fiber& f : fibers) {
     prepare_context(f.context, f.stack.get(), kStack, enter);
     f.groups.assign(1, {});
     f.arrivals = f.waits = 0;
+    f.wait = Wait::none;
     ready.push_back(f.rank);
   }
+  draw_slow();
   while (left) {
-    std::shuffle(ready.begin(), ready.end(), s.order);  // any order must give the same answer
-    for (const unsigned i : ready) {
+    const auto later = std::partition(ready.begin(), ready.end(), [&](unsigned i) { return !s.slow[i / 32]; });
+    const auto end = later == ready.begin() ? ready.end() : later;
+    now.assign(ready.begin(), end);
+    ready.erase(ready.begin(), end);
+    std::shuffle(now.begin(), now.end(), s.order);  // any order must give the same answer
+    for (const unsigned i : now) {
       resume(fibers[i]);
       if (fibers[i].wait != Wait::done) continue;
       --left;
       if (--running[fibers[i].block] == 0) s.blocks[fibers[i].block].shared.reset();
     }
-    ready.clear();
     release_warps(ready);
     if (ready.empty() && left) release_barriers(ready);
   }
