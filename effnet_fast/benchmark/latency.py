@@ -10,7 +10,7 @@ import torch
 from effnet_fast.benchmark.case import DTYPES
 from effnet_fast.benchmark.timing import EventTimer, HostTimer
 from effnet_fast.inference import optimize_for_inference
-from effnet_fast.models import EfficientNet
+from effnet_fast.models import build
 from effnet_fast.scaling import ScaledNet
 
 
@@ -32,7 +32,7 @@ class Latency:
     def __call__(self, net: ScaledNet) -> float:
         dtype = DTYPES[self.dtype]
         with torch.no_grad():
-            serving = optimize_for_inference(EfficientNet(net.config).eval().to(self.device, dtype))
+            serving = optimize_for_inference(build(net.config).eval().to(self.device, dtype))
             size = net.config.resolution
             x = torch.randn(self.batch, net.config.in_channels, size, size).to(self.device, dtype)
             x = x.contiguous(memory_format=torch.channels_last)

@@ -33,7 +33,7 @@ def draw_found(law: CompoundScaling, found: Sequence[Found], fit: AccuracyFit | 
         left.set_ylabel("top-1, %, by the fit to published points")
         left.legend(fontsize=8, frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(-0.12, -0.13))
     else:
-        phis = np.linspace(0, best.net.phi or 1.0, 30)
+        phis = np.linspace(0, best.net.phi or min(1.0, law.max_phi), 30)
         left.plot([_gmacs(law.at(phi)) for phi in phis], phis, color="black", lw=1)
         left.plot(_gmacs(best.net), best.net.phi, "*", color=_ORANGE, ms=14)
         left.set_ylabel("phi")
@@ -63,7 +63,7 @@ def _curves(axes: Axes, law: CompoundScaling, fit: AccuracyFit, macs: float) -> 
         axes.plot([_gmacs(net) for net in within], [fit(net) for net in within], lw=1, **style)
 
     steps = np.geomspace(1, 6, 40)
-    line([law.at(phi) for phi in np.linspace(0, 7, 60)], color="black", label="the law, by phi")
+    line([law.at(phi) for phi in np.linspace(0, min(7.0, law.max_phi), 60)], color="black", label="the law, by phi")
     for name, colour in _ALONE.items():
         line([law.scaled(**{name: step}) for step in steps], color=colour, label=f"{name} alone")
     points = [(law.scaled(*point[1:4]), point.top1) for point in fit.points]

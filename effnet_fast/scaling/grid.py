@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -90,6 +91,12 @@ def grid_search(
         return tuple(known[_key(law)] for law in laws if _key(law) in known)
 
     if todo:
+        try:
+            pickle.dumps(accuracy)  # which a pool, asked for more than it can queue, would wait for without end
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"grid_search: accuracy is {accuracy!r}; what pickle takes, as a module's function, would do"
+            ) from error
         pool = ProcessPoolExecutor(min(processes, len(todo)), multiprocessing.get_context("spawn"))
         try:
             futures: dict[Future, CompoundScaling] = {pool.submit(_judge, accuracy, law): law for law in todo}

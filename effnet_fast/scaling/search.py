@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from effnet_fast.scaling.coefficients import PUBLISHED
-from effnet_fast.scaling.config import B0, BaseNet, NetConfig, is_real
+from effnet_fast.scaling.config import B0, BaseNet, NetConfig, is_real, is_whole
 from effnet_fast.scaling.cost import Cost
 from effnet_fast.scaling.fit import published_fit
 from effnet_fast.scaling.law import PHI_TOLERANCE, CompoundScaling, ScaledNet
@@ -100,6 +100,8 @@ def search(
         )
     if (milliseconds is None) != (latency is None):
         raise ValueError("search: milliseconds and latency, which measures them, go together; both or neither would do")
+    if not is_whole(keep):
+        raise ValueError(f"search: keep is {keep!r}; a whole number >= 1 would do")
     rungs = sorted(set(ladder))
     if not rungs or not all(map(is_real, rungs)) or rungs[0] <= 0:
         raise ValueError(f"search: ladder is {ladder!r}; one or more multipliers > 0 would do")
@@ -124,12 +126,25 @@ def search(
         raise ValueError("search: nothing limits it; macs, parameters, memory or milliseconds would do")
     budget = _Budget(most, {name: counts[name] for name in counts if name in most}, latency)
     found = [
-        Found(net, Cost.of(net.config), None if accuracy is None else accuracy(net), budget.limits(net), binding)
+        Found(
+            net,
+            Cost.of(net.config),
+            None if accuracy is None else _told("accuracy", accuracy(net), net),
+            budget.limits(net),
+            binding,
+        )
         for net, binding in (_over_phi(law, budget) if over == "phi" else _free(law, budget, rungs))
     ]
     if accuracy is not None:
         found.sort(key=lambda one: (-(one.accuracy or 0.0), one.cost.macs))
     return tuple(found[:keep])
+
+
+def _told(name: str, value: float, net: ScaledNet) -> float:
+    """What a callable told of ``net``."""
+    if not is_real(value):
+        raise ValueError(f"search: {name} gave {value!r} for {net.config.name}; a finite number would do")
+    return value
 
 
 class _Budget:
@@ -148,7 +163,7 @@ class _Budget:
             return self.counted(net)
         key = replace(net.config, name="")
         if key not in self.timed:
-            self.timed[key] = self.latency(net)
+            self.timed[key] = _told("latency", self.latency(net), net)
         return (*self.counted(net), Limit("milliseconds", self.most["milliseconds"], self.timed[key]))
 
     def exceeded(self, net: ScaledNet) -> list[Limit]:
@@ -163,8 +178,9 @@ class _Budget:
 
     def check(self, smallest: ScaledNet) -> None:
         if beyond := self.exceeded(smallest):
+            net = smallest.config.name
             told = " and ".join(
-                f"{name} is {most:,.10g}; {smallest.config.name} already needs {used:,.10g} {_UNITS[name]}, {used - most:,.6g} more"
+                f"{name} is {most:,.10g}; {net} already needs {used:,.10g} {_UNITS[name]}, {used - most:,.10g} more"
                 for name, most, used in beyond
             )
             raise ValueError(f"search: {told}; more, or depth, width or resolution multipliers below 1 make smaller nets")
@@ -176,7 +192,7 @@ def _over_phi(law: CompoundScaling, budget: _Budget) -> Iterator[tuple[ScaledNet
     phi = law.largest_phi(lambda net: not budget.exceeded(net), tolerance)
     yield law.at(phi), None if phi == law.max_phi else budget.binding(law.at(min(phi + tolerance, law.max_phi)))
     for whole in range(int(phi), -1, -1):
-        if whole < phi:
+        if whole < phi and not budget.exceeded(law.at(whole)):  # a measured time need not rise with phi
             yield law.at(whole), None
 
 

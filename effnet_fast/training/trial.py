@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from effnet_fast.models import EfficientNet
+from effnet_fast.models import build
 from effnet_fast.scaling import ScaledNet
 from effnet_fast.training.batches import Batches
 from effnet_fast.training.loop import Augment, Trainer, evaluate
@@ -47,7 +47,7 @@ class Trial:
         seen, held_out = self.data(config.resolution)
         torch.manual_seed(seed)
         trainer = Trainer(
-            EfficientNet(config),
+            build(config),
             recipe,
             Batches(seen, recipe.batch_size, training=True, seed=seed),
             augment=self.augment,

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6, "identity": lambda u: u}
+_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda u: u * torch.sigmoid(u),
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "identity": lambda u: u,
+}
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": torch.ops.aten.silu_backward,
     "relu": lambda grad, u: torch.ops.aten.threshold_backward(grad, u, 0),
