@@ -6,15 +6,15 @@
 //   grad_x = z * activation'(norm(x)) + residual;  sums of z * activation' and of that times (x - mean)
 //
 // A block owns 32 channels; a lane one of them (two of 3x3, stride 1, where pixels are whole 16-byte pieces), of 4 columns of x (8
-// with stride 2), and slides down its rows, which come by way of the warp's ring, two steps ahead. A row of x meets ceil(K / S) rows
-// of g at most. They stand in registers, each made once from grad and y, so that a value of g serves a multiply-add for z and one
-// for grad_w. Stride S is S x S phases of taps, told apart when the loops are unrolled. The taps stand in shared memory, to leave
-// registers, and so do a group's sums, to which those of a thread go every few rows.
-// Bytes an element of x: (2 + 2 / stride^2) times 2 or 4, and one more where there is a residual. Operations: 2 k^2 / stride^2
-// multiply-adds, about 15 instructions and two uses of the special function unit for a with its slope, and as much for each g, of
-// which neighbouring strips make 1.25 (k3 s2) to 2 (k5 s1) times as many as there are, and the segments of a strip some rows more.
-// By these counts HBM binds 3x3 on an H200, issue slots bind 5x5 in half types. An H200 ran an earlier form, of one channel a lane
-// loaded one row ahead, at 20 to 30 % of what HBM allows; this form is right there, and not timed.
+// with stride 2), and slides down its rows, which come by way of the warp's ring, two steps ahead. A row of x meets ceil(K / S)
+// rows of g at most. They stand in registers, each made once from grad and y, so that a value of g serves a multiply-add for z and
+// one for grad_w. Stride S is S x S phases of taps, told apart when the loops are unrolled. The taps stand in shared memory, to
+// leave registers, and so do a group's sums, to which those of a thread go every few rows. Bytes an element of x: (2 + 2 /
+// stride^2) times 2 or 4, and one more where there is a residual. Operations: 2 k^2 / stride^2 multiply-adds, about 15 instructions
+// and two uses of the special function unit for a with its slope, and as much for each g, of which neighbouring strips make 1.25
+// (k3 s2) to 2 (k5 s1) times as many as there are, and the segments of a strip some rows more. By these counts HBM binds 3x3 on an
+// H200, issue slots bind 5x5 in half types. An H200 ran an earlier form, of one channel a lane loaded one row ahead, at 20 to 30 %
+// of what HBM allows; this form is right there, and not timed.
 #pragma once
 #include "depthwise_common.cuh"
 
