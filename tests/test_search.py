@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -205,7 +205,10 @@ def test_the_grid_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 def test_the_stored_grid_search_is_one_of_under_ten_minutes() -> None:
     result = json.loads(RESULT.read_text())
     assert len(result["points"]) == len(grid_laws(GRID_BASE))
-    assert result["seconds"] < 600 and result["search"]["seeds"] == [0, 1] and result["machine"]["cpu"]
+    assert result["search"]["base"] == json.loads(json.dumps(asdict(GRID_BASE)))  # else its own command refuses it
+    assert (
+        result["resumed_from"] == 0 and result["seconds"] < 600 and result["search"]["seeds"] == [0, 1] and result["machine"]["cpu"]
+    )
     best = max(result["points"], key=lambda point: (point["accuracy"], -point["macs"]))
     assert result["best"] == {name: best[name] for name in ("alpha", "beta", "gamma")}
     assert [row["label"] for row in result["scaled"]["nets"]] == ["phi=0", "phi=1", "phi=2", "d=4", "w=2", "r=2"]

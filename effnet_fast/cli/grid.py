@@ -1,7 +1,7 @@
 """The paper's grid search (arXiv 1905.11946, section 3.3) made small enough for a CPU: which alpha, beta, gamma with
 alpha * beta^2 * gamma^2 ~ 2 make the best of a tiny EfficientNet on scikit-learn's scanned digits, each judged by real training.
 
-The best law is then scaled on by phi, beside depth, width and resolution alone at 4 times the multiply-adds, all trained with seeds
+The best law is then scaled on by phi, beside depth, width and resolution alone with their counted multiply-adds, trained with seeds
 that the search has not seen: the best of many noisy scores is a flattered one. Scans have 8x8 pixels, so larger images only
 interpolate: what is found holds for these digits and this short training. A search that was stopped goes on from its file.
 
