@@ -106,7 +106,8 @@ def trials(results: dict[str, Any]) -> str:
     """Single steps on a GPU, which no benchmark has raced."""
     parts = [f"{step['entrant']} {step['median_ms']:.1f} ms" for step in results["steps"]]
     first = results["steps"][0]
-    where = f"{results['dtype']}, {results['machine']['gpu']['name']}, {first['net']} at batch {first['batch']}"
+    machine = results["machine"]
+    where = f"{results['dtype']}, {machine['gpu']['name']}, {first['net']} at batch {first['batch']}, commit {machine['commit']}"
     return f"**Training step on a GPU** ([trials](benchmarks/results/{TRIALS}), {where}): {', '.join(parts)}."
 
 

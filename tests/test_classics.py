@@ -317,6 +317,7 @@ BAD = [
     (lambda: replace(RESNET18.scaled(), family="vgg"), "family is 'vgg'; one of 'efficientnet', 'mobilenet_v2'"),
     (lambda: replace(RESNET18.scaled(), head_channels=1280), "head_channels is 1280 in resnet"),
     (lambda: replace(RESNET18.scaled(), stem_stride=4), "stem_stride is 4 in resnet; 1 or 2 would do"),
+    (lambda: replace(MNASNET, stages=MNASNET.stages[1:]).scaled(), "expand_ratio of the first stage is 3 in mnasnet; 1 would do"),
     (lambda: replace(MOBILENET_V2.scaled(), stem_pool=True), "stem_pool is True in mobilenet_v2; False would do"),
     (lambda: launches(RESNET18.scaled()), "config is resnet18's; an EfficientNet's would do"),
     (lambda: weights.key_map(RESNET18.scaled(), "lukemelas"), "layout 'torchvision' would do"),

@@ -221,6 +221,9 @@ class NetConfig:
         for stage in self.stages:
             if stage.operator not in FAMILIES[family] or (stage.se_ratio and family != "efficientnet"):
                 raise ValueError(f"NetConfig: a stage of {family} is {stage}; {' or '.join(FAMILIES[family])} would do")
+        if family == "mnasnet" and self.stages[0].expand_ratio != 1:  # its first block has no module of its own, and five places
+            ratio = self.stages[0].expand_ratio
+            raise ValueError(f"NetConfig: expand_ratio of the first stage is {ratio!r} in {family}; 1 would do")
         for name, good, would_do in (
             ("stem_kernel", self.stem_kernel % 2 == 1, "an odd number"),
             ("stem_stride", self.stem_stride <= 2, "1 or 2"),
