@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import math
 import time
@@ -10,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tqdm
 from PIL import Image
 
 from effnet_fast.benchmark.latency import Latency
@@ -123,6 +126,21 @@ def test_any_base_and_any_callables() -> None:
         (lambda: search(milliseconds=5), "go together"),
         (lambda: search(macs=1e9, ladder=()), "ladder is"),
         (lambda: search(macs=1e9, ladder=(0, 1)), "ladder is"),
+        (lambda: search(macs=1e9, ladder=2.0), "ladder is 2.0; one or more multipliers above 0 and up to 100 would do"),
+        (lambda: search(macs=1e9, ladder="12"), "ladder is '12'"),
+        (lambda: search(macs=1e9, ladder=(1, None)), r"ladder is \(1, None\)"),
+        (lambda: search(macs=1e9, ladder=(1, 101)), r"ladder is \(1, 101\)"),
+        (lambda: search(macs=1e9, dtype="int8"), "search: dtype is 'int8'; one of fp32, bf16, fp16 would do"),
+        (lambda: search(macs=1e9, dtype=None), "search: dtype is None"),
+        (lambda: search(macs=1e9, batch=0), "search: batch is 0; a whole number >= 1 would do"),
+        (lambda: search(macs=1e9, batch=1.5), "search: batch is 1.5"),
+        (lambda: Latency(dtype="int8"), "Latency: dtype is 'int8'; one of fp32, bf16, fp16 would do"),
+        (lambda: Latency(batch=0), "Latency: batch is 0; a whole number of images >= 1 would do"),
+        (lambda: Latency(device="tpu"), "Latency: device is 'tpu'; 'cpu' or 'cuda' would do"),
+        (lambda: Latency(seconds=0), "Latency: seconds is 0; a number > 0 would do"),
+        (lambda: digits_trial(1, ()), r"Trial: seeds is \(\); a tuple of one or more whole numbers >= 0, each once, would do"),
+        (lambda: digits_trial(1, (1, 1)), r"Trial: seeds is \(1, 1\)"),
+        (lambda: digits_trial(1, (0.5,)), r"Trial: seeds is \(0.5,\)"),
         (lambda: search(LITE0, macs=1e9, over="free"), "the published points are of efficientnet_b0"),
         (lambda: search(macs=1e8), "already needs 385,814,752 MACs, 285,814,752 more"),
         (lambda: search(macs=1e8, parameters=5e6), "MACs, 285,814,752 more and parameters is 5,000,000; .* 288,548 more"),
@@ -147,6 +165,40 @@ def test_bad_input_names_what_is_wrong_and_by_how_much(call, message: str) -> No
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("over", ["phi", "free"])
+def test_what_an_infeasible_budget_is_advised_can_be_done(over: str) -> None:
+    budget, slow = {"macs": 1e8, "parameters": 5e6}, Cost.of(B0.scaled()).macs / 1e8
+    with pytest.raises(ValueError) as error:
+        search(over=over, **budget)
+    base = Cost.of(B0.scaled())
+    told = str(error.value)
+    assert f"needs {base.macs:,} MACs" in told and f"needs {base.parameters:,} parameters" in told and "multipliers" not in told
+    assert told.endswith("that or more, or a smaller base, would do" if over == "phi" else "that or more would do")
+    assert search(over=over, macs=base.macs, parameters=base.parameters)[0].config.resolution == 224
+    assert search(MOBILENET_V2, macs=3.1e8, parameters=5e6)
+    with pytest.raises(ValueError, match=f"milliseconds is 2; .* needs {slow:.4g} ms, {slow - 2:.4g} more; .* that or more"):
+        search(over=over, milliseconds=2, latency=lambda net: Cost.of(net.config).macs / 1e8)
+
+
+def test_a_free_search_times_only_what_may_be_among_the_best() -> None:
+    """The same nets as if all were timed, each within the counts alone, and once."""
+
+    def taken(net: ScaledNet) -> float:
+        return Cost.of(net.config).macs / 1e8
+
+    timed: list[ScaledNet] = []
+
+    def latency(net: ScaledNet) -> float:
+        timed.append(net)
+        return taken(net)
+
+    found = search(over="free", milliseconds=30, parameters=2e7, latency=latency)
+    assert [one.net for one in found] == [one.net for one in search(over="free", macs=3e9, parameters=2e7)]
+    assert {one.binding for one in found} <= {"milliseconds", "parameters"}
+    assert len({replace(net.config, name="") for net in timed}) == len(timed) < 150  # of every depth and width, 262
+    assert all(Cost.of(net.config).parameters <= 2e7 for net in timed)
 
 
 def score(net: ScaledNet) -> float:
@@ -295,6 +347,24 @@ def test_scale_answers_for_a_budget(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "efficientnet_lite0" in told and "2.03 (2)" in told and "1.44" in told
     assert main(["scale", "--ms", "0.001", "--batch", "1"]) == 2
     assert "milliseconds is 0.001; efficientnet_b0 already needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--free"]])
+def test_scale_tells_of_its_timing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    """On a terminal, which this takes stderr for."""
+    shown, timed = io.StringIO(), []
+
+    def latency(_: Latency, net: ScaledNet) -> float:
+        timed.append(net.config.name)
+        return Cost.of(net.config).macs / 1e8
+
+    monkeypatch.setattr(Latency, "__call__", latency)
+    monkeypatch.setattr("tqdm.tqdm", partial(tqdm.tqdm, file=shown))
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("tqdm.std.time", itertools.count(step=3).__next__)  # seconds, for a bar that waits for two
+    assert main(["scale", "--ms", "5", "--macs", "1G", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["binding"] == "milliseconds"
+    assert f"timed: {len(timed)}net" in shown.getvalue() and timed[-1] in shown.getvalue()
 
 
 def test_what_is_found_is_within_a_latency_that_does_not_rise() -> None:
