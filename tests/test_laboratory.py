@@ -107,7 +107,12 @@ def test_finished_runs_are_not_done_again(digits: Pictures, tmp_path: Path, monk
         perform("optimizers", digits, tmp_path / "parts", size=SMALL, recipe=QUICK)
     stopped = json.loads((tmp_path / "parts" / "optimizers.json").read_text())
     assert [row["label"] for row in stopped["rows"]] == LABELS["optimizers"][:2]
+    monkeypatch.setattr(laboratory.platform, "machine", lambda: "another machine")
+    monkeypatch.setattr(torch, "__version__", "9.9")
     resumed = perform("optimizers", digits, tmp_path / "parts", size=SMALL, recipe=QUICK)
+    # Each row says where it was made: not where the last was.
+    assert [row["torch"] == "9.9" for row in resumed["rows"]] == [False, False, True] and "torch" not in resumed
+    assert [row["machine"].startswith("another machine, cpu, ") for row in resumed["rows"]] == [False, False, True]
     assert len(built) == 4 and resumed["rows"][:2] == stopped["rows"]
     for a, b in zip(whole["rows"], resumed["rows"], strict=True):
         assert (a["label"], a["top1"], a["loss"]) == (b["label"], b["top1"], b["loss"])
