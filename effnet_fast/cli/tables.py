@@ -1,5 +1,6 @@
 """The tables of the EfficientNet paper (arXiv 1905.11946v5) made again: what is counted here beside what is printed there, the
-difference, and whether the print is the count, rounded. Accuracies are the paper's own. One convention holds for all rows: layers
+difference, and whether the print is the count, rounded. Accuracies are the paper's own, which its versions have differently.
+Ratios to the nets of others are of the table's own figures. One convention holds for all rows: layers
 rounded up, channels to the nearest multiple of 8 (90 % at least), the image side to the nearest pixel, and multiply-adds counted,
 those of convolutions and the classifier. Where a figure does not follow from it, other rules are tried, each combination of them:
 one that fits is named, though of so many some fit by chance, and where none does, the nearest is. At last, what courses say,
@@ -21,6 +22,7 @@ from effnet_fast.cli.table import table
 from effnet_fast.scaling.courses import claims
 from effnet_fast.scaling.grid import write_json
 from effnet_fast.scaling.published import UNITS, Figure
+from effnet_fast.scaling.rules import AXES, COUNTS
 from effnet_fast.scaling.tables import REPRODUCED, TABLES, Comparison, PaperTable
 
 _COURSES = "courses"
@@ -44,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         comparisons = [comparison for one in made for row in one.rows for comparison in row.comparisons]
         follow = sum(comparison.verdict == REPRODUCED for comparison in comparisons)
         print(f"{follow} of {len(comparisons)} figures follow from the one convention (effnet-fast tables --help says which)")
+        print("rules that are combined, the convention's first: " + "; ".join(" | ".join(axis) for axis in (*AXES, COUNTS)))
     for claim in answers:
         print(f"\nsaid  {claim.said}\nso    {claim.so}")
     if arguments.json:

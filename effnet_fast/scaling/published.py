@@ -1,6 +1,7 @@
 """Figures that the EfficientNet paper printed, as it printed them: arXiv 1905.11946 in its fifth version (v5, 2020).
 
-An earlier version has other accuracies (B7: 84.3 top-1), so a figure is only known with its version. "FLOPs" are multiply-adds.
+But the accuracies of :data:`FAMILY` are those of a version between the first and the fifth, whose B0 table 7 of v5 still has
+(77.3), and its text the B4 (83.0); :data:`VERSIONS` has those of table 2 in v1 and v5. "FLOPs" are multiply-adds.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _scaled(name: str, base: BaseNet, top1: float, flops: str, d: float = 1.0, w
 _TOP1 = {point.name: point.top1 for point in POINTS}
 _COMPOUND = "d=1.4 w=1.2 r=1.3"
 
-# Table 2.
+# Table 2; all versions have the same parameters and FLOPs.
 FAMILY = (
     _family("b0", 93.5, "5.3M", ".39B"),
     _family("b1", 94.5, "7.8M", ".70B"),
@@ -117,6 +118,30 @@ FAMILY = (
     _family("b6", 96.8, "43M", "19B"),
     _family("b7", 97.1, "66M", "37B"),
 )
+
+# Table 2 of two versions: top-1 and top-5.
+VERSIONS: dict[str, dict[str, tuple[float, float]]] = {
+    "v1": {
+        "B0": (76.3, 93.2),
+        "B1": (78.8, 94.4),
+        "B2": (79.8, 94.9),
+        "B3": (81.1, 95.5),
+        "B4": (82.6, 96.3),
+        "B5": (83.3, 96.7),
+        "B6": (84.0, 96.9),
+        "B7": (84.4, 97.1),
+    },
+    "v5": {
+        "B0": (77.1, 93.3),
+        "B1": (79.1, 94.4),
+        "B2": (80.1, 94.9),
+        "B3": (81.6, 95.7),
+        "B4": (82.9, 96.4),
+        "B5": (83.6, 96.7),
+        "B6": (84.0, 96.8),
+        "B7": (84.3, 97.0),
+    },
+}
 
 # Table 3. It gives the compound multipliers of MobileNetV1 alone; the others are taken to have the same. ResNet-50's d=4 and w=2
 # look as if they had changed places, but do not follow so either.
@@ -172,7 +197,7 @@ RIVALS = (
     _rival("NASNet-A", "B4", 82.7, 96.2, "89M", "24B", "4.7x", "5.7x"),
     _rival("AmoebaNet-A", "B4", 82.8, 96.1, "87M", "23B", "4.6x", "5.5x"),
     _rival("PNASNet", "B4", 82.9, 96.2, "86M", "23B", "4.5x", "6.0x"),
-    _rival("AmoebaNet-C", "B6", 83.5, 96.5, "155M", "41B", "3.6x", "2.2x"),
+    _rival("AmoebaNet-C", "B5", 83.5, 96.5, "155M", "41B", "5.2x", "4.1x"),
     _rival("GPipe", "B7", 84.3, 97.0, "557M", None, "8.4x", None),
 )
 
@@ -188,4 +213,3 @@ LATENCIES = (
     Latency("B1", 0.098, "ResNet-152", 0.554, Figure("5.7x")),
     Latency("B7", 3.1, "GPipe", 19.0, Figure("6.1x")),
 )
-EARLIER_B7_TOP1 = 84.3

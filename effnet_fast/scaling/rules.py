@@ -88,12 +88,15 @@ def alternatives(net: PublishedNet, quantity: str) -> tuple[Alternative, ...]:
     """Every other combination of the axes that gives another figure, the fewest differences first; ``quantity`` is "parameters"
     or "FLOPs"."""
     counts = COUNTS if quantity == "FLOPs" else {"": lambda cost: cost.parameters}
-    told: dict[int, str] = {}
+    found: list[tuple[int, str, int]] = []
     for choices, config in _distinct(net):
         cost = Cost.of(config)
         for number, (name, count) in enumerate(counts.items()):
             differs = [choice for axis, choice in zip(AXES, choices, strict=True) if choice != axis[0]] + [name] * (number > 0)
-            told.setdefault(count(cost), ", ".join(differs))
+            found.append((len(differs), ", ".join(differs), count(cost)))
+    told: dict[int, str] = {}
+    for _, rule, value in sorted(found, key=lambda one: one[0]):
+        told.setdefault(value, rule)
     return tuple(Alternative(rule, value) for value, rule in told.items() if rule)
 
 

@@ -21,6 +21,7 @@ from effnet_fast.scaling.published import (
     RIVALS,
     SCALED_UP,
     TRANSFER,
+    VERSIONS,
     Figure,
     PublishedNet,
     Rival,
@@ -83,7 +84,16 @@ class PaperTable(NamedTuple):
 
 def family_table() -> PaperTable:
     """B0 to B7, by the published coefficients."""
-    return PaperTable("family", "EfficientNet-B0 to B7", f"{PAPER}, table 2", _rows(FAMILY))
+    source = f"{PAPER}, table 2; accuracies of a version between v1 and v5"
+    return PaperTable("family", "EfficientNet-B0 to B7", source, _rows(FAMILY))
+
+
+def versions_table() -> PaperTable:
+    """The accuracies of B0 to B7 in two versions of the paper; nothing is computed."""
+    rows = tuple(
+        TableRow(f"{name}, {version}", *accuracies, ()) for version, nets in VERSIONS.items() for name, accuracies in nets.items()
+    )
+    return PaperTable("versions", "EfficientNet-B0 to B7 in other versions", "arXiv 1905.11946v1 and v5, table 2", rows)
 
 
 def scaled_up_table() -> PaperTable:
@@ -111,6 +121,7 @@ def transfer_table() -> PaperTable:
 
 TABLES: dict[str, Callable[[], PaperTable]] = {
     "family": family_table,
+    "versions": versions_table,
     "scaled-up": scaled_up_table,
     "b0-scaled": b0_scaled_table,
     "rivals": rivals_table,
