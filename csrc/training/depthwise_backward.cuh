@@ -34,7 +34,7 @@ template <class I> struct BackwardTraits : I {
   static constexpr int kVector = I::kAligned && I::kKernel == 3 && I::kStride == 1 ? 2 : 1, kLanes = 32 / kVector;
   static constexpr int kGroups = kWarps * kVector;
   static constexpr int kColumns = I::kStride == 2 ? 8 : 4;
-  static constexpr int kBlocks = I::kKernel == 3 && I::kStride == 2 ? 4 : 3;  // an SM
+  static constexpr int kBlocks = I::kKernel == 3 && I::kStride == 2 ? 4 : I::kAligned ? 3 : 2;  // an SM, without spills
   static constexpr int kBefore = (I::kKernel - 1) / I::kStride, kGColumns = kColumns / I::kStride + kBefore;
   static constexpr int kNumbers = 2 + I::kTaps;
   // A step of the ring is kStride rows of x and one each of y and of grad.
@@ -51,6 +51,7 @@ template <class I> struct BackwardTraits : I {
 template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) depthwise_backward_kernel(const BackwardLaunch p) {
   using T = typename Tr::T;
   constexpr int K = Tr::kKernel, S = Tr::kStride, C = Tr::kColumns, L = Tr::kLive, G = Tr::kGColumns, V = Tr::kVector;
+  constexpr unsigned kAll = (1u << C) - 1;
   constexpr int kFlushBodies = 4;  // sums leave registers then: no sum of floats is long
   EFFNET_DYNAMIC_SHARED(char, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / Tr::kLanes, in_tile = lane % Tr::kLanes * V;
@@ -170,7 +171,14 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             }
           }
         });
-        zero_outside(a, in);
+        if (in != kAll)
+#pragma unroll
+          for (int t = 0; t < C; ++t)
+            if (!(in >> t & 1)) {
+#pragma unroll
+              for (int e = 0; e < V; ++e) a[t][e] = slope[t][e] = late_zero();
+              now[t] = Channels<T, V>::of(a[t]);  // the ring has what it had there, which may be NaN
+            }
 #pragma unroll
         for (int u = 0; u < K; ++u) {
           if (!divides(S, i - u)) continue;
@@ -190,7 +198,6 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             }
           }
         }
-        zero_outside(z, in);
         float of_row[V] = {}, centred_of_row[V] = {};
 #pragma unroll
         for (int t = 0; t < C; ++t)
