@@ -15,9 +15,9 @@ _WARM_UP = 3  # passes: libraries choose their kernels, and Triton compiles its 
 class GraphedPass:
     """``run(x, y)``, which gives a loss and adds to the gradients of ``model``, captured as a CUDA graph and replayed.
 
-    It is captured anew where shapes or dtypes change, or what of the model is trained. Gradients must stay the tensors that they are:
-    ``optimizer.zero_grad(set_to_none=False)``. Blocks run on the fused kernels, whose launches cost a graph nothing. ``run`` may
-    not wait for the GPU; what it draws at random follows torch's generator, as without a graph.
+    It is captured anew where shapes or dtypes change, or what of the model is trained. Gradients must stay the tensors that they
+    are: ``optimizer.zero_grad(set_to_none=False)``. Blocks run on the fused kernels, whose launches cost a graph nothing. ``run``
+    may not wait for the GPU; what it draws at random follows torch's generator, as without a graph.
     """
 
     def __init__(self, run: Callable[[Tensor, Tensor], Tensor], model: nn.Module) -> None:

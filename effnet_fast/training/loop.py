@@ -76,9 +76,8 @@ class Trainer:
                     f"the batches' {name} is {getattr(batches, name)}; {getattr(recipe, name)}, as the recipe's, would do"
                 )
         if recipe.cuda_graph and (self.device.type != "cuda" or distributed.processes() > 1):
-            raise ValueError(
-                f"cuda_graph is True, on {self.device} in {distributed.processes()} processes; one process on a CUDA device, or False, would do"
-            )
+            where = f"on {self.device} in {distributed.processes()} processes"
+            raise ValueError(f"cuda_graph is True, {where}; one process on a CUDA device, or False, would do")
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as gradients come, so DDP copies none
         if self.device.type == "cuda":
