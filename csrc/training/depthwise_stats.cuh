@@ -25,7 +25,7 @@ template <class I> struct StatsTraits : I {
   static constexpr int kVector = I::kAligned ? 2 : 1, kLanes = 32 / kVector, kGroups = kWarps * kVector;
   static constexpr int kColumns = I::kStride == 1 ? (I::kKernel == 3 ? 8 : 4) : 4;
   static constexpr int kInColumns = (kColumns - 1) * I::kStride + I::kKernel;
-  static constexpr int kBlocks = I::kKernel == 3 ? 4 : 3;  // an SM
+  static constexpr int kBlocks = I::kKernel == 3 && sizeof(T) == 2 ? 4 : 3;  // an SM, without spills
   static constexpr int kSteps = I::kStride == 1 ? 4 : 3;   // of kStride rows each, in the ring
   static constexpr int kTapBytes = I::kTaps * kTile * int(sizeof(float));
   static constexpr int kStep = I::kStride * kInColumns * kVector * kTile, kRing = kSteps * kStep;  // elements
