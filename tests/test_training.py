@@ -167,6 +167,12 @@ CHANGES = {
     "all but the head of it frozen": lambda b: without_gradients(b, "conv_pw", "bn1", "conv_dw", "bn2", "se", "conv_pwl"),
     "the squeeze-excite frozen": lambda b: without_gradients(b, "se"),
     "a cumulative average": lambda b: [setattr(norm, "momentum", None) for norm in (b.bn1, b.bn2, b.bn3)],
+    "momenta that differ": lambda b: [
+        setattr(b.bn1, "momentum", 0.3),
+        setattr(b.bn2, "momentum", None),
+        setattr(b.bn3, "momentum", 1),
+    ],
+    "no count of batches": lambda b: [setattr(norm, "num_batches_tracked", None) for norm in (b.bn1, b.bn3)],
     "no running statistics": lambda b: setattr(b, "bn2", nn.BatchNorm2d(144, track_running_stats=False)),
     "not affine": lambda b: [setattr(b, name, nn.BatchNorm2d(size, affine=False)) for name, size in (("bn1", 144), ("bn3", 24))],
     "no squeeze-excite": lambda b: setattr(b, "se", nn.Identity()),

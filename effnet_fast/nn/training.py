@@ -10,7 +10,7 @@ reduces over ranks, and where a norm in evaluation mode (a frozen one) differs: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -238,18 +238,35 @@ def _tensors(part: ConvNormAct) -> list[Tensor | None]:
     return [weight_of(part.conv), *affine, *frozen]
 
 
-def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, values: Tensor | int) -> None:
-    """Bring a norm's running statistics up to date, as its own forward does: by a batch's, of so many ``values`` a channel."""
-    running_mean, running_var, batches = (tensor_of(norm, name) for name in ("running_mean", "running_var", "num_batches_tracked"))
-    if not (uses_batch(norm) and norm.training and norm.track_running_stats) or running_mean is None or running_var is None:
-        return
-    momentum: Any = norm.momentum
-    if batches is not None:
-        batches.add_(1)
-        if momentum is None:
-            momentum = 1 / batches.to(running_mean.dtype)
-    for running, now in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
-        running.lerp_(now.to(running.dtype), 0.0 if momentum is None else momentum)
+def _track(told: Iterable[tuple[nn.BatchNorm2d, Tensor, Tensor, Tensor | int]]) -> None:
+    """Bring norms' running statistics up to date, as their own forwards do, with few launches for all of them.
+
+    told  norms, each with the mean and variance (not corrected) of its batch, and how many values a channel these are of
+    """
+    counters, alike = [], []
+    for norm, mean, var, values in told:
+        running_mean, running_var, batches = (
+            tensor_of(norm, name) for name in ("running_mean", "running_var", "num_batches_tracked")
+        )
+        if not (uses_batch(norm) and norm.training and norm.track_running_stats) or running_mean is None or running_var is None:
+            continue
+        momentum: Any = 0.0 if norm.momentum is None else norm.momentum
+        if batches is not None:
+            counters.append(batches)
+            if norm.momentum is None:
+                momentum = 1 / (batches + 1).to(running_mean.dtype)
+        factor = values / (values - 1)
+        if isinstance(momentum, Tensor) or isinstance(factor, Tensor):
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * factor).to(running_var.dtype), momentum)
+        else:
+            alike.append((running_mean, running_var, mean, var, factor, momentum))
+    if counters:
+        torch._foreach_add_(counters, 1)
+    if alike:
+        running_means, running_vars, means, variances, factors, momenta = map(list, zip(*alike, strict=True))
+        running, now = running_means + running_vars, [*means, *torch._foreach_mul(variances, factors)]
+        torch._foreach_lerp_(running, [new.to(old.dtype) for old, new in zip(running, now, strict=True)], momenta + momenta)
 
 
 _apply = without_autocast(_Block.apply)
@@ -277,9 +294,12 @@ def train_block(parts: BlockParts, x: Tensor) -> Tensor:
     out, *statistics = _apply(x.contiguous(memory_format=torch.channels_last), keep, plan, *tensors)
     told = iter(statistics)
     with torch.no_grad():
-        for part, layer, count in zip(convs, layers, counts, strict=True):
-            mean, var = next(told), next(told)
-            _track(part.norm, mean, var, count if layer.group is None else next(told))
+        _track(
+            [
+                (part.norm, next(told), next(told), count if layer.group is None else next(told))
+                for part, layer, count in zip(convs, layers, counts, strict=True)
+            ]
+        )
     return out
 
 
