@@ -3,7 +3,7 @@
 Eager PyTorch keeps the input of every operator: of an expanded tensor the convolution's result, the norm's and the activation's.
 Here each is made again from the convolution's result by whoever reads it (:mod:`effnet_fast.ops.training`). Kept are the block's
 input, one raw result for each convolution, and vectors. ``_Block`` is the one autograd function: it walks the block's convolutions
-forward, then backward, and does between them what is of size C: a batch norm's statistics become mean, scale and bias; the sums
+forward, then backward, and between them has what is of size C made: a batch norm's statistics become mean, scale and bias; the sums
 over gradients become its gradients and the coefficients of the next convolution backward. That place is also where SyncBatchNorm
 reduces over ranks, and where a norm in evaluation mode (a frozen one) differs: its statistics are constants.
 """
@@ -103,10 +103,9 @@ class _Block(torch.autograd.Function):
                 batch_mean, batch_var, values = _over_ranks(batch_mean, batch_var, _values(y), layer.group)
             if not layer.frozen:
                 mean, var = batch_mean, batch_var
-            inverse = torch.rsqrt(var.to(batch_var.dtype) + layer.eps)  # type: ignore[union-attr]
-            scale = inverse if norm_weight is None else norm_weight.to(inverse.dtype) * inverse
-            bias = torch.zeros_like(inverse) if norm_bias is None else norm_bias.to(inverse.dtype)
-            norm, activation, read = torch.stack([mean.to(inverse.dtype), scale, bias]), layer.activation, y  # type: ignore[union-attr]
+            mean, var = mean.to(batch_mean.dtype), var.to(batch_var.dtype)  # type: ignore[union-attr]
+            norm, inverse = ops.norm_vectors(mean, var, norm_weight, norm_bias, layer.eps)
+            activation, read = layer.activation, y
             statistics += [batch_mean, batch_var] if values is None else [batch_mean, batch_var, values]
             if plan.keeps:
                 kept += [weight, y, norm, inverse, values]
@@ -141,8 +140,9 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
     sums = ops.norm_act_sums(grad, kept[-1].y, kept[-1].norm, activation, keep)
     for number in reversed(range(len(layers))):
         layer, at, (weight, y, norm, inverse, values) = layers[number], number * _PER_LAYER, kept[number]
+        coefficients, of_norm_weight = _coefficients(layer, sums, norm, inverse, _values(y) if values is None else values)
         if wanted[at + 1]:
-            gradients[at + 1] = sums[1] * inverse
+            gradients[at + 1] = of_norm_weight
         if wanted[at + 2]:
             gradients[at + 2] = sums[0]
         squeeze_activation = plan.squeeze_activation if number == len(layers) - 1 else None
@@ -156,7 +156,7 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
             grad,
             y,
             norm,
-            _coefficients(layer, sums, norm[1], inverse, _values(y) if values is None else values),
+            coefficients,
             x if before is None else before.y,
             weight,
             None if before is None else before.norm,
@@ -190,19 +190,13 @@ def _values(y: Tensor) -> int:
     return y.numel() // y.shape[1]
 
 
-def _coefficients(layer: _Layer, sums: Tensor, scale: Tensor, inverse: Tensor, values: Tensor | int) -> Tensor:
-    """Of the backward of a layer's norm, as :func:`effnet_fast.ops.training.conv_backward` takes them, [3, K].
-
-    sums  [2, K], of the gradient G of what the norm gives and of G * (y - mean)
-    """
-    if layer.frozen:
-        zeros = torch.zeros_like(scale)
-        return torch.stack([scale, zeros, zeros])
-    if layer.group is not None:
-        sums = sums.clone()
-        dist.all_reduce(sums, group=layer.group)
-    of_mean, of_deviation = sums * (scale / -values)
-    return torch.stack([scale, of_deviation * inverse.square(), of_mean])
+def _coefficients(layer: _Layer, sums: Tensor, norm: Tensor, inverse: Tensor, values: Any) -> tuple[Tensor, Tensor]:
+    """:func:`effnet_fast.ops.training.norm_coefficients`, of all ranks' sums; the gradient of the weight is this rank's alone."""
+    if layer.group is None:
+        return ops.norm_coefficients(sums, norm, inverse, None if layer.frozen else values)
+    means = sums / values
+    dist.all_reduce(means, group=layer.group)
+    return ops.norm_coefficients(means, norm, inverse, 1)[0], sums[1] * inverse
 
 
 def _like(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int]) -> Tensor:
