@@ -238,6 +238,26 @@ def test_an_input_without_gradient(backend):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3 * largest(q.grad), msg=name)
 
 
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@TRAINED
+def test_a_result_without_gradient():
+    """As plain PyTorch: there are no gradients, rather than zeros."""
+    block, x = block_of(MBConv, PLAIN_MBCONV[2]), torch.randn(2, 32, 8, 8, requires_grad=True)
+    assert is_fused(block, x)
+    for run in (block, block.forward_children):
+        WithoutGradient.apply(run(x)).sum().backward()
+        assert x.grad is None and all(p.grad is None for p in block.parameters())
+
+
 @TRAINED
 def test_training_without_gradients_moves_the_statistics():
     block, x = block_of(MBConv, PLAIN_MBCONV[1]), torch.randn(4, 24, 8, 8)

@@ -115,11 +115,14 @@ class _Block(torch.autograd.Function):
         ctx.request = backends.requested()
         ctx.plan, ctx.like = plan, [None if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
         ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)  # a launch for each of the statistics
         return out, *statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *of_statistics: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *of_statistics: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         grad = grad.contiguous(memory_format=torch.channels_last)
         if torch.compiler.is_compiling():  # in the forward's thread; and torch 2.11's compiler lets nothing be set here
             return _backward(grad, ctx)
@@ -177,9 +180,12 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
             break
         activation, y_gate, y_pool = "identity", None, None
         if squeeze_activation is not None and before is not None:
-            of_pooled, *of_weights = squeeze_excite_backward(sums[:, 0], gate, hidden, pooled, squeeze_activation, reduce, expand)
+            pixels = before.y.shape[2] * before.y.shape[3]
+            activation, y_gate = layers[number - 1].activation, gate
+            y_pool, *of_weights = squeeze_excite_backward(
+                sums[:, 0], gate, hidden, pooled, squeeze_activation, reduce, expand, pixels
+            )
             gradients[-4:] = [g if want else None for g, want in zip(of_weights, wanted[-4:], strict=True)]
-            activation, y_gate, y_pool = layers[number - 1].activation, gate, of_pooled / (before.y.shape[2] * before.y.shape[3])
             sums = torch.addcmul(y_pool[:, None] * sums[:, 2::2], y_gate[:, None], sums[:, 1::2]).sum(0)
     made = [None if g is None else _like(g, *like) for g, like in zip(gradients, ctx.like, strict=True)]
     return grad if ctx.needs_input_grad[0] else None, None, None, *made
