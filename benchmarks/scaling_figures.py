@@ -279,5 +279,6 @@ def _save(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
+        axes.tick_params(labelsize=8)
     with whole(path) as aside:
         figure.savefig(aside, dpi=120, format="png")
