@@ -15,6 +15,7 @@ from effnet_fast.benchmark.latency import Latency
 from effnet_fast.scaling import B0, CompoundScaling, Cost, compound_growth, multiplier_growth, search, thresholds
 from effnet_fast.scaling.published import B0_SCALED, FAMILY, SCALED_UP
 from effnet_fast.scaling.rules import convention
+from effnet_fast.training.laboratory import EXPERIMENTS
 
 STORED = scaling.RESULTS
 FIGURES = ("growth", "phi", "accuracy", "methods", "dimensions", "saving")
@@ -156,3 +157,35 @@ def test_savings_are_the_closed_forms() -> None:
             assert separable(channels, k) == pytest.approx(1 - 1 / channels - 1 / k**2)
             assert inverted(channels, k) == pytest.approx(1 - (2 + k**2 / channels) / (1 + k**2))
             assert against_one(channels, k) == pytest.approx(1 - 12 / k**2 - 6 / channels)
+
+
+def test_stored_results_are_told(page: str) -> None:
+    grid = json.loads((STORED / "grid-digits.json").read_text())
+    best = grid["best"]
+    assert rows_of(page, "The grid search, really run")[2][:3] == [f"{best[name]:g}" for name in ("alpha", "beta", "gamma")]
+    for name, experiment in EXPERIMENTS.items():
+        result = json.loads((STORED / "lab" / f"{name}.json").read_text())
+        assert result["machine"]["commit"] and not result["machine"]["commit"].endswith("-dirty") and result["rows"]
+        rows = rows_of(page, f"The laboratory: {experiment.title}")
+        told = {(row[0], row[4]) for row in rows}
+        for row in result["rows"]:
+            assert (row["label"], "no finite loss" if row["top1"] is None else f"{row['top1']:.2f}") in told
+        assert {(value["net"], value["source"]) for value in result["published"]} <= told
+
+
+def test_the_committed_page_is_current() -> None:
+    """What the command would write of the committed times; `python -m benchmarks.scaling --kept` writes it."""
+    measured = json.loads((STORED / "scaling.json").read_text())
+    assert (STORED / "scaling.md").read_text() == scaling.text(measured, STORED)
+    assert [row["net"] for row in measured["latencies"]] == [net.name for net in scaling.NETS] and measured["search"]
+    for name in FIGURES:
+        assert (STORED / f"scaling-{name}.png").exists()
+
+
+def test_the_readme_s_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its options exist; what they do, the quick form shows above."""
+    lines = re.findall(r"^python -m benchmarks\.scaling.*", (STORED.parents[1] / "README.md").read_text(), flags=re.M)
+    with pytest.raises(SystemExit):
+        scaling.main(["--help"])
+    told = capsys.readouterr().out
+    assert lines and all(option in told for line in lines for option in re.findall(r"--[a-z]+", line))
