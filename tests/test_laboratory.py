@@ -43,6 +43,7 @@ def test_every_experiment_gives_a_figure_and_its_numbers(
     result = json.loads(Path("here", f"{name}.json").read_text())
     assert result["data"] == "scikit-learn's digits (64 images, 64 held out)" and result["data"] in told and result["seed"] == 3
     assert [row["label"] for row in result["rows"]] == LABELS[name]
+    assert result["machine"]["date"] and result["machine"]["versions"]["torch"]
     for row in result["rows"]:
         assert f"{row['parameters']:,}" in told and (row["top1"] is None or f"{row['top1']:.2f} %" in told)
         if row["top1"] is not None:

@@ -6,7 +6,6 @@ An experiment is a handful of runs of :func:`effnet_fast.training.train`, one fi
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from effnet_fast.benchmark.machine import facts
 from effnet_fast.models import build
 from effnet_fast.scaling import RESNET18, RESNET18_CIFAR, RESNET34, RESNET50, RESNET101, BaseNet, CompoundScaling, Cost, NetConfig
 from effnet_fast.training.loop import Diverged
@@ -170,8 +170,8 @@ def perform(
         **settings,
         "title": experiment.title,
         "seed": recipe.seed,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {device}, {torch.get_num_threads()} threads",
+        "device": str(device),
+        "machine": facts(),
         "published": [value._asdict() for value in experiment.published],
         "rows": _finished(path, settings),
     }
