@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.ops.training.triton import MOST_REGISTERS, add_rows, choose_config, pieces_of, sum_of_rows
+from effnet_fast.ops.training.triton import MOST_REGISTERS, add_rows, choose_config, pieces_of, sum_of_rows, wide
 from effnet_fast.ops.triton_common import alignment, cdiv, channels_last, processors, run, stored
 
 
@@ -51,7 +51,7 @@ def _of_pieces(
         mask = c_inside[None, :]
         if not EVEN:
             mask = inside & mask
-        off = tl.load(x_piece + (row * channels + at), mask=mask, other=0.0).to(tl.float32) - near[None, :]
+        off = wide(tl.load(x_piece + (row * channels + at), mask=mask, other=0.0)) - near[None, :]
         if not EVEN:
             off = tl.where(inside, off, 0.0)
         total = add_rows(total, off)
