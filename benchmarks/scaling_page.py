@@ -441,7 +441,7 @@ def _grid(result: Results, place: Path) -> str:
 
 
 def _lab(result: Results, place: Path) -> str:
-    name, recipe, machine = result["experiment"], result["recipe"], result["machine"]
+    name, recipe, machine = result["experiment"], result["recipe"], result["rows"][-1]["machine"]
     rows = [
         [row["label"], str(row["resolution"]), f"{row['parameters']:,}", si(row["macs"]), _right(row), f"{row['seconds']:.0f}"]
         for row in result["rows"]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import math
+import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tqdm
 from PIL import Image
 
 from effnet_fast.benchmark.latency import Latency
@@ -121,6 +126,21 @@ def test_any_base_and_any_callables() -> None:
         (lambda: search(milliseconds=5), "go together"),
         (lambda: search(macs=1e9, ladder=()), "ladder is"),
         (lambda: search(macs=1e9, ladder=(0, 1)), "ladder is"),
+        (lambda: search(macs=1e9, ladder=2.0), "ladder is 2.0; one or more multipliers above 0 and up to 100 would do"),
+        (lambda: search(macs=1e9, ladder="12"), "ladder is '12'"),
+        (lambda: search(macs=1e9, ladder=(1, None)), r"ladder is \(1, None\)"),
+        (lambda: search(macs=1e9, ladder=(1, 101)), r"ladder is \(1, 101\)"),
+        (lambda: search(macs=1e9, dtype="int8"), "search: dtype is 'int8'; one of fp32, bf16, fp16 would do"),
+        (lambda: search(macs=1e9, dtype=None), "search: dtype is None"),
+        (lambda: search(macs=1e9, batch=0), "search: batch is 0; a whole number >= 1 would do"),
+        (lambda: search(macs=1e9, batch=1.5), "search: batch is 1.5"),
+        (lambda: Latency(dtype="int8"), "Latency: dtype is 'int8'; one of fp32, bf16, fp16 would do"),
+        (lambda: Latency(batch=0), "Latency: batch is 0; a whole number of images >= 1 would do"),
+        (lambda: Latency(device="tpu"), "Latency: device is 'tpu'; 'cpu' or 'cuda' would do"),
+        (lambda: Latency(seconds=0), "Latency: seconds is 0; a number > 0 would do"),
+        (lambda: digits_trial(1, ()), r"Trial: seeds is \(\); a tuple of one or more whole numbers >= 0, each once, would do"),
+        (lambda: digits_trial(1, (1, 1)), r"Trial: seeds is \(1, 1\)"),
+        (lambda: digits_trial(1, (0.5,)), r"Trial: seeds is \(0.5,\)"),
         (lambda: search(LITE0, macs=1e9, over="free"), "the published points are of efficientnet_b0"),
         (lambda: search(macs=1e8), "already needs 385,814,752 MACs, 285,814,752 more"),
         (lambda: search(macs=1e8, parameters=5e6), "MACs, 285,814,752 more and parameters is 5,000,000; .* 288,548 more"),
@@ -147,6 +167,40 @@ def test_bad_input_names_what_is_wrong_and_by_how_much(call, message: str) -> No
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("over", ["phi", "free"])
+def test_what_an_infeasible_budget_is_advised_can_be_done(over: str) -> None:
+    budget, slow = {"macs": 1e8, "parameters": 5e6}, Cost.of(B0.scaled()).macs / 1e8
+    with pytest.raises(ValueError) as error:
+        search(over=over, **budget)
+    base = Cost.of(B0.scaled())
+    told = str(error.value)
+    assert f"needs {base.macs:,} MACs" in told and f"needs {base.parameters:,} parameters" in told and "multipliers" not in told
+    assert told.endswith("that or more, or a smaller base, would do" if over == "phi" else "that or more would do")
+    assert search(over=over, macs=base.macs, parameters=base.parameters)[0].config.resolution == 224
+    assert search(MOBILENET_V2, macs=3.1e8, parameters=5e6)
+    with pytest.raises(ValueError, match=f"milliseconds is 2; .* needs {slow:.4g} ms, {slow - 2:.4g} more; .* that or more"):
+        search(over=over, milliseconds=2, latency=lambda net: Cost.of(net.config).macs / 1e8)
+
+
+def test_a_free_search_times_only_what_may_be_among_the_best() -> None:
+    """The same nets as if all were timed, each within the counts alone, and once."""
+
+    def taken(net: ScaledNet) -> float:
+        return Cost.of(net.config).macs / 1e8
+
+    timed: list[ScaledNet] = []
+
+    def latency(net: ScaledNet) -> float:
+        timed.append(net)
+        return taken(net)
+
+    found = search(over="free", milliseconds=30, parameters=2e7, latency=latency)
+    assert [one.net for one in found] == [one.net for one in search(over="free", macs=3e9, parameters=2e7)]
+    assert {one.binding for one in found} <= {"milliseconds", "parameters"}
+    assert len({replace(net.config, name="") for net in timed}) == len(timed) < 150  # of every depth and width, 262
+    assert all(Cost.of(net.config).parameters <= 2e7 for net in timed)
+
+
 def score(net: ScaledNet) -> float:
     """Best where the three grow alike."""
     return -abs(net.depth - 1.2) - abs(net.width - 1.2) - abs(net.resolution - 1.1)
@@ -164,21 +218,78 @@ def test_the_grid(tmp_path: Path) -> None:
     assert len(set(laws)) == len(laws) == 22 and CompoundScaling(1.2, 1.1, 1.2) in laws
     file = tmp_path / "grid.json"
     # An error leaves what was judged, and the search goes on from there, whatever the number of processes.
-    with pytest.raises(ValueError, match="too wide: 1.3"):
+    named = r"accuracy failed at alpha 1, beta 1.3, gamma 1.1: ValueError: too wide: 1.3"
+    with pytest.raises(ValueError, match=named):
         grid_search(fails_when_wide, processes=1, file=file)
-    before = json.loads(file.read_text())["points"]
-    assert 0 < len(before) < len(laws)
+    stopped = json.loads(file.read_text())
+    before = stopped["points"]
+    assert 0 < len(before) < len(laws) and stopped["seconds"] > sum(point["seconds"] for point in before)
+    file.write_text(json.dumps(stopped | {"seconds": 1000.0}))  # to which the rest is added
     again, alone = grid_search(score, processes=2, file=file), [score(law.at(1)) for law in laws]
     assert [point.accuracy for point in again.points] == alone
     assert again.best == CompoundScaling(1.2, 1.2, 1.1)
     assert {point["seconds"] for point in before} <= {point.seconds for point in again.points}
+    assert 1000 < json.loads(file.read_text())["seconds"] < 1600
     assert again.best.at(2).width == pytest.approx(1.44)
     assert [path.name for path in tmp_path.iterdir()] == ["grid.json"]
     with pytest.raises(ValueError, match=r"of another search \(step 0.1, not 0.2\)"):
         grid_search(score, step=0.2, file=file)
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="no file of a grid search"):
-        grid_search(score, file=file)
+
+
+def fails_first(folder: Path, net: ScaledNet) -> float:
+    """The first law fails once another one is begun, which goes on after that."""
+    first = net.depth == net.width == 1
+    (folder / ("failing" if first else "begun")).touch()
+    while not first and not (folder / "failing").exists() or first and not (folder / "begun").exists():
+        time.sleep(0.01)
+    if first:
+        raise RuntimeError("no memory")
+    time.sleep(0.5)
+    return score(net)
+
+
+def test_what_is_being_judged_when_a_point_fails_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "grid.json"
+    with pytest.raises(ValueError, match="failed at alpha 1, beta 1, gamma 1.4: RuntimeError: no memory"):
+        grid_search(partial(fails_first, tmp_path), processes=2, file=file)
+    points = json.loads(file.read_text())["points"]
+    assert 0 < len(points) < 5 and all(point["accuracy"] < 0 for point in points)  # and hardly another was begun
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The file of a grid of one point."""
+    file = tmp_path_factory.mktemp("searched") / "grid.json"
+    grid_search(score, step=1.0, file=file)
+    return file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda whole: [], r"all of it is \[\]; an object with search, points and seconds"),
+        (lambda whole: {}, "search is None; an object of settings"),
+        (lambda whole: whole | {"search": []}, r"search is \[\]; an object of settings"),
+        (lambda whole: whole | {"points": 3}, "points is 3; a list"),
+        (lambda whole: whole | {"seconds": "5"}, "seconds is '5'; a number"),
+        (lambda whole: whole | {"points": [7]}, "point 0 is 7; an object with alpha, beta, gamma, accuracy, seconds, macs, param"),
+        (lambda whole: whole | {"points": [{"alpha": 1.0}]}, "point 0 is {'alpha': 1.0}; an object with alpha"),
+        (lambda whole: whole | {"points": [whole["points"][0] | {"accuracy": None}]}, "accuracy of point 0 is None; a number"),
+        (lambda whole: whole | {"points": [whole["points"][0] | {"macs": 1.5}]}, "macs of point 0 is 1.5; a number"),
+        (
+            lambda whole: whole | {"points": [whole["points"][0] | {"alpha": 9.0}]},
+            r"a point is \(9.0, .*; alpha, beta and gamma of the",
+        ),
+    ],
+)
+def test_a_damaged_file_is_told_as_such(tmp_path: Path, searched: str, damage, told: str) -> None:
+    file = tmp_path / "grid.json"
+    file.write_text(json.dumps(damage(json.loads(searched))))
+    with pytest.raises(ValueError, match=rf"{file} is no file of a grid search: {told}.* or another file, would do"):
+        grid_search(score, step=1.0, file=file)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=rf"{file} is no file of a grid search: no JSON \(Expecting .*; another file would do"):
+        grid_search(score, step=1.0, file=file)
 
 
 def test_a_trial_follows_from_the_net() -> None:
@@ -198,6 +309,14 @@ def test_the_grid_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert [point["accuracy"] for point in result["points"]] and result["scaled"]["seeds"] == [1000]
     written = out.read_bytes()
     assert main(["grid", *arguments]) == 0 and capsys.readouterr().out == told and out.read_bytes() == written
+    # Resumed, the seconds are those of all its runs.
+    out.write_text(json.dumps({name: result[name] for name in ("search", "points")} | {"seconds": 1000.0}))
+    assert main(["grid", *arguments]) == 0 and 1000 < json.loads(out.read_text())["seconds"] < 1600
+    capsys.readouterr()
+    for scaled in ([], {"nets": 5}, {"nets": result["scaled"]["nets"], "seeds": 3}, {"nets": [], "seeds": [1000]}):
+        out.write_text(json.dumps(result | {"scaled": scaled}))
+        assert main(["grid", *arguments]) == 2
+        assert f"{out} is damaged: scaled is {scaled!r:.80}" in capsys.readouterr().err
     with Image.open(plot) as picture:
         assert picture.size[0] > 1000
 
@@ -206,9 +325,7 @@ def test_the_stored_grid_search_is_one_of_under_ten_minutes() -> None:
     result = json.loads(RESULT.read_text())
     assert len(result["points"]) == len(grid_laws(GRID_BASE))
     assert result["search"]["base"] == json.loads(json.dumps(asdict(GRID_BASE)))  # else its own command refuses it
-    assert (
-        result["resumed_from"] == 0 and result["seconds"] < 600 and result["search"]["seeds"] == [0, 1] and result["machine"]["cpu"]
-    )
+    assert result["seconds"] < 600 and result["search"]["seeds"] == [0, 1] and result["machine"]["cpu"]
     best = max(result["points"], key=lambda point: (point["accuracy"], -point["macs"]))
     assert result["best"] == {name: best[name] for name in ("alpha", "beta", "gamma")}
     assert [row["label"] for row in result["scaled"]["nets"]] == ["phi=0", "phi=1", "phi=2", "d=4", "w=2", "r=2"]
@@ -230,6 +347,24 @@ def test_scale_answers_for_a_budget(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "efficientnet_lite0" in told and "2.03 (2)" in told and "1.44" in told
     assert main(["scale", "--ms", "0.001", "--batch", "1"]) == 2
     assert "milliseconds is 0.001; efficientnet_b0 already needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--free"]])
+def test_scale_tells_of_its_timing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    """On a terminal, which this takes stderr for."""
+    shown, timed = io.StringIO(), []
+
+    def latency(_: Latency, net: ScaledNet) -> float:
+        timed.append(net.config.name)
+        return Cost.of(net.config).macs / 1e8
+
+    monkeypatch.setattr(Latency, "__call__", latency)
+    monkeypatch.setattr("tqdm.tqdm", partial(tqdm.tqdm, file=shown))
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("tqdm.std.time", itertools.count(step=3).__next__)  # seconds, for a bar that waits for two
+    assert main(["scale", "--ms", "5", "--macs", "1G", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["binding"] == "milliseconds"
+    assert f"timed: {len(timed)}net" in shown.getvalue() and timed[-1] in shown.getvalue()
 
 
 def test_what_is_found_is_within_a_latency_that_does_not_rise() -> None:

@@ -12,6 +12,7 @@ from effnet_fast.benchmark.timing import EventTimer, HostTimer
 from effnet_fast.inference import optimize_for_inference
 from effnet_fast.models import build
 from effnet_fast.scaling import ScaledNet
+from effnet_fast.scaling.config import is_real, is_whole
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,24 @@ class Latency:
     dtype    "fp32", "bf16" or "fp16"
     device   "cpu", with torch's threads, or "cuda"
     seconds  of calls, at least three, after a first one
+
+    Raises ValueError for none of these.
     """
 
     batch: int = 1
     dtype: str = "fp32"
     device: str = "cpu"
     seconds: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, good, would_do in (
+            ("batch", is_whole(self.batch), "a whole number of images >= 1"),
+            ("dtype", isinstance(self.dtype, str) and self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+            ("device", self.device in ("cpu", "cuda"), "'cpu' or 'cuda'"),
+            ("seconds", is_real(self.seconds) and self.seconds > 0, "a number > 0"),
+        ):
+            if not good:
+                raise ValueError(f"Latency: {name} is {getattr(self, name)!r}; {would_do} would do")
 
     def __call__(self, net: ScaledNet) -> float:
         dtype = DTYPES[self.dtype]

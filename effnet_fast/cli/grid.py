@@ -24,6 +24,7 @@ from effnet_fast.cli.digits import GRID_BASE, digits_trial
 from effnet_fast.cli.options import CORES, check_output, count, positive
 from effnet_fast.cli.table import si, table
 from effnet_fast.scaling import CompoundScaling, Cost, Grid, ScaledNet, grid_search
+from effnet_fast.scaling.config import is_whole
 from effnet_fast.scaling.grid import write_json
 from effnet_fast.training import Trial
 from effnet_fast.training.pictures import HELD_OUT
@@ -48,7 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
         check_output("plot", arguments.plot, ".png")
         from effnet_fast.cli.scaling_plots import draw_grid
     trial = digits_trial(arguments.epochs, tuple(range(arguments.seeds)))
-    started, before = time.perf_counter(), _judged(arguments.out)
     grid = grid_search(
         trial,
         GRID_BASE,
@@ -58,9 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
         file=arguments.out,
         same={"data": "digits", "recipe": asdict(trial.recipe), "seeds": list(trial.seeds)},
     )
-    result = json.loads(arguments.out.read_text())
-    if "scaled" not in result:  # else the file is of a search that was finished
-        result |= _scaled_on(grid, trial, arguments.processes) | {"seconds": time.perf_counter() - started, "resumed_from": before}
+    result, nets = json.loads(arguments.out.read_text()), _scaled(grid.best)
+    if "scaled" in result:  # the file is of a search that was finished
+        _check_scaled(arguments.out, result, nets)
+    else:
+        started = time.perf_counter()
+        result |= _scaled_on(grid, nets, trial, arguments.processes)
+        result["seconds"] += time.perf_counter() - started
         write_json(arguments.out, result)
     print(_told(grid, result))
     if arguments.plot:
@@ -68,10 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _scaled_on(grid: Grid, trial: Trial, processes: int) -> dict[str, Any]:
+def _scaled_on(grid: Grid, nets: dict[str, ScaledNet], trial: Trial, processes: int) -> dict[str, Any]:
     """What the file has beside the search: the best law, scaled on and trained, and the machine."""
     seeds = tuple(_FRESH + seed for seed in trial.seeds)
-    nets = _scaled(grid.best)
     with ProcessPoolExecutor(min(processes, len(nets)), multiprocessing.get_context("spawn")) as pool:
         scores = list(pool.map(replace(trial, seeds=seeds), nets.values()))
     return {
@@ -83,12 +86,19 @@ def _scaled_on(grid: Grid, trial: Trial, processes: int) -> dict[str, Any]:
     }
 
 
-def _judged(out: Path) -> int:
-    """Nets that an earlier run has judged; what the file is worth, the search tells."""
+def _check_scaled(out: Path, result: dict[str, Any], nets: dict[str, ScaledNet]) -> None:
+    """Raise ValueError where the file has not what is told of the nets."""
+    scaled = result["scaled"]
     try:
-        return len(json.loads(out.read_text())["points"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        rows = [_row(*one, float(row["accuracy"])) for one, row in zip(nets.items(), scaled["nets"], strict=True)]
+        good = rows == scaled["nets"] and len(scaled["seeds"]) > 0 and is_whole(result["processes"])
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"{out} is damaged: scaled is {scaled!r:.80}, processes {result.get('processes')!r:.20}; "
+            "the file without scaled, which is then done again, or another file, would do"
+        )
 
 
 def _scaled(law: CompoundScaling) -> dict[str, ScaledNet]:
@@ -127,6 +137,6 @@ def _told(grid: Grid, result: dict[str, Any]) -> str:
             table(("alpha", "beta", "gamma", "product", "MACs of base", "parameters", "held out"), rows, "rrrrrrr"),
             f"\nalpha {best.alpha:g}, beta {best.beta:g}, gamma {best.gamma:g} scaled on, beside each dimension alone\n",
             table(("net", "MACs", "parameters", "held out"), scaled, "lrrr"),
-            f"\n{result['seconds']:.0f} s in {result['processes']} processes",
+            f"\n{result['seconds']:.0f} s in {result['processes']} processes, all runs of a resumed search together",
         )
     )

@@ -40,6 +40,7 @@ from effnet_fast.scaling.cost import ITEM_BYTES
 _COEFFICIENTS = ("alpha", "beta", "gamma")
 _MULTIPLIERS = ("depth", "width", "resolution")
 _TARGETS = ("target_macs", "target_parameters", "target_memory", "target_ms")
+_GROWTH = ("growth", "base", *_COEFFICIENTS, "json")
 _BASES = {base.name: base for base in vars(scaling).values() if isinstance(base, BaseNet)}
 
 
@@ -169,16 +170,27 @@ def _net(law: CompoundScaling, arguments: argparse.Namespace, targets: dict[str,
 
 
 def _search(law: CompoundScaling, arguments: argparse.Namespace, targets: dict[str, Any]) -> tuple[Found, ...]:
+    settings = {"over": "free" if arguments.free else "phi", "training": arguments.training}
+    settings |= {"dtype": arguments.dtype, "batch": arguments.batch}
     limits = {name.removeprefix("target_"): value for name, value in targets.items()}
-    if "ms" in limits:
-        import torch
+    if "ms" not in limits:
+        return search(law, **limits, **settings)
+    import torch
+    from tqdm import tqdm
 
-        from effnet_fast.benchmark.latency import Latency
+    from effnet_fast.benchmark.latency import Latency
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        limits |= {"milliseconds": limits.pop("ms"), "latency": Latency(arguments.batch, arguments.dtype, device)}
-    settings = {"training": arguments.training, "dtype": arguments.dtype, "batch": arguments.batch}
-    return search(law, over="free" if arguments.free else "phi", **limits, **settings)
+    measured = Latency(arguments.batch, arguments.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    # How many it takes is known once it is done.
+    with tqdm(desc="timed", unit="net", delay=2, disable=None, leave=False) as bar:
+
+        def latency(net: ScaledNet) -> float:
+            bar.set_postfix_str(net.config.name, refresh=False)
+            milliseconds = measured(net)
+            bar.update()
+            return milliseconds
+
+        return search(law, milliseconds=limits.pop("ms"), latency=latency, **limits, **settings)
 
 
 def _found_json(found: Found) -> dict[str, Any]:
@@ -238,9 +250,14 @@ def _found_table(found: tuple[Found, ...]) -> str:
 
 def _growth(arguments: argparse.Namespace) -> int:
     """Twice the depth, width and resolution, and the law's step, of every base or of one."""
-    if arguments.plot or _given(arguments, (*_TARGETS, "phi", *_MULTIPLIERS)):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [name for name, value in vars(arguments).items() if value != parser.get_default(name) and name not in _GROWTH]
+    if given:
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(
-            "--growth is of twice each dimension and of phi = 1; only --base, --alpha, --beta, --gamma, --json go with it"
+            f"{told} given, but --growth is of twice each dimension and of phi = 1; only --base, --alpha, --beta, --gamma, --json "
+            "go with it"
         )
     names = [arguments.base] if arguments.base else list(_BASES)
     laws = {name: CompoundScaling(**_given(arguments, _COEFFICIENTS), base=_BASES[name]) for name in names}

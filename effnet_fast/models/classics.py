@@ -34,6 +34,7 @@ class _Classic(Classifier):
         self._build(*layer_factories(config, norm_layer, act_layer))
         self._set_head(config.num_classes, global_pool)
         init_weights(self)
+        self.init_classifier()
 
     def _build(self, norm: NormLayer, act: ActLayer) -> None:
         raise NotImplementedError
@@ -56,6 +57,13 @@ class MobileNetV2(_InSequence):
         stem = ConvNormSequence(config.in_channels, config.stem_channels, config.stem_kernel, config.stem_stride, norm, act)
         head = ConvNormSequence(config.stages[-1].out_channels, config.head_channels, 1, 1, norm, act)
         self.features = nn.Sequential(stem, *(NestedMBConv(block, norm, act) for block in config.blocks()), head)
+
+    @torch.no_grad()
+    def init_classifier(self) -> None:
+        """As torchvision: N(0, 0.01^2), and no bias."""
+        if isinstance(linear := self.get_classifier(), nn.Linear):
+            nn.init.normal_(linear.weight, 0.0, 0.01)
+            nn.init.zeros_(linear.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         self._check(x)
@@ -84,6 +92,14 @@ class MnasNet(_InSequence):
             *(nn.Sequential(*stage) for stage in stages if stage),
             *ConvNormSequence(config.stages[-1].out_channels, config.head_channels, 1, 1, norm, act),
         )
+
+    @torch.no_grad()
+    def init_classifier(self) -> None:
+        """As torchvision: U(-1, 1) * sqrt(3 / out), and no bias."""
+        if isinstance(linear := self.get_classifier(), nn.Linear):
+            bound = (3 / linear.out_features) ** 0.5
+            nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(linear.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         config = self.config
@@ -120,6 +136,9 @@ class ResNet(_Classic):
             stages[block.stage].append(ResidualBlock(block, norm, act))
         for number, stage in enumerate(stages, start=1):
             self.add_module(f"layer{number}", nn.Sequential(*stage))
+
+    def init_classifier(self) -> None:
+        """As torchvision: what PyTorch made it with, weight and bias U(-1, 1) / sqrt(in)."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         self._check(x)

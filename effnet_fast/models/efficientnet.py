@@ -71,6 +71,7 @@ class EfficientNet(Trunk, Classifier):
             self.bn2, self.act2 = norm(config.head_channels), act()
         self._set_head(config.num_classes, global_pool)
         init_weights(self)
+        self.init_classifier()
 
     def _head_convolution(self, x: Tensor) -> Tensor:
         if not self.config.head_channels:

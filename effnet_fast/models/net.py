@@ -6,11 +6,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from effnet_fast.nn.blocks import ActLayer, NormLayer, init_weights, set_conv_padding, set_padding
+from effnet_fast.nn.blocks import ActLayer, NormLayer, set_conv_padding, set_padding
 from effnet_fast.nn.padding import check_padding
 from effnet_fast.nn.parts import has_hooks
 from effnet_fast.scaling.config import NetConfig
@@ -94,6 +95,14 @@ class Classifier(Net):
     def get_classifier(self) -> nn.Module:
         return self.get_submodule(names_of(self.config).classifier)
 
+    @torch.no_grad()
+    def init_classifier(self) -> None:
+        """Initialise the linear layer, where there is one, in place: as the paper's code, U(-1, 1) / sqrt(out), and no bias."""
+        if isinstance(linear := self.get_classifier(), nn.Linear):
+            bound = linear.out_features**-0.5
+            nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(linear.bias)
+
     def _set_head(self, num_classes: int, global_pool: str) -> None:
         if global_pool not in POOLS:
             who, pools = type(self).__name__, ", ".join(map(repr, POOLS))
@@ -108,9 +117,8 @@ class Classifier(Net):
         like = next(self.parameters())
         self._set_head(num_classes, self.global_pool if global_pool is None else global_pool)
         self.config = replace(self.config, num_classes=num_classes)
-        head = self.get_submodule(self.CLASSIFIER)
-        init_weights(head)
-        head.to(device=like.device, dtype=like.dtype).train(self.training)
+        self.init_classifier()
+        self.get_submodule(self.CLASSIFIER).to(device=like.device, dtype=like.dtype).train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, num_features, H', W'], ``config.reduction`` times smaller (rounded up): all before the pool."""

@@ -262,15 +262,15 @@ def set_conv_padding(conv: nn.Conv2d, padding: str) -> None:
 
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
-    """Initialise in place as the paper's code: convolutions N(0, 2 / fan_out), fan_out = k * k * out / groups; linear layers
-    U(-1, 1) / sqrt(out); norms one and zero."""
+    """Initialise in place as the paper's code: convolutions N(0, 2 / fan_out), fan_out = k * k * out / groups; norms one and zero.
+
+    Linear layers are left: they begin as their family has it (:meth:`effnet_fast.models.net.Classifier.init_classifier`)."""
     for child in module.modules():
+        if isinstance(child, nn.Linear):
+            continue
         if isinstance(child, nn.Conv2d):
             fan_out = child.kernel_size[0] * child.kernel_size[1] * child.out_channels // child.groups
             nn.init.normal_(child.weight, 0.0, (2.0 / fan_out) ** 0.5)
-        elif isinstance(child, nn.Linear):
-            bound = child.out_features**-0.5
-            nn.init.uniform_(child.weight, -bound, bound)
         elif isinstance(child, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)) and child.weight is not None:
             nn.init.ones_(child.weight)
         if isinstance(getattr(child, "bias", None), nn.Parameter):

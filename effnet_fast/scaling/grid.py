@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,11 +72,13 @@ def grid_search(
                net alone: then neither their number nor a resumption changes the result
     step       of each coefficient, from 1
     tolerance  by which alpha * beta^2 * gamma^2 may be off 2
-    file       JSON that is replaced whole after each point; where it is there, its points are not judged again
+    file       JSON that is replaced whole after each point; where it is there, its points are not judged again. Its ``seconds`` are
+               the search's own, until its last point, of all calls together
     same       what else a resumed search must have in common, as plain values by name: epochs, seeds, ...
 
     Progress is told on stderr where that is a terminal (tqdm). Raises ValueError for a bad argument, a grid without a point (with
-    the nearest product there is), and a file of another search. An error of ``accuracy`` is raised; the file has what was judged.
+    the nearest product there is), and a file that is damaged or of another search. Where ``accuracy`` raises an error, no other
+    point is begun, those that are being judged are finished, and a ValueError names the point; the file has what was judged.
     """
     from tqdm import tqdm
 
@@ -84,31 +88,54 @@ def grid_search(
     path = None if file is None else Path(file)
     asked = {"base": asdict(base), "step": step, "tolerance": tolerance, **(same or {})}
     asked = json.loads(json.dumps(asked))  # as the file will have it
-    known = {} if path is None else _load(path, asked)
+    known, seconds = ({}, 0.0) if path is None or not path.exists() else _load(path, asked, laws)
     todo = [law for law in laws if _key(law) not in known]
+    started = time.perf_counter()
+    with tqdm(total=len(laws), initial=len(known), unit="net", disable=None, leave=False) as bar:
+        for law, point in _judged(accuracy, todo, processes):
+            known[_key(law)] = point
+            if path is not None:
+                points = [asdict(known[_key(law)]) for law in laws if _key(law) in known]
+                write_json(path, {"search": asked, "points": points, "seconds": seconds + time.perf_counter() - started})
+            bar.update()
+    return Grid(base, tuple(known[_key(law)] for law in laws))
 
-    def so_far() -> tuple[GridPoint, ...]:
-        return tuple(known[_key(law)] for law in laws if _key(law) in known)
 
-    if todo:
-        try:
-            pickle.dumps(accuracy)  # which a pool, asked for more than it can queue, would wait for without end
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"grid_search: accuracy is {accuracy!r}; what pickle takes, as a module's function, would do"
-            ) from error
-        pool = ProcessPoolExecutor(min(processes, len(todo)), multiprocessing.get_context("spawn"))
-        try:
-            futures: dict[Future, CompoundScaling] = {pool.submit(_judge, accuracy, law): law for law in todo}
-            with tqdm(total=len(laws), initial=len(known), unit="net", disable=None, leave=False) as bar:
-                for future in as_completed(futures):
-                    known[_key(futures[future])] = future.result()
-                    if path is not None:
-                        write_json(path, {"search": asked, "points": [asdict(point) for point in so_far()]})
-                    bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return Grid(base, so_far())
+def _judged(
+    accuracy: Callable[[ScaledNet], float], laws: Sequence[CompoundScaling], processes: int
+) -> Iterator[tuple[CompoundScaling, GridPoint]]:
+    """Each law's point when it is there. The first error is raised after the points that were being judged by then."""
+    if not laws:
+        return
+    try:
+        pickle.dumps(accuracy)  # which a pool, asked for more than it can queue, would wait for without end
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(f"grid_search: accuracy is {accuracy!r}; what pickle takes, as a module's function, would do") from error
+    failed: tuple[CompoundScaling, BaseException] | None = None
+    futures: dict[Future[GridPoint], CompoundScaling] = {}
+    waiting = deque(laws)
+    pool = ProcessPoolExecutor(min(processes, len(laws)), multiprocessing.get_context("spawn"))
+    try:
+        while futures or (waiting and not failed):
+            while waiting and not failed and len(futures) < processes:  # what is queued in a pool cannot be taken back
+                law = waiting.popleft()
+                futures[pool.submit(_judge, accuracy, law)] = law
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                law, raised = futures.pop(future), future.exception()
+                if raised is None:
+                    yield law, future.result()
+                else:
+                    failed = failed or (law, raised)
+    finally:
+        pool.shutdown()
+    if failed is not None:
+        law, cause = failed
+        if isinstance(cause, BrokenProcessPool):  # of a process that died nobody knows what it was judging
+            raise cause
+        raise ValueError(
+            f"grid_search: accuracy failed at alpha {law.alpha:g}, beta {law.beta:g}, gamma {law.gamma:g}: "
+            f"{type(cause).__name__}: {cause}"
+        ) from cause
 
 
 def grid_laws(base: BaseNet = B0, step: float = 0.1, tolerance: float = 0.1) -> tuple[CompoundScaling, ...]:
@@ -150,7 +177,7 @@ def _judge(accuracy: Callable[[ScaledNet], float], law: CompoundScaling) -> Grid
     net, start = law.at(1), time.perf_counter()
     found = float(accuracy(net))
     if not is_real(found):
-        raise ValueError(f"grid_search: accuracy gave {found!r} for {law.alpha:g}, {law.beta:g}, {law.gamma:g}; a number would do")
+        raise ValueError(f"it is {found!r}; a finite number would do")
     cost = Cost.of(net.config)
     return GridPoint(*_key(law), found, time.perf_counter() - start, cost.macs, cost.parameters)
 
@@ -159,15 +186,36 @@ def _key(law: CompoundScaling) -> tuple[float, float, float]:
     return law.alpha, law.beta, law.gamma
 
 
-def _load(path: Path, asked: dict[str, Any]) -> dict[tuple[float, float, float], GridPoint]:
-    if not path.exists():
-        return {}
+def _load(
+    path: Path, asked: dict[str, Any], laws: Sequence[CompoundScaling]
+) -> tuple[dict[tuple[float, float, float], GridPoint], float]:
+    """The points that the file has, and the seconds that finding them took."""
+
+    def check(good: bool, what: str, value: object, would_do: str) -> None:
+        if not good:
+            raise ValueError(
+                f"grid_search: {path} is no file of a grid search: {what} is {value!r:.80}; {would_do}, or another file, would do"
+            )
+
     try:
         found = json.loads(path.read_text())
-        there, points = found["search"], [GridPoint(**point) for point in found["points"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"grid_search: {path} is no file of a grid search; another name would do") from error
+    except ValueError as error:
+        raise ValueError(f"grid_search: {path} is no file of a grid search: no JSON ({error}); another file would do") from error
+    check(isinstance(found, dict), "all of it", found, "an object with search, points and seconds")
+    there, rows, seconds = (found.get(name) for name in ("search", "points", "seconds"))
+    check(isinstance(there, dict), "search", there, "an object of settings")
+    check(isinstance(rows, list), "points", rows, "a list")
+    check(is_real(seconds), "seconds", seconds, "a number")
     if differing := [name for name in {**asked, **there} if asked.get(name) != there.get(name)]:
         told = ", ".join(f"{name} {there.get(name)!r}, not {asked.get(name)!r}" for name in differing if name != "base")
         raise ValueError(f"grid_search: {path} is of another search ({told or 'base'}); its settings, or another file, would do")
-    return {(point.alpha, point.beta, point.gamma): point for point in points}
+    names = GridPoint.__annotations__
+    for number, row in enumerate(rows):
+        check(isinstance(row, dict) and row.keys() == names.keys(), f"point {number}", row, f"an object with {', '.join(names)}")
+        for name, value in row.items():
+            good = is_whole(value) if name in ("macs", "parameters") else is_real(value)
+            check(good, f"{name} of point {number}", value, "a number")
+    points = {(point.alpha, point.beta, point.gamma): point for point in (GridPoint(**row) for row in rows)}
+    for key in points.keys() - set(map(_key, laws)):
+        check(False, "a point", key, "alpha, beta and gamma of the grid")
+    return points, seconds

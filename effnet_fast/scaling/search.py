@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from effnet_fast.scaling.coefficients import PUBLISHED
 from effnet_fast.scaling.config import B0, BaseNet, NetConfig, is_real, is_whole
-from effnet_fast.scaling.cost import Cost
+from effnet_fast.scaling.cost import ITEM_BYTES, Cost
 from effnet_fast.scaling.fit import published_fit
-from effnet_fast.scaling.law import PHI_TOLERANCE, CompoundScaling, ScaledNet
+from effnet_fast.scaling.law import MAX_MULTIPLIER, PHI_TOLERANCE, CompoundScaling, ScaledNet
 
 LADDER = tuple(2 ** (step / 8) for step in range(17))
 LATENCY_TOLERANCE = 1 / 64  # of phi: a measured time does not tell nearer nets apart
@@ -77,7 +78,8 @@ def search(
     law           whose points are taken, or whose base is scaled freely
     macs, parameters, memory   per image, a count, and bytes (of inference, or ``training``, at ``dtype`` and ``batch``: see
                   :class:`effnet_fast.scaling.Cost`); "b2" is what that published net takes
-    milliseconds  that ``latency(net)`` may give, which is asked only of nets within the other limits, once each
+    milliseconds  that ``latency(net)`` may give, which is asked only of nets within the other limits, once each; over "free" not of
+                  those whose accuracy with the largest images that may fit is below that of ``keep`` nets found
     accuracy      of a net, larger is better. By default :func:`effnet_fast.scaling.published_fit` where the base is B0; for other
                   bases and over "phi" the larger net is taken for the better
     over          "phi": the largest that fits, and the whole ones below it. "free": of every depth and width of the ``ladder`` of
@@ -102,9 +104,12 @@ def search(
         raise ValueError("search: milliseconds and latency, which measures them, go together; both or neither would do")
     if not is_whole(keep):
         raise ValueError(f"search: keep is {keep!r}; a whole number >= 1 would do")
-    rungs = sorted(set(ladder))
-    if not rungs or not all(map(is_real, rungs)) or rungs[0] <= 0:
-        raise ValueError(f"search: ladder is {ladder!r}; one or more multipliers > 0 would do")
+    if not isinstance(ladder, Sequence) or not ladder or not all(is_real(rung) and 0 < rung <= MAX_MULTIPLIER for rung in ladder):
+        raise ValueError(f"search: ladder is {ladder!r}; one or more multipliers above 0 and up to {MAX_MULTIPLIER:g} would do")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ValueError(f"search: dtype is {dtype!r}; one of {', '.join(ITEM_BYTES)} would do")
+    if not is_whole(batch):
+        raise ValueError(f"search: batch is {batch!r}; a whole number >= 1 would do")
 
     def memory_of(cost: Cost) -> int:
         taken = cost.training_memory(dtype, batch) if training else cost.inference_memory(dtype, batch)
@@ -125,19 +130,29 @@ def search(
     if not most:
         raise ValueError("search: nothing limits it; macs, parameters, memory or milliseconds would do")
     budget = _Budget(most, {name: counts[name] for name in counts if name in most}, latency)
-    found = [
-        Found(
-            net,
-            Cost.of(net.config),
-            None if accuracy is None else _told("accuracy", accuracy(net), net),
-            budget.limits(net),
-            binding,
-        )
-        for net, binding in (_over_phi(law, budget) if over == "phi" else _free(law, budget, rungs))
-    ]
-    if accuracy is not None:
-        found.sort(key=lambda one: (-(one.accuracy or 0.0), one.cost.macs))
-    return tuple(found[:keep])
+    scores: dict[ScaledNet, float] = {}
+
+    def score(net: ScaledNet) -> float:
+        if accuracy is None:
+            return 0.0
+        if net not in scores:
+            scores[net] = _told("accuracy", accuracy(net), net)
+        return scores[net]
+
+    kept: list[tuple[ScaledNet, list[ScaledNet]]] = []
+
+    def promising(net: ScaledNet) -> bool:
+        return len(kept) < keep or score(net) >= score(kept[-1][0])
+
+    for one in _over_phi(law, budget) if over == "phi" else _free(law, budget, sorted(set(ladder)), promising):
+        kept.append(one)
+        if accuracy is not None:
+            kept.sort(key=lambda one: (-score(one[0]), Cost.of(one[0].config).macs))
+        del kept[keep:]
+    return tuple(
+        Found(net, Cost.of(net.config), None if accuracy is None else score(net), budget.limits(net), budget.binding(larger))
+        for net, larger in kept
+    )
 
 
 def _told(name: str, value: float, net: ScaledNet) -> float:
@@ -166,37 +181,48 @@ class _Budget:
             self.timed[key] = _told("latency", self.latency(net), net)
         return (*self.counted(net), Limit("milliseconds", self.most["milliseconds"], self.timed[key]))
 
+    def exceeded_counts(self, net: ScaledNet) -> list[Limit]:
+        return [limit for limit in self.counted(net) if limit.slack < 0]
+
     def exceeded(self, net: ScaledNet) -> list[Limit]:
         """The limits that ``net`` exceeds, that by most first; it is timed only where it exceeds no other."""
-        beyond = [limit for limit in self.counted(net) if limit.slack < 0]
-        beyond = beyond or [limit for limit in self.limits(net) if limit.slack < 0]
+        beyond = self.exceeded_counts(net) or [limit for limit in self.limits(net) if limit.slack < 0]
         return sorted(beyond, key=lambda limit: limit.most / limit.used)
 
-    def binding(self, larger: ScaledNet) -> str | None:
-        beyond = self.exceeded(larger)
-        return beyond[0].name if beyond else None
+    def binding(self, larger: list[ScaledNet]) -> str | None:
+        """What the first of ``larger`` that does not fit exceeds most."""
+        return next((beyond[0].name for net in larger if (beyond := self.exceeded(net))), None)
 
-    def check(self, smallest: ScaledNet) -> None:
+    def check(self, smallest: ScaledNet, instead: str = "") -> None:
         if beyond := self.exceeded(smallest):
-            net = smallest.config.name
             told = " and ".join(
-                f"{name} is {most:,.10g}; {net} already needs {used:,.10g} {_UNITS[name]}, {used - most:,.10g} more"
+                f"{name} is {_amount_told(name, most)}; {smallest.config.name} already needs "
+                f"{_amount_told(name, used)} {_UNITS[name]}, {_amount_told(name, used - most)} more"
                 for name, most, used in beyond
             )
-            raise ValueError(f"search: {told}; more, or depth, width or resolution multipliers below 1 make smaller nets")
+            raise ValueError(f"search: {told}; no smaller net is searched, so that or more{instead} would do")
 
 
-def _over_phi(law: CompoundScaling, budget: _Budget) -> Iterator[tuple[ScaledNet, str | None]]:
-    budget.check(law.at(0))
+def _amount_told(name: str, value: float) -> str:
+    """Counts to the last digit, times to four."""
+    return f"{value:.4g}" if name == "milliseconds" else f"{value:,.15g}"
+
+
+def _over_phi(law: CompoundScaling, budget: _Budget) -> Iterator[tuple[ScaledNet, list[ScaledNet]]]:
+    """Nets within the budget, each with the next larger ones, of which one binds."""
+    budget.check(law.at(0), ", or a smaller base,")
     tolerance = PHI_TOLERANCE if budget.latency is None else LATENCY_TOLERANCE
     phi = law.largest_phi(lambda net: not budget.exceeded(net), tolerance)
-    yield law.at(phi), None if phi == law.max_phi else budget.binding(law.at(min(phi + tolerance, law.max_phi)))
+    yield law.at(phi), [] if phi == law.max_phi else [law.at(min(phi + tolerance, law.max_phi))]
     for whole in range(int(phi), -1, -1):
         if whole < phi and not budget.exceeded(law.at(whole)):  # a measured time need not rise with phi
-            yield law.at(whole), None
+            yield law.at(whole), []
 
 
-def _free(law: CompoundScaling, budget: _Budget, rungs: list[float]) -> Iterator[tuple[ScaledNet, str | None]]:
+def _free(
+    law: CompoundScaling, budget: _Budget, rungs: list[float], promising: Callable[[ScaledNet], bool]
+) -> Iterator[tuple[ScaledNet, list[ScaledNet]]]:
+    """As :func:`_over_phi`. Nets are timed only where the largest that may fit is ``promising``."""
     side = law.base.resolution
     step = max(1, side // _SIDES)
     first, last = (max(1, round(side * rung)) for rung in (rungs[0], rungs[-1]))
@@ -205,22 +231,36 @@ def _free(law: CompoundScaling, budget: _Budget, rungs: list[float]) -> Iterator
     depths, widths = (_distinct(law.base, rungs, dimension) for dimension in ("depth", "width"))
     # What fits at a depth and width fits at no larger image deeper or wider, so each search begins where its neighbours' ended.
     ends = dict.fromkeys(widths, len(sides) - 1)
+
+    def net(depth: float, width: float, number: int) -> ScaledNet:
+        return law.scaled(depth, width, sides[number] / side)
+
     for depth, deeper in zip(depths, [*depths[1:], None], strict=True):
         end = len(sides) - 1
         for width, wider in zip(widths, [*widths[1:], None], strict=True):
-            low, high = -1, min(end, ends[width])
-            while low < high:
-                middle = (low + high + 1) // 2
-                low, high = (low, middle - 1) if budget.exceeded(law.scaled(depth, width, sides[middle] / side)) else (middle, high)
-            end = ends[width] = low
-            if low < 0:
+            here = partial(net, depth, width)
+            end = _last(here, min(end, ends[width]), budget.exceeded_counts)
+            found = end >= 0
+            if found and budget.latency is not None and (found := promising(here(end))):
+                end = _last(here, end, budget.exceeded)
+                found = end >= 0
+            ends[width] = end
+            if not found:
                 continue
-            larger = [(depth, width, sides[low + 1])] if low + 1 < len(sides) else []
+            larger = [here(end + 1)] if end + 1 < len(sides) else []
             # At the ladder's end of one dimension it is another that might grow.
-            larger += [(depth, wider, sides[low])] if wider else []
-            larger += [(deeper, width, sides[low])] if deeper else []
-            binding = (budget.binding(law.scaled(d, w, pixels / side)) for d, w, pixels in larger)
-            yield law.scaled(depth, width, sides[low] / side), next(filter(None, binding), None)
+            larger += [net(depth, wider, end)] if wider else []
+            larger += [net(deeper, width, end)] if deeper else []
+            yield here(end), larger
+
+
+def _last(net: Callable[[int], ScaledNet], end: int, exceeded: Callable[[ScaledNet], list[Limit]]) -> int:
+    """The last of 0 to ``end`` whose net exceeds nothing, where all before it do not; -1 where none does."""
+    low = -1
+    while low < end:
+        middle = (low + end + 1) // 2
+        low, end = (low, middle - 1) if exceeded(net(middle)) else (middle, end)
+    return low
 
 
 def _distinct(base: BaseNet, rungs: list[float], dimension: str) -> list[float]:

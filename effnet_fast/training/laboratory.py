@@ -154,8 +154,9 @@ def perform(
     recipe  of the runs, but for what the experiment varies
 
     Both are replaced whole, the JSON after each run. Where it is there already, runs that it has are not done again, and one that
-    was stopped goes on where it was (its folder is within ``out``). A run whose loss is not finite has no accuracy. Raises
-    ValueError for an unknown name, and where the JSON is of other settings; Stopped as :func:`effnet_fast.training.train`.
+    was stopped goes on where it was (its folder is within ``out``). Each row has the device, machine and versions that finished it. A run
+    whose loss is not finite has no accuracy. Raises ValueError for an unknown name, and where the JSON is of other
+    settings; Stopped as :func:`effnet_fast.training.train`.
     """
     from tqdm import tqdm
 
@@ -170,8 +171,6 @@ def perform(
         **settings,
         "title": experiment.title,
         "seed": recipe.seed,
-        "device": str(device),
-        "machine": facts(),
         "published": [value._asdict() for value in experiment.published],
         "rows": _finished(path, settings),
     }
@@ -224,6 +223,8 @@ def _row(run: Run, pictures: Pictures, folder: Path, device: torch.device | str)
         "top1": 100 * history[-1]["top1"] if history else None,
         "loss": history[-1]["loss"] if history else None,
         "seconds": sum(row["seconds"] for row in history),
+        "device": str(device),
+        "machine": facts(),
         "history": history,
     }
 

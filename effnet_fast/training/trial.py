@@ -10,6 +10,7 @@ import torch
 
 from effnet_fast.models import build
 from effnet_fast.scaling import ScaledNet
+from effnet_fast.scaling.config import is_whole
 from effnet_fast.training.batches import Batches
 from effnet_fast.training.loop import Augment, Trainer, evaluate
 from effnet_fast.training.recipes import Recipe
@@ -24,7 +25,10 @@ class Trial:
 
     data      of an image side in pixels: the data sets to train on and to judge by, of items (x [C, side, side], label)
     recipe    of each run but for its seed
+    seeds     one or more, each once
     settings  of the net, such as in_channels and num_classes
+
+    Raises ValueError for other seeds.
     """
 
     data: Callable[[int], tuple[Any, Any]]
@@ -32,6 +36,11 @@ class Trial:
     seeds: tuple[int, ...] = (0,)
     augment: Augment | None = None
     settings: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        seeds = self.seeds
+        if not isinstance(seeds, tuple) or not all(is_whole(seed, 0) for seed in seeds) or not 0 < len(seeds) == len(set(seeds)):
+            raise ValueError(f"Trial: seeds is {seeds!r}; a tuple of one or more whole numbers >= 0, each once, would do")
 
     def __call__(self, net: ScaledNet) -> float:
         threads = torch.get_num_threads()
