@@ -165,7 +165,8 @@ def test_stored_results_are_told(page: str) -> None:
     assert rows_of(page, "The grid search, really run")[2][:3] == [f"{best[name]:g}" for name in ("alpha", "beta", "gamma")]
     for name, experiment in EXPERIMENTS.items():
         result = json.loads((STORED / "lab" / f"{name}.json").read_text())
-        assert result["machine"]["commit"] and not result["machine"]["commit"].endswith("-dirty") and result["rows"]
+        commits = [row["machine"]["commit"] for row in result["rows"]]
+        assert commits and all(commit and not commit.endswith("-dirty") for commit in commits)
         rows = rows_of(page, f"The laboratory: {experiment.title}")
         told = {(row[0], row[4]) for row in rows}
         for row in result["rows"]:

@@ -154,9 +154,9 @@ def perform(
     recipe  of the runs, but for what the experiment varies
 
     Both are replaced whole, the JSON after each run. Where it is there already, runs that it has are not done again, and one that
-    was stopped goes on where it was (its folder is within ``out``). Each row has the device, machine and versions that finished it. A run
-    whose loss is not finite has no accuracy. Raises ValueError for an unknown name, and where the JSON is of other
-    settings; Stopped as :func:`effnet_fast.training.train`.
+    was stopped goes on where it was (its folder is within ``out``). Each row has the device, the machine and the versions that
+    finished it. A run whose loss is not finite has no accuracy. Raises ValueError for an unknown name, and where the JSON is of
+    other settings; Stopped as :func:`effnet_fast.training.train`.
     """
     from tqdm import tqdm
 
