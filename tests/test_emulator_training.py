@@ -202,8 +202,10 @@ WRONG = "off by|not finite|changes the result"
 SEEDED = {
     "training-missing-barrier": bug("depthwise_backward.cuh", "  __syncthreads();  // the taps", "  // the taps", WRONG),
     "training-missing-stats-barrier": bug("depthwise_stats.cuh", "  __syncthreads();\n", "", WRONG),
-    "training-off-by-one-store": bug("depthwise_stats.cuh", "&& t >= columns_out", "&& t > columns_out", "overflow|" + WRONG),
-    "training-column-beyond": bug("depthwise_backward.cuh", "if (!inside())", "if (false)", WRONG),
+    "training-off-by-one-store": bug(
+        "depthwise_stats.cuh", "if (t < columns_out) stored", "if (t <= columns_out) stored", "overflow|" + WRONG
+    ),
+    "training-column-beyond": bug("depthwise_backward.cuh", "if (in != kAll)", "if (false)", WRONG),
     "training-wrong-ring-slot": bug("depthwise_backward.cuh", "slot_of(i, u, S, L)", "slot_of(i, u, S, L + 1) % L", WRONG),
     "training-lost-piece": bug("depthwise_common.cuh", "half > 0; half /= 2", "half > 1; half /= 2", WRONG),
     "training-missing-wait": bug(

@@ -112,6 +112,7 @@ def test_every_block_is_fused_in_eval_and_in_training():
             "conv_stats",
             "depthwise_conv_stats",
             "pointwise_conv_stats",
+            "norm_vectors",
             "norm_act_mean",
             "norm_act",
         }

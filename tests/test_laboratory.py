@@ -44,6 +44,7 @@ def test_every_experiment_gives_a_figure_and_its_numbers(
     assert result["data"] == "scikit-learn's digits (64 images, 64 held out)" and result["data"] in told and result["seed"] == 3
     assert [row["label"] for row in result["rows"]] == LABELS[name]
     for row in result["rows"]:
+        assert row["device"] == "cpu" and row["machine"]["date"] and row["machine"]["versions"]["torch"]
         assert f"{row['parameters']:,}" in told and (row["top1"] is None or f"{row['top1']:.2f} %" in told)
         if row["top1"] is not None:
             assert [entry["epoch"] for entry in row["history"]] == [1] and row["top1"] == 100 * row["history"][-1]["top1"]
@@ -107,12 +108,10 @@ def test_finished_runs_are_not_done_again(digits: Pictures, tmp_path: Path, monk
         perform("optimizers", digits, tmp_path / "parts", size=SMALL, recipe=QUICK)
     stopped = json.loads((tmp_path / "parts" / "optimizers.json").read_text())
     assert [row["label"] for row in stopped["rows"]] == LABELS["optimizers"][:2]
-    monkeypatch.setattr(laboratory.platform, "machine", lambda: "another machine")
-    monkeypatch.setattr(torch, "__version__", "9.9")
+    monkeypatch.setattr(laboratory, "facts", lambda: {"cpu": "another"})
     resumed = perform("optimizers", digits, tmp_path / "parts", size=SMALL, recipe=QUICK)
     # Each row says where it was made: not where the last was.
-    assert [row["torch"] == "9.9" for row in resumed["rows"]] == [False, False, True] and "torch" not in resumed
-    assert [row["machine"].startswith("another machine, cpu, ") for row in resumed["rows"]] == [False, False, True]
+    assert [row["machine"] == {"cpu": "another"} for row in resumed["rows"]] == [False, False, True] and "machine" not in resumed
     assert len(built) == 4 and resumed["rows"][:2] == stopped["rows"]
     for a, b in zip(whole["rows"], resumed["rows"], strict=True):
         assert (a["label"], a["top1"], a["loss"]) == (b["label"], b["top1"], b["loss"])

@@ -48,7 +48,10 @@ def registers_allowed(name: str) -> int:
         few = columns * fragments <= 48
         return 128 if warps == 8 or fragments == 2 else 80 if few else 96  # 2 blocks of 256 threads an SM; 4, 6 or 5 of 128
     if "training" in name:
-        few = "Li3ELi2E" in name or ("StatsTraits" in name and "Li3E" in name) or "finish" in name
+        stats = "StatsTraits" in name
+        few = "finish" in name or ("Li3E" in name and "InstanceIf" not in name if stats else "Li3ELi2E" in name)
+        if "BackwardTraits" in name and "ELb0ELb0E" in name and not few:  # pixels that are no whole 16-byte pieces
+            return 255  # 2 blocks
         return 128 if few else 168  # 4 or 3 blocks of 128 threads an SM
     if "depthwise" not in name:
         return 128  # so that 2 blocks of 256 threads fit an SM

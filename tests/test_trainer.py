@@ -314,6 +314,10 @@ def test_any_classifier_trains():
 
     history = train(Tiny(), batches(), replace(PLAIN, epochs=3, freeze_epochs=1))
     assert [row["epoch"] for row in history] == [1, 2, 3] and "top1" not in history[0]
+    with pytest.raises(
+        ValueError, match="cuda_graph is True, on cpu in 1 processes; one process on a CUDA device, or False, would do"
+    ):
+        train(Tiny(), batches(), replace(PLAIN, cuda_graph=True))
     with pytest.raises(ValueError, match="grad_checkpointing: Tiny has no"):
         train(Tiny(), batches(), replace(PLAIN, grad_checkpointing=True))
     for other, name in (

@@ -167,6 +167,12 @@ CHANGES = {
     "all but the head of it frozen": lambda b: without_gradients(b, "conv_pw", "bn1", "conv_dw", "bn2", "se", "conv_pwl"),
     "the squeeze-excite frozen": lambda b: without_gradients(b, "se"),
     "a cumulative average": lambda b: [setattr(norm, "momentum", None) for norm in (b.bn1, b.bn2, b.bn3)],
+    "momenta that differ": lambda b: [
+        setattr(b.bn1, "momentum", 0.3),
+        setattr(b.bn2, "momentum", None),
+        setattr(b.bn3, "momentum", 1),
+    ],
+    "no count of batches": lambda b: [setattr(norm, "num_batches_tracked", None) for norm in (b.bn1, b.bn3)],
     "no running statistics": lambda b: setattr(b, "bn2", nn.BatchNorm2d(144, track_running_stats=False)),
     "not affine": lambda b: [setattr(b, name, nn.BatchNorm2d(size, affine=False)) for name, size in (("bn1", 144), ("bn3", 24))],
     "no squeeze-excite": lambda b: setattr(b, "se", nn.Identity()),
@@ -230,6 +236,26 @@ def test_an_input_without_gradient(backend):
     plain.forward_children(x).square().sum().backward()
     for (name, p), q in zip(block.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3 * largest(q.grad), msg=name)
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@TRAINED
+def test_a_result_without_gradient():
+    """As plain PyTorch: there are no gradients, rather than zeros."""
+    block, x = block_of(MBConv, PLAIN_MBCONV[2]), torch.randn(2, 32, 8, 8, requires_grad=True)
+    assert is_fused(block, x)
+    for run in (block, block.forward_children):
+        WithoutGradient.apply(run(x)).sum().backward()
+        assert x.grad is None and all(p.grad is None for p in block.parameters())
 
 
 @TRAINED

@@ -4,11 +4,13 @@ What can be, runs on the CPU too, by the same code."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from plain import channels_last
 from test_gpu import device  # noqa: F401
+from test_trainer import PLAIN, batches, net
 from tolerance import assert_2x_of_all
 from torch import nn
 
@@ -16,6 +18,7 @@ import effnet_fast
 from effnet_fast.benchmark import calibrate, images
 from effnet_fast.models import create_model
 from effnet_fast.ops import triton_backend
+from effnet_fast.training import train
 
 WAYS = [(torch.float32, "all"), (torch.bfloat16, "autocast"), (torch.float16, "autocast")]
 
@@ -92,3 +95,26 @@ def test_what_trains_on_a_gpu():
     assert {choice.backend for row in rows for choice in row.ops} == {"native", "triton"}
     of_depthwise = {choice.backend for row in rows for choice in row.ops if choice.op == "depthwise_conv_stats"}
     assert all(row.plain is None for row in rows) and of_depthwise == {"native"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", [None, "bfloat16", "float16"])
+def test_a_cuda_graph_trains_as_kernels_one_by_one_do(amp, device):  # noqa: F811
+    """Dropout, stochastic depth and a frozen epoch too; a last batch of another size is no part of an epoch."""
+    if device.type == "cpu":
+        pytest.skip("a CUDA graph is of a GPU")
+    recipe = replace(PLAIN, epochs=3, freeze_epochs=1, grad_accum_steps=2, amp=amp is not None, amp_dtype=amp or "bfloat16")
+    start, made, scores = net(drop=0.2).state_dict(), [], []
+    for cuda_graph in (False, True):
+        model = net(drop=0.2)
+        with effnet_fast.backend("native"):
+            history = train(model, batches(recipe, 16), replace(recipe, cuda_graph=cuda_graph), device=device)
+        scores.append([row["train_loss"] for row in history])
+        made.append({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4 if amp is None else 2e-2)
+    for name, tensor in made[0].items():
+        if tensor.is_floating_point():
+            moved = (tensor - start[name]).abs().max()
+            assert (made[1][name] - tensor).abs().max() <= (1e-3 if amp is None else 0.1) * moved, name
+        else:
+            assert torch.equal(made[1][name], tensor), name

@@ -234,6 +234,56 @@ def test_norm_act(activation, shape, dtype):
     assert_2x(mean, plain_mean, exact, "norm_act_mean")
 
 
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("channels", [1, 13, 128, 1153])
+def test_norm_vectors(channels, dtype):
+    """Of weights and biases of any dtype and strides, or none."""
+    torch.manual_seed(0)
+    mean, var = made(channels), torch.rand(2 * channels)[::2]
+    for affine in ((None, None), (made(channels).to(dtype), made(2 * channels).to(dtype)[::2])):
+        norm, inverse = training.norm_vectors(mean, var, *affine, 1e-3)
+        plain, exact = plain_vectors(mean, var, *affine), plain_vectors(*wide(mean, var, *affine))
+        assert torch.equal(norm[0], mean) and norm.is_contiguous()
+        for name, found, *expected in zip(("inverse", "scale", "bias"), (inverse, *norm[1:]), plain, exact, strict=True):
+            assert_2x(found, *expected, name)
+
+
+def plain_vectors(mean, var, weight, bias):
+    inverse = 1 / torch.sqrt(var + 1e-3)
+    scale = inverse if weight is None else inverse * weight.to(mean.dtype)
+    return inverse, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+
+
+@pytest.mark.parametrize("values", [None, 1, 37, 2**33])
+@pytest.mark.parametrize("channels", [1, 13, 128, 1153])
+def test_norm_coefficients(channels, values):
+    torch.manual_seed(0)
+    sums, norm, inverse = made(2, channels, scale=10), norm_of(channels), (torch.rand(2 * channels) + 0.1)[::2]
+    coefficients, grad_weight = training.norm_coefficients(sums, norm, inverse, values)
+    plain, exact = plain_coefficients(sums, norm, inverse, values), plain_coefficients(*wide(sums, norm, inverse, values))
+    assert torch.equal(coefficients[0], norm[1]) and coefficients.is_contiguous()
+    for name, found, *expected in zip(("of y", "shift", "weight"), (*coefficients[1:], grad_weight), plain, exact, strict=True):
+        assert_2x(found, *expected, name)
+
+
+def plain_coefficients(sums, norm, inverse, values):
+    """arXiv 1502.03167, section 3: the mean's and the variance's gradients, times what of them depends on y."""
+    if values is None:
+        return torch.zeros_like(inverse), torch.zeros_like(inverse), sums[1] * inverse
+    of_var, of_mean = -norm[1] * sums[1] * inverse**2 / 2, -norm[1] * sums[0]
+    return of_var * 2 / values, of_mean / values, sums[1] * inverse
+
+
+def test_vectors_that_are_not_finite_go_through():
+    var = torch.tensor([float("inf"), float("nan"), 0.0, -1.0])
+    _, inverse = training.norm_vectors(var, var, None, None, 0.0)
+    torch.testing.assert_close(inverse, torch.rsqrt(var), equal_nan=True)
+    sums, norm = torch.stack([var, torch.ones_like(var)]), torch.ones(3, 4)
+    coefficients, grad_weight = training.norm_coefficients(sums, norm, inverse, 4)
+    torch.testing.assert_close(coefficients, torch.stack([norm[1], inverse * inverse / -4, var / -4]), equal_nan=True)
+    torch.testing.assert_close(grad_weight, inverse, equal_nan=True)
+
+
 def test_statistics_far_from_zero():
     """Whose squares lose all digits in float32: var is that of the values, not of a difference of large numbers."""
     torch.manual_seed(0)
@@ -326,13 +376,17 @@ def test_the_others_are_registered(backend):
         ("norm_act_backward", ["grad_x", "sums"], [grad, y, norm, "silu", residual]),
         ("norm_gradient", ["grad_y"], [grad, y, norm, made(3, 16), "silu", gate, pool]),
         ("batch_stats", ["mean", "var"], [y]),
+        ("norm_vectors", ["norm", "inverse"], [norm[0], norm[1], norm[2], None, 1e-3]),
+        ("norm_coefficients", ["coefficients", "grad_weight"], [norm[:2], norm, norm[1], 60]),
+        ("norm_coefficients", ["coefficients", "grad_weight"], [norm[:2], norm, norm[1], None]),
     ):
         packet = getattr(OPS, name)
-        torch.library.opcheck(getattr(packet, backend), args)
-        found = getattr(packet, backend)(*args)
+        overload = backend if backend in packet.overloads() else "reference"  # what is of size K has no native kernel
+        torch.library.opcheck(getattr(packet, overload), args)
+        found = getattr(packet, overload)(*args)
         found = found if isinstance(found, tuple) else (found,)
         out = {result: torch.full_like(tensor, float("nan")) for result, tensor in zip(results, found, strict=True)}
-        getattr(packet, f"{backend}_out")(*args, **out)
+        getattr(packet, f"{overload}_out")(*args, **out)
         assert all(torch.equal(a, b) for a, b in zip(found, out.values(), strict=True)), name
         assert all(torch.isfinite(tensor).all() for tensor in found)
 
@@ -379,6 +433,41 @@ def test_bad_gradients_are_named():
                 OPS.pointwise_conv_backward.reference(*bad)
 
 
+@pytest.mark.parametrize(
+    ("op", "changes", "error", "message"),
+    [
+        ("norm_vectors", {"mean": [1.0]}, TypeError, "mean is list; a torch.Tensor would do"),
+        ("norm_vectors", {"mean": torch.ones(2, 8)}, ValueError, r"mean is \(2, 8\); \[K\] with K >= 1 would do"),
+        ("norm_vectors", {"mean": torch.ones(0)}, ValueError, r"mean is \(0,\); \[K\]"),
+        (
+            "norm_vectors",
+            {"mean": torch.ones(8).half()},
+            TypeError,
+            "mean is torch.float16; torch.float32 or torch.float64 would do",
+        ),
+        ("norm_vectors", {"var": torch.ones(7)}, ValueError, r"var is \(7,\); \(8,\) would do"),
+        ("norm_vectors", {"var": torch.ones(8).double()}, TypeError, "var is torch.float64; torch.float32 would do"),
+        ("norm_vectors", {"weight": torch.ones(8, dtype=torch.int32)}, TypeError, "weight is torch.int32"),
+        ("norm_vectors", {"bias": torch.ones(1)}, ValueError, r"bias is \(1,\); \(8,\) would do"),
+        ("norm_vectors", {"eps": "1e-3"}, TypeError, "eps is '1e-3'; a number would do"),
+        ("norm_coefficients", {"sums": None}, TypeError, "sums is NoneType; a torch.Tensor would do"),
+        ("norm_coefficients", {"sums": torch.ones(8)}, ValueError, r"sums is \(8,\); \[2, K\] with K >= 1 would do"),
+        ("norm_coefficients", {"norm": torch.ones(2, 8)}, ValueError, r"norm is \(2, 8\); \(3, 8\) would do"),
+        ("norm_coefficients", {"inverse": torch.ones(8).double()}, TypeError, "inverse is torch.float64"),
+        ("norm_coefficients", {"values": 0}, ValueError, "values is 0; an integer >= 1 would do"),
+    ],
+    ids=str,
+)
+def test_bad_vectors_are_named(op, changes, error, message):
+    vector = torch.ones(8)
+    arguments = {
+        "norm_vectors": {"mean": vector, "var": vector, "weight": vector, "bias": None, "eps": 1e-3},
+        "norm_coefficients": {"sums": torch.ones(2, 8), "norm": torch.ones(3, 8), "inverse": vector, "values": 4},
+    }[op]
+    with pytest.raises(error, match=f"{op}: {message}"):
+        getattr(training, op)(*(arguments | changes).values())
+
+
 def test_kernels_other_than_the_reference_take_no_7x7(backend):
     x, weight = torch.ones(1, 8, 9, 9), torch.ones(8, 1, 7, 7)
     if backend == "native":
@@ -394,6 +483,7 @@ def test_gradients_are_refused():
         lambda: training.conv_stats(x, torch.ones(8, 8, 1, 1), None, activation="identity"),
         lambda: training.norm_act(x, norm, "silu"),
         lambda: training.norm_act_mean(x.detach(), norm.clone().requires_grad_(), "silu"),
+        lambda: training.norm_vectors(norm[0], norm[1], norm[2].clone().requires_grad_(), None, 1e-3),
     ):
         with torch.enable_grad(), pytest.raises(RuntimeError, match="it has no gradient"):
             call()

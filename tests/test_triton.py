@@ -170,8 +170,8 @@ def test_on_a_gpu(name, outcomes_on_a_gpu):
 def test_launches_compile_within_their_budget(arch, part):
     """Nothing spills, and two programs fit in a multiprocessor's registers (65536) and shared memory.
 
-    By default each configuration of each kernel once, in its fullest form: 160 an architecture, in two parts; with
-    EFFNET_FAST_TEST_ALL_LAUNCHES=1 all of B0 to B7's launches, 510 to 530.
+    By default each configuration of each kernel once, in its fullest form: 290 an architecture, in two parts; with
+    EFFNET_FAST_TEST_ALL_LAUNCHES=1 all of B0 to B7's launches, 820.
     """
     everything = os.environ.get(ALL_LAUNCHES) == "1"
     command = [sys.executable, str(HERE / "triton_ahead.py"), str(arch), "all" if everything else "covering", str(part), str(PARTS)]
@@ -195,6 +195,8 @@ def test_launches_compile_within_their_budget(arch, part):
         "squeeze_excite._of_images",
         "training._elements",
         "training.statistics_of_pieces",
+        "training.vectors_norm_coefficients",
+        "training.vectors_norm_vectors",
         *of_one_launch,
     }
     capacity = (164 if arch == 80 else 228) * 1024

@@ -34,6 +34,7 @@ from effnet_fast.ops.pointwise import triton as pointwise
 from effnet_fast.ops.squeeze_excite import triton as squeeze_excite
 from effnet_fast.ops.training import triton as passes
 from effnet_fast.ops.training import triton_statistics as statistics
+from effnet_fast.ops.training import triton_vectors as of_norms
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 # x, weights, norms: a model in one dtype, or autocast over float32 weights; float32 with and without TF32.
@@ -66,7 +67,7 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
                 signature.append((name, "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"))
         recorded.append((kernel, tuple(signature), tuple(sorted(constants.items())), num_warps, num_stages, maxnreg))
 
-    for module in (conv, depthwise, pointwise, squeeze_excite, passes, statistics):
+    for module in (conv, depthwise, pointwise, squeeze_excite, passes, statistics, of_norms):
         module.run = record  # type: ignore[attr-defined]
     for module in (pointwise, squeeze_excite, passes, statistics):
         module.processors = lambda device: sms  # type: ignore[attr-defined]
@@ -102,6 +103,9 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
         passes.norm_act_image_sums(y, y, n, activation, sums=vectors(batch, 5, channels))
         passes.norm_act_backward(y, y, n, activation, y, grad_x=y, sums=vectors(2, channels))
         passes.norm_gradient(y, y, n, n, activation, each, each, grad_y=y)
+        of_norms.norm_vectors(n[0], n[1], weight(channels), weight(channels), 1e-3, norm=n, inverse=n[0])
+        for values in (batch * size * size, None):
+            of_norms.norm_coefficients(vectors(2, channels), n, n[0], values, coefficients=n, grad_weight=n[0])
 
     for model in models:
         config = FAMILY[model]

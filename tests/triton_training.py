@@ -85,6 +85,22 @@ def test_dense(stride, dtype):
     every_backend.test_dense(stride, dtype)
 
 
+@pytest.mark.parametrize("channels", [1, 13, 128, 1153])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_vectors(dtype, channels):
+    every_backend.test_norm_vectors(channels, dtype)
+
+
+@pytest.mark.parametrize("channels", [1, 13, 128, 1153])
+@pytest.mark.parametrize("values", [None, 1, 37, 2**33])
+def test_norm_coefficients(values, channels):
+    every_backend.test_norm_coefficients(channels, values)
+
+
+def test_vectors_that_are_not_finite_go_through():
+    every_backend.test_vectors_that_are_not_finite_go_through()
+
+
 def test_statistics_far_from_zero(processors):
     every_backend.test_statistics_far_from_zero()
 

@@ -92,8 +92,18 @@ __device__ __forceinline__ float late_zero() {
 }
 // Keeps a value in its register: under register pressure nvcc would rather work a constant out again at every use.
 template <typename T> __device__ __forceinline__ T pin(T v) {
-  asm volatile("" : "+r"(v));
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(v));
+  } else {
+    asm volatile("" : "+r"(v));
+  }
   return v;
+}
+// Likewise an address of global memory, which it still is to the compiler.
+template <typename T> __device__ __forceinline__ T* pin_global(T* p) {
+  T* const pinned = pin(p);
+  __builtin_assume(__isGlobal(pinned));
+  return pinned;
 }
 #endif
 

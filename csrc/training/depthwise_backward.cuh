@@ -34,7 +34,7 @@ template <class I> struct BackwardTraits : I {
   static constexpr int kVector = I::kAligned && I::kKernel == 3 && I::kStride == 1 ? 2 : 1, kLanes = 32 / kVector;
   static constexpr int kGroups = kWarps * kVector;
   static constexpr int kColumns = I::kStride == 2 ? 8 : 4;
-  static constexpr int kBlocks = I::kKernel == 3 && I::kStride == 2 ? 4 : 3;  // an SM
+  static constexpr int kBlocks = I::kKernel == 3 && I::kStride == 2 ? 4 : I::kAligned ? 3 : 2;  // an SM, without spills
   static constexpr int kBefore = (I::kKernel - 1) / I::kStride, kGColumns = kColumns / I::kStride + kBefore;
   static constexpr int kNumbers = 2 + I::kTaps;
   // A step of the ring is kStride rows of x and one each of y and of grad.
@@ -51,6 +51,7 @@ template <class I> struct BackwardTraits : I {
 template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) depthwise_backward_kernel(const BackwardLaunch p) {
   using T = typename Tr::T;
   constexpr int K = Tr::kKernel, S = Tr::kStride, C = Tr::kColumns, L = Tr::kLive, G = Tr::kGColumns, V = Tr::kVector;
+  constexpr unsigned kAll = (1u << C) - 1;
   constexpr int kFlushBodies = 4;  // sums leave registers then: no sum of floats is long
   EFFNET_DYNAMIC_SHARED(char, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / Tr::kLanes, in_tile = lane % Tr::kLanes * V;
@@ -58,8 +59,9 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
   float* const all_taps = reinterpret_cast<float*>(shared);
   float* const all_sums = reinterpret_cast<float*>(shared + Tr::kTapBytes);  // [numbers][groups][kTile]
   float* const sums = all_sums + (warp * V + group) * kTile + in_tile;
-  T* const ring = reinterpret_cast<T*>(shared + Tr::kTapBytes + Tr::kSumBytes) + warp * Tr::kRing;
-  const T* const mine = ring + group * kTile + in_tile;
+  T* const rings = reinterpret_cast<T*>(shared + Tr::kTapBytes + Tr::kSumBytes);
+  const Place<Tr> place(rings + warp * Tr::kRing, lane);
+  const int mine = pin(warp * Tr::kRing + group * kTile + in_tile);  // in the rings
   load_taps<Tr>(p, all_taps);
 #pragma unroll
   for (int number = 0; number < Tr::kNumbers; ++number) store(sums + number * Tr::kGroups * kTile, Vec<float, V>{});
@@ -72,17 +74,18 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
 
   for (int number = blockIdx.y * kWarps + warp; number < p.cut.tasks; number += gridDim.y * kWarps) {
     const Task task(p.cut, p.images, number, C, group, V);
-    const int last = min(task.row + p.cut.rows, rows), width = task.exists && c < p.channels ? p.width : 0;
-    const int out_width = task.exists ? p.out_width : 0;
+    const int last = min(task.row + p.cut.rows, rows), first = task.row - Tr::kBodyRows;
     const int column = task.column + left - p.pad_left, g_column = (task.column + left) / S - Tr::kBefore;
-    // Asked again for each row: as values kept, they cost sm_100 a spill.
-    const auto inside = [&] { return column >= 0 && column + C <= width; };
-    const auto g_inside = [&] { return g_column >= 0 && g_column + G <= out_width; };
-    const int64_t x_at = task.image * p.height * int64_t(x_row), y_at = task.image * p.out_height * int64_t(y_row);
-    const Strip<Tr, C> x(ring, static_cast<const T*>(p.read.x) + x_at, lane, column, p.width, p, task.exists);
-    const Strip<Tr, G> y(ring + S * Tr::kXRow, static_cast<const T*>(p.of_y.y) + y_at, lane, g_column, p.out_width, p, task.exists);
-    const Strip<Tr, G> grad(ring + S * Tr::kXRow + Tr::kGRow, static_cast<const T*>(p.of_y.grad) + y_at, lane, g_column,
-                            p.out_width, p, task.exists);
+    const Rows x_rows(max(task.row, p.pad_top - top), min(last, p.height + p.pad_top - top));
+    const Rows g_rows(max(task.row - Tr::kBefore * S, -top), min(last, p.out_height * S - top));  // of x; S divides row + top
+    const unsigned in = task.exists && c < p.channels ? columns_in<C>(column, p.width) : 0;
+    const unsigned g_in = task.exists ? columns_in<G>(g_column, p.out_width) : 0;
+    const int64_t x_first = (task.image * p.height + first + top - p.pad_top) * int64_t(x_row);
+    const int64_t y_first = (task.image * p.out_height + (first + top) / S) * int64_t(y_row);
+    Strip<Tr, C> x(place, static_cast<const T*>(p.read.x) + x_first, column, p.width, p, task.exists);
+    Strip<Tr, G> y(place, static_cast<const T*>(p.of_y.y) + y_first, g_column, p.out_width, p, task.exists);
+    Strip<Tr, G> grad(place, static_cast<const T*>(p.of_y.grad) + y_first, g_column, p.out_width, p, task.exists);
+    int64_t out_at = x_first + int64_t(column) * p.channels + c;
     float gate[V], pool[V];
 #pragma unroll
     for (int e = 0; e < V; ++e) {
@@ -92,20 +95,18 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
     }
 
     float g[L][G][V], grad_taps[Tr::kTaps][V] = {}, sum[V] = {}, sum_centred[V] = {};
-    const auto x_row_of = [&](int row) { return row + top - p.pad_top; };
-    const auto has_x = [&](int row) { return row >= task.row && row < last && unsigned(x_row_of(row)) < unsigned(p.height); };
-    const auto g_row_of = [&](int row) { return (row + top) / S; };  // S divides row + top
-    const auto has_g = [&](int row) {
-      return row >= task.row - Tr::kBefore * S && row < last && row + top >= 0 && g_row_of(row) < p.out_height;
-    };
     const auto stage = [&](int row, int step) {
-      if (has_g(row)) {
-        y.copy(int64_t(g_row_of(row)) * y_row, step);
-        grad.copy(int64_t(g_row_of(row)) * y_row, step);
+      if (g_rows.have(row)) {
+        y.copy(place, step + S * Tr::kXRow, p.channels);
+        grad.copy(place, step + S * Tr::kXRow + Tr::kGRow, p.channels);
       }
+      y.next_row(y_row);
+      grad.next_row(y_row);
 #pragma unroll
-      for (int s = 0; s < S; ++s)
-        if (has_x(row + s)) x.copy(int64_t(x_row_of(row + s)) * x_row, step + s * Tr::kXRow);
+      for (int s = 0; s < S; ++s) {
+        if (x_rows.have(row + s)) x.copy(place, step + s * Tr::kXRow, p.channels);
+        x.next_row(x_row);
+      }
       copy_async_commit();
     };
     const auto flush = [&](int number, float (&of)[V]) {
@@ -120,7 +121,6 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
     };
 
     __syncwarp();  // the last task's rows have been read
-    const int first = task.row - Tr::kBodyRows;
 #pragma unroll
     for (int step = 0; step < Tr::kSteps - 1; ++step) stage(first + step * S, step * Tr::kStep);
     int step = 0, free_step = Tr::kRing - Tr::kStep, bodies = 0;
@@ -135,11 +135,11 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
           stage(row + (Tr::kSteps - 1) * S, free_step);
           free_step = step;
           float (&to)[G][V] = g[i / S];
-          if (has_g(row)) {
+          if (g_rows.have(row)) {
             with_silu<Tr::kSilu>(p.y_range, [&](auto silu) {
 #pragma unroll
               for (int q = 0; q < G; ++q) {
-                const T* const at = mine + step + S * Tr::kXRow + q * V * kTile;
+                const T* const at = rings + mine + step + S * Tr::kXRow + q * V * kTile;
                 const auto of_y = Channels<T, V>::read(at), of_grad = Channels<T, V>::read(at + Tr::kGRow);
 #pragma unroll
                 for (int e = 0; e < V; ++e) {
@@ -148,27 +148,21 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
                 }
               }
             });
-            if (!g_inside())
-#pragma unroll
-              for (int q = 0; q < G; ++q)
-                if (unsigned(g_column + q) >= unsigned(out_width))
-#pragma unroll
-                  for (int e = 0; e < V; ++e) to[q][e] = late_zero();
+            zero_outside(to, g_in);
           } else {
-#pragma unroll
-            for (int q = 0; q < G; ++q)
-#pragma unroll
-              for (int e = 0; e < V; ++e) to[q][e] = late_zero();
+            zero_outside(to, 0);
           }
         }
-        if (!has_x(row)) continue;
+        const int64_t out_row = out_at;
+        out_at = pin(out_at + x_row);
+        if (!x_rows.have(row)) continue;
 
         Channels<T, V> now[C];
         float a[C][V], slope[C][V], z[C][V] = {};
         with_silu<Tr::kSilu>(p.range, [&](auto silu) {
 #pragma unroll
           for (int t = 0; t < C; ++t) {
-            now[t] = Channels<T, V>::read(mine + step + i % S * Tr::kXRow + t * V * kTile);
+            now[t] = Channels<T, V>::read(rings + mine + step + i % S * Tr::kXRow + t * V * kTile);
 #pragma unroll
             for (int e = 0; e < V; ++e) {
               const ValueAndSlope made = activate_with_slope<silu.value>(p.range, norm(now[t][e], e));
@@ -177,12 +171,14 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             }
           }
         });
-        if (!inside())
+        if (in != kAll)
 #pragma unroll
           for (int t = 0; t < C; ++t)
-            if (unsigned(column + t) >= unsigned(width))
+            if (!(in >> t & 1)) {
 #pragma unroll
-              for (int e = 0; e < V; ++e) a[t][e] = late_zero();
+              for (int e = 0; e < V; ++e) a[t][e] = slope[t][e] = late_zero();
+              now[t] = Channels<T, V>::of(a[t]);  // the ring has what it had there, which may be NaN
+            }
 #pragma unroll
         for (int u = 0; u < K; ++u) {
           if (!divides(S, i - u)) continue;
@@ -202,37 +198,35 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             }
           }
         }
-        const int64_t out_at = x_at + int64_t(x_row_of(row)) * x_row + int64_t(column) * p.channels + c;
-        const auto finish = [&](auto whole) {
-          float of_row[V] = {}, centred_of_row[V] = {};
-          int64_t to = out_at;
+        float of_row[V] = {}, centred_of_row[V] = {};
 #pragma unroll
-          for (int t = 0; t < C; ++t, to += p.channels) {
-            if (!whole.value && unsigned(column + t) >= unsigned(width)) continue;
-            float made[V];
-#pragma unroll
-            for (int e = 0; e < V; ++e) {
-              made[e] = z[t][e] * slope[t][e];
-              of_row[e] += made[e];
-              centred_of_row[e] += made[e] * (now[t][e] - norm.mean[e]);
-            }
-            if (p.residual) {
-              const auto added = Channels<T, V>::read(static_cast<const T*>(p.residual) + to);
-#pragma unroll
-              for (int e = 0; e < V; ++e) made[e] += added[e];
-            }
-            if (p.grad_x) Channels<T, V>::of(made).write(static_cast<T*>(p.grad_x) + to);
-          }
+        for (int t = 0; t < C; ++t)
 #pragma unroll
           for (int e = 0; e < V; ++e) {
-            sum[e] += of_row[e];
-            sum_centred[e] += centred_of_row[e];
+            z[t][e] *= slope[t][e];
+            of_row[e] += z[t][e];
+            centred_of_row[e] += z[t][e] * (now[t][e] - norm.mean[e]);
           }
-        };
-        if (inside()) {
-          finish(std::true_type{});
-        } else {
-          finish(std::false_type{});
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          sum[e] += of_row[e];
+          sum_centred[e] += centred_of_row[e];
+        }
+        if (p.residual) {
+          const T* from = static_cast<const T*>(p.residual) + out_row;
+#pragma unroll
+          for (int t = 0; t < C; ++t, from = pin_global(from + p.channels))
+            if (in >> t & 1) {
+              const auto added = Channels<T, V>::read(from);
+#pragma unroll
+              for (int e = 0; e < V; ++e) z[t][e] += added[e];
+            }
+        }
+        if (p.grad_x) {
+          T* to = static_cast<T*>(p.grad_x) + out_row;
+#pragma unroll
+          for (int t = 0; t < C; ++t, to = pin_global(to + p.channels))
+            if (in >> t & 1) Channels<T, V>::of(z[t]).write(to);
         }
       }
       step = step + Tr::kStep == Tr::kRing ? 0 : step + Tr::kStep;

@@ -101,48 +101,94 @@ template <typename T, int V> struct Channels {
   }
 };
 
-// A lane's part in copying a strip of a group, kColumns wide, to the ring. There a row is [columns][groups][kTile].
-template <class Tr, int kColumns> class Strip {
+// A lane's place in the warp's ring, where a row is [columns][groups][kTile]: it copies one piece of every kAtOnce-th column.
+template <class Tr> struct Place {
   using T = typename Tr::T;
   static constexpr int kPiece = Tr::kAligned ? 16 / int(sizeof(T)) : 1, kPieces = kTile / kPiece;  // elements; of a column
-  static constexpr int kAtOnce = Tr::kLanes / kPieces, kCopies = ceil_div(kColumns, kAtOnce);
+  static constexpr int kAtOnce = Tr::kLanes / kPieces;
+  int column, channel;
+  std::conditional_t<Tr::kAligned, Shared, T*> to;
+  __device__ __forceinline__ Place(T* ring, int lane) {
+    const int group = lane / Tr::kLanes, piece = lane % Tr::kLanes % kPieces * kPiece;
+    column = lane % Tr::kLanes / kPieces;
+    channel = blockIdx.x * kTile + piece;
+    T* const first = ring + (column * Tr::kVector + group) * kTile + piece;
+    if constexpr (Tr::kAligned) {
+      to = shared_address(first);
+    } else {
+      to = first;
+    }
+  }
+};
+
+// A lane's part of a strip of kColumns columns from `first` on, one row at a time. The next row's address and which columns are in
+// the image are values kept: worked out for each row, they took a third of the kernel's instructions.
+template <class Tr, int kColumns> class Strip {
+  using T = typename Tr::T;
+  using P = Place<Tr>;
+  static constexpr int kCopies = ceil_div(kColumns, P::kAtOnce);
 
  public:
   static constexpr int kRow = kColumns * Tr::kVector * kTile;  // elements, of all groups
 
-  // ring: the warp's; from: pixel 0 of the image; first: the column of the image where the strip begins.
-  __device__ __forceinline__ Strip(T* ring, const T* from, int lane, int first, int width, const Depthwise& p, bool exists)
-      : channels_(p.channels) {
-    const int group = lane / Tr::kLanes, piece = lane % Tr::kLanes % kPieces, column = lane % Tr::kLanes / kPieces;
-    const int channel = blockIdx.x * kTile + piece * kPiece;
-    to_ = ring + (column * Tr::kVector + group) * kTile + piece * kPiece;
-    first_ = first + column;
-    last_ = first + kColumns;
-    width_ = exists && channel < p.channels ? width : 0;
-    from_ = from + int64_t(first_) * p.channels + channel;
+  // from: pixel 0 of the row of the image that comes first.
+  __device__ __forceinline__ Strip(const P& place, const T* from, int first, int width, const Depthwise& p, bool exists)
+      : from_(from + int64_t(first + place.column) * p.channels + place.channel) {
+    if (exists && place.channel < p.channels)
+#pragma unroll
+      for (int j = 0; j < kCopies; ++j) {
+        const int column = place.column + j * P::kAtOnce;
+        if (column < kColumns && unsigned(first + column) < unsigned(width)) wanted_ |= 1u << j;
+      }
   }
 
-  // The row `at` elements from row 0, to the ring from element `to` on.
-  __device__ __forceinline__ void copy(int64_t at, int to) const {
-    const T* from = from_ + at;
+  // The row, to the ring from element `to` on.
+  __device__ __forceinline__ void copy(const P& place, int to, int channels) const {
+    const T* from = from_;
 #pragma unroll
-    for (int j = 0; j < kCopies; ++j, from += kAtOnce * channels_) {
-      const int column = first_ + j * kAtOnce;
-      if (unsigned(column) >= unsigned(width_) || ((j + 1) * kAtOnce > kColumns && column >= last_)) continue;
-      T* const place = to_ + to + j * kAtOnce * Tr::kVector * kTile;
+    for (int j = 0; j < kCopies; ++j, from = pin_global(from + P::kAtOnce * channels)) {
+      if (!(wanted_ >> j & 1)) continue;
+      const int at = to + j * P::kAtOnce * Tr::kVector * kTile;
       if constexpr (Tr::kAligned) {
-        copy_async(shared_address(place), from, 16);
+        copy_async(place.to + at * int(sizeof(T)), from, 16);
       } else {
-        *place = *from;
+        place.to[at] = *from;
       }
     }
   }
+  __device__ __forceinline__ void next_row(int row) { from_ = pin_global(from_ + row); }
 
  private:
   const T* from_;
-  T* to_;
-  int first_, last_, width_, channels_;
+  unsigned wanted_ = 0;
 };
+
+// Rows [first, end), asked with one comparison.
+struct Rows {
+  int first;
+  unsigned count;
+  __device__ __forceinline__ Rows(int first, int end) : first(first), count(max(end - first, 0)) {}
+  __device__ __forceinline__ bool have(int row) const { return unsigned(row - first) < count; }
+};
+
+// Which of kColumns columns from `first` on are in an image so wide, a bit each.
+template <int kColumns> __device__ __forceinline__ unsigned columns_in(int first, int width) {
+  unsigned in = 0;
+#pragma unroll
+  for (int t = 0; t < kColumns; ++t)
+    if (unsigned(first + t) < unsigned(width)) in |= 1u << t;
+  return in;
+}
+
+// Zeros where a column is not in the image: rarely taken, and so kept out of the way.
+template <int kColumns, int V> __device__ __forceinline__ void zero_outside(float (&values)[kColumns][V], unsigned in) {
+  if (in == (1u << kColumns) - 1) return;
+#pragma unroll
+  for (int t = 0; t < kColumns; ++t)
+    if (!(in >> t & 1))
+#pragma unroll
+      for (int e = 0; e < V; ++e) values[t][e] = late_zero();
+}
 
 // Taps [tap][kTile] of the block's channels, read as they lie in memory.
 template <class W> __device__ __forceinline__ void load_taps(const Depthwise& p, float* taps) {
@@ -238,8 +284,8 @@ struct Moments {
   }
 };
 
-// Threads of the kernels that end the work: for 8 channels, 128 rows of every 128th piece.
-constexpr int kFinishChannels = 8, kRows = 128;
+// Threads of the kernels that end the work: for 8 channels, 32 rows of every 32nd piece.
+constexpr int kFinishChannels = 8, kRows = 32;
 
 // Adds up what the kRows threads of a channel hold; the sum is the first one's.
 template <typename S> __device__ __forceinline__ void add_rows(S* shared, S& mine, int row, int channel) {
@@ -258,7 +304,7 @@ __global__ void __launch_bounds__(kFinishChannels* kRows)
   EFFNET_DYNAMIC_SHARED(Moments, shared);
   const int lane = threadIdx.x % kFinishChannels, row = threadIdx.x / kFinishChannels, c = blockIdx.x * kFinishChannels + lane;
   Moments moments{};
-#pragma unroll 4
+#pragma unroll 8
   for (int piece = row; c < channels && piece < pieces; piece += kRows) {
     const float* at = partial + int64_t(piece) * 3 * channels + c;
     const double count = at[0], its_mean = at[channels];
@@ -285,7 +331,7 @@ __global__ void __launch_bounds__(kFinishChannels* kRows)
   float* const to = number < 2 ? sums : grad_weight;
   if (!to) return;
   Sum sum{};
-#pragma unroll 4
+#pragma unroll 8
   for (int piece = row; c < channels && piece < pieces; piece += kRows)
     sum.value += partial[(int64_t(piece) * numbers + number) * channels + c];
   add_rows(shared, sum, row, lane);

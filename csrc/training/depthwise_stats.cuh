@@ -25,7 +25,7 @@ template <class I> struct StatsTraits : I {
   static constexpr int kVector = I::kAligned ? 2 : 1, kLanes = 32 / kVector, kGroups = kWarps * kVector;
   static constexpr int kColumns = I::kStride == 1 ? (I::kKernel == 3 ? 8 : 4) : 4;
   static constexpr int kInColumns = (kColumns - 1) * I::kStride + I::kKernel;
-  static constexpr int kBlocks = I::kKernel == 3 ? 4 : 3;  // an SM
+  static constexpr int kBlocks = I::kKernel == 3 && sizeof(T) == 2 ? 4 : 3;  // an SM, without spills
   static constexpr int kSteps = I::kStride == 1 ? 4 : 3;   // of kStride rows each, in the ring
   static constexpr int kTapBytes = I::kTaps * kTile * int(sizeof(float));
   static constexpr int kStep = I::kStride * kInColumns * kVector * kTile, kRing = kSteps * kStep;  // elements
@@ -41,8 +41,9 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / Tr::kLanes, in_tile = lane % Tr::kLanes * V;
   const int c = blockIdx.x * kTile + in_tile, near = c < p.channels ? c : 0;
   float* const all_taps = reinterpret_cast<float*>(shared);
-  T* const ring = reinterpret_cast<T*>(shared + Tr::kTapBytes) + warp * Tr::kRing;
-  const T* const mine = ring + group * kTile + in_tile;
+  T* const rings = reinterpret_cast<T*>(shared + Tr::kTapBytes);
+  const Place<Tr> place(rings + warp * Tr::kRing, lane);
+  const int mine = pin(warp * Tr::kRing + group * kTile + in_tile);  // in the rings
   load_taps<Tr>(p, all_taps);
   __syncthreads();  // the taps are there
   Vec<float, V> taps[Tr::kTaps];
@@ -59,15 +60,17 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
     const int rows_out = min(p.cut.rows, p.out_height - task.row);
     const int columns_out = task.exists && c < p.channels ? min(C, p.out_width - task.column) : 0;
     const int first_in = task.row * S - p.pad_top, rows_in = (rows_out - 1) * S + K, in_column = task.column * S - p.pad_left;
-    const bool inside = in_column >= 0 && in_column + Tr::kInColumns <= p.width;
-    const Strip<Tr, Tr::kInColumns> x(ring, static_cast<const T*>(p.read.x) + task.image * p.height * int64_t(x_row), lane,
-                                      in_column, p.width, p, task.exists);
-    T* y = static_cast<T*>(p.y) + (task.image * p.out_height + task.row) * int64_t(y_row) + int64_t(task.column) * p.channels + c;
-    const auto is_real = [&](int row) { return row < rows_in && unsigned(first_in + row) < unsigned(p.height); };
+    const Rows real(max(0, -first_in), min(rows_in, p.height - first_in));
+    const unsigned in = columns_in<Tr::kInColumns>(in_column, p.width);
+    Strip<Tr, Tr::kInColumns> x(place, static_cast<const T*>(p.read.x) + (task.image * p.height + first_in) * int64_t(x_row),
+                                in_column, p.width, p, task.exists);
+    int64_t y_at = (task.image * p.out_height + task.row) * int64_t(y_row) + int64_t(task.column) * p.channels + c;
     const auto stage = [&](int row, int step) {
 #pragma unroll
-      for (int s = 0; s < S; ++s)
-        if (is_real(row + s)) x.copy((first_in + row + s) * int64_t(x_row), step + s * x.kRow);
+      for (int s = 0; s < S; ++s) {
+        if (real.have(row + s)) x.copy(place, step + s * x.kRow, p.channels);
+        x.next_row(x_row);
+      }
       copy_async_commit();
     };
 
@@ -87,22 +90,17 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
           stage(row + (Tr::kSteps - 1) * S, free_step);
           free_step = step;
         }
-        if (is_real(row)) {
+        if (real.have(row)) {
           float now[Tr::kInColumns][V];
           with_silu<Tr::kSilu>(p.range, [&](auto silu) {
 #pragma unroll
             for (int t = 0; t < Tr::kInColumns; ++t) {
-              const auto read = Channels<T, V>::read(mine + step + i % S * x.kRow + t * V * kTile);
+              const auto read = Channels<T, V>::read(rings + mine + step + i % S * x.kRow + t * V * kTile);
 #pragma unroll
               for (int e = 0; e < V; ++e) now[t][e] = activate_with_slope<silu.value>(p.range, norm(read[e], e)).value;
             }
           });
-          if (!inside)
-#pragma unroll
-            for (int t = 0; t < Tr::kInColumns; ++t)
-              if (unsigned(in_column + t) >= unsigned(p.width))
-#pragma unroll
-                for (int e = 0; e < V; ++e) now[t][e] = late_zero();
+          zero_outside(now, in);
 #pragma unroll
           for (int u = 0; u < K; ++u) {
             if (!divides(S, i - u)) continue;
@@ -124,7 +122,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             for (int e = 0; e < V; ++e) made[i / S % L][t][e] = late_zero();
         }
         if (!divides(S, i - (K - 1)) || unsigned(row - (K - 1)) >= unsigned(rows_out * S)) continue;
-        const float (&a)[C][V] = made[slot_of(i, K - 1, S, L)];
+        float (&a)[C][V] = made[slot_of(i, K - 1, S, L)];
         if (count == 0)
 #pragma unroll
           for (int e = 0; e < V; ++e) {
@@ -134,29 +132,27 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
             shift[e] = to_float(from_float<T>(of_first * reciprocal_fast(float(max(columns_out, 1)))));
           }
         count += columns_out;
+        if (columns_out < C)
+#pragma unroll
+          for (int t = 0; t < C; ++t)
+            if (t >= columns_out)
+#pragma unroll
+              for (int e = 0; e < V; ++e) a[t][e] = shift[e];  // no deviation
         Exact of_row[V] = {};
         float squares_of_row[V] = {};
-        const auto finish = [&](auto whole) {
-          T* to = y;
+        T* to = static_cast<T*>(p.y) + y_at;
 #pragma unroll
-          for (int t = 0; t < C; ++t, to += p.channels) {
-            if (!whole.value && t >= columns_out) break;
-            const auto stored = Channels<T, V>::of(a[t]);
-            stored.write(to);
+        for (int t = 0; t < C; ++t, to = pin_global(to + p.channels)) {
+          const auto stored = Channels<T, V>::of(a[t]);
+          if (t < columns_out) stored.write(to);
 #pragma unroll
-            for (int e = 0; e < V; ++e) {
-              const Exact apart = Exact(stored[e]) - shift[e];
-              of_row[e] += apart;
-              squares_of_row[e] += float(apart) * float(apart);
-            }
+          for (int e = 0; e < V; ++e) {
+            const Exact apart = Exact(stored[e]) - shift[e];
+            of_row[e] += apart;
+            squares_of_row[e] += float(apart) * float(apart);
           }
-        };
-        if (columns_out == C) {
-          finish(std::true_type{});
-        } else {
-          finish(std::false_type{});
         }
-        y += y_row;
+        y_at = pin(y_at + y_row);
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           sum[e] += of_row[e];

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 
 from effnet_fast.cli import say
 from effnet_fast.models import Classifier, build, config_of, create_model
+from effnet_fast.scaling import NetConfig
 from effnet_fast.scaling.names import names_of
 from effnet_fast.weights import Preprocessing, detect, key_map, load_checkpoint, net_of, preprocessing_of, read
 from effnet_fast.weights.files import locate
@@ -61,12 +63,17 @@ def load_model(arguments: argparse.Namespace) -> Loaded:
             raise ValueError(f"MODEL is the checkpoint {arguments.model}; it needs no --checkpoint or --pretrained")
         model, classes = load_saved(arguments.model, arguments.ema)
     elif arguments.checkpoint:
-        model, classes = _load_into(arguments.model, arguments.checkpoint, arguments.ema)
+        model, classes = load_into(config_of(arguments.model), arguments.checkpoint, arguments.ema)
     else:
         model = create_model(arguments.model, arguments.pretrained)  # type: ignore[assignment]
     trained = bool(saved or arguments.checkpoint or arguments.pretrained or Path(arguments.model).suffix)
-    if arguments.classes:
-        classes = _names_in(arguments.classes)
+    return ready(model, classes, trained, device, arguments.classes)
+
+
+def ready(model: Classifier, classes: list[str] | None, trained: bool, device: torch.device, file: str | None) -> Loaded:
+    """The model on its device, with the names of its classes: those in ``file``, one a line, in place of its own."""
+    if file:
+        classes = _names_in(file)
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} class names for a model of {model.num_classes} classes")
     return Loaded(model.to(device).eval(), preprocessing_of(model), classes, trained)
@@ -88,24 +95,23 @@ def load_saved(path: str | Path, ema: bool = False) -> tuple[Classifier, list[st
     return model, checkpoint.metadata.get("classes")
 
 
-def _load_into(name: str, path: str, ema: bool) -> tuple[Classifier, list[str] | None]:
-    """The network of a name with as many classes and channels as the checkpoint has."""
+def load_into(config: NetConfig, path: str, ema: bool) -> tuple[Classifier, list[str] | None]:
+    """The network of ``config``, its classes and channels as many as the checkpoint has; its weights, and class names if any."""
     checkpoint = read(path, ema)
     tensors = checkpoint.state_dict
-    config = config_of(name)
     try:
         names = key_map(config, detect(tensors, config))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     sizes: dict[str, Any] = {}
     own = names_of(config)
-    for argument, place, dimension in (("num_classes", own.classifier, 0), ("in_chans", own.stem[0], 1)):
+    for field, place, dimension in (("num_classes", own.classifier, 0), ("in_channels", own.stem[0], 1)):
         tensor = tensors.get(names[f"{place}.weight"])
         if tensor is not None and tensor.dim() > dimension:
-            sizes[argument] = tensor.shape[dimension]
-    model = create_model(name, **sizes)
+            sizes[field] = tensor.shape[dimension]
+    model = build(replace(config, **sizes))
     load_checkpoint(model, path, ema)
-    return model, checkpoint.metadata.get("classes")  # type: ignore[return-value]
+    return model, checkpoint.metadata.get("classes")
 
 
 def _names_in(path: str) -> list[str]:
@@ -115,10 +121,10 @@ def _names_in(path: str) -> list[str]:
         raise ValueError(f"--classes is {path}, which is no UTF-8 text; class names, one a line, would do") from error
 
 
-def note_if_random(loaded: Loaded) -> None:
+def note_if_random(loaded: Loaded, would_do: str = "--checkpoint or --pretrained") -> None:
     """Say on stderr that the results mean nothing. Called after them: an error is to stand alone."""
     if not loaded.trained:
-        say("note", "the weights are random, so this means nothing; --checkpoint or --pretrained would do")
+        say("note", f"the weights are random, so this means nothing; {would_do} would do")
 
 
 def device_of(text: str) -> torch.device:

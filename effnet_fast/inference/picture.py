@@ -70,6 +70,27 @@ def beside(photo: Image.Image, evidence: np.ndarray, title: str, note: str, warn
     return row
 
 
+def compared(photo: Image.Image, tiles: list[tuple[Image.Image, list[str]]], title: str, warning: str = "") -> Image.Image:
+    """The photograph and pictures of its size side by side, each over its lines of text; a title, and a warning in red."""
+    from PIL import Image, ImageDraw
+
+    margin, head, line = 16, 52, 22
+    lines = max(len(told) for _, told in tiles)
+    width, height = photo.size
+    row = Image.new("RGB", ((1 + len(tiles)) * (width + margin) + margin, head + height + lines * line + 2 * margin), "white")
+    draw = ImageDraw.Draw(row)
+    reserved = font(16).getlength(warning) + 2 * margin
+    draw.text((margin, 14), _shortened(title, font(22), int(row.width - margin - reserved)), INK, font(22))
+    draw.text((row.width - margin, 20), warning, BAD, font(16), anchor="ra")
+    for number, (tile, told) in enumerate([(photo, ["photograph"]), *tiles]):
+        left = margin + number * (width + margin)
+        row.paste(tile, (left, head))
+        for place, text in enumerate(told):
+            of = font(18 if place == 0 else 15)
+            draw.text((left, head + height + 8 + place * line), _shortened(text, of, width), FAINT if place else INK, of)
+    return row
+
+
 def stack(rows: list[Image.Image]) -> Image.Image:
     """Pictures below each other on white."""
     from PIL import Image

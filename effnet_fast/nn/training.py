@@ -3,14 +3,14 @@
 Eager PyTorch keeps the input of every operator: of an expanded tensor the convolution's result, the norm's and the activation's.
 Here each is made again from the convolution's result by whoever reads it (:mod:`effnet_fast.ops.training`). Kept are the block's
 input, one raw result for each convolution, and vectors. ``_Block`` is the one autograd function: it walks the block's convolutions
-forward, then backward, and does between them what is of size C: a batch norm's statistics become mean, scale and bias; the sums
+forward, then backward, and between them has what is of size C made: a batch norm's statistics become mean, scale and bias; the sums
 over gradients become its gradients and the coefficients of the next convolution backward. That place is also where SyncBatchNorm
 reduces over ranks, and where a norm in evaluation mode (a frozen one) differs: its statistics are constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -103,10 +103,9 @@ class _Block(torch.autograd.Function):
                 batch_mean, batch_var, values = _over_ranks(batch_mean, batch_var, _values(y), layer.group)
             if not layer.frozen:
                 mean, var = batch_mean, batch_var
-            inverse = torch.rsqrt(var.to(batch_var.dtype) + layer.eps)  # type: ignore[union-attr]
-            scale = inverse if norm_weight is None else norm_weight.to(inverse.dtype) * inverse
-            bias = torch.zeros_like(inverse) if norm_bias is None else norm_bias.to(inverse.dtype)
-            norm, activation, read = torch.stack([mean.to(inverse.dtype), scale, bias]), layer.activation, y  # type: ignore[union-attr]
+            mean, var = mean.to(batch_mean.dtype), var.to(batch_var.dtype)  # type: ignore[union-attr]
+            norm, inverse = ops.norm_vectors(mean, var, norm_weight, norm_bias, layer.eps)
+            activation, read = layer.activation, y
             statistics += [batch_mean, batch_var] if values is None else [batch_mean, batch_var, values]
             if plan.keeps:
                 kept += [weight, y, norm, inverse, values]
@@ -116,11 +115,14 @@ class _Block(torch.autograd.Function):
         ctx.request = backends.requested()
         ctx.plan, ctx.like = plan, [None if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
         ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)  # a launch for each of the statistics
         return out, *statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *of_statistics: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *of_statistics: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         grad = grad.contiguous(memory_format=torch.channels_last)
         if torch.compiler.is_compiling():  # in the forward's thread; and torch 2.11's compiler lets nothing be set here
             return _backward(grad, ctx)
@@ -141,8 +143,9 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
     sums = ops.norm_act_sums(grad, kept[-1].y, kept[-1].norm, activation, keep)
     for number in reversed(range(len(layers))):
         layer, at, (weight, y, norm, inverse, values) = layers[number], number * _PER_LAYER, kept[number]
+        coefficients, of_norm_weight = _coefficients(layer, sums, norm, inverse, _values(y) if values is None else values)
         if wanted[at + 1]:
-            gradients[at + 1] = sums[1] * inverse
+            gradients[at + 1] = of_norm_weight
         if wanted[at + 2]:
             gradients[at + 2] = sums[0]
         squeeze_activation = plan.squeeze_activation if number == len(layers) - 1 else None
@@ -156,7 +159,7 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
             grad,
             y,
             norm,
-            _coefficients(layer, sums, norm[1], inverse, _values(y) if values is None else values),
+            coefficients,
             x if before is None else before.y,
             weight,
             None if before is None else before.norm,
@@ -177,9 +180,12 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
             break
         activation, y_gate, y_pool = "identity", None, None
         if squeeze_activation is not None and before is not None:
-            of_pooled, *of_weights = squeeze_excite_backward(sums[:, 0], gate, hidden, pooled, squeeze_activation, reduce, expand)
+            pixels = before.y.shape[2] * before.y.shape[3]
+            activation, y_gate = layers[number - 1].activation, gate
+            y_pool, *of_weights = squeeze_excite_backward(
+                sums[:, 0], gate, hidden, pooled, squeeze_activation, reduce, expand, pixels
+            )
             gradients[-4:] = [g if want else None for g, want in zip(of_weights, wanted[-4:], strict=True)]
-            activation, y_gate, y_pool = layers[number - 1].activation, gate, of_pooled / (before.y.shape[2] * before.y.shape[3])
             sums = torch.addcmul(y_pool[:, None] * sums[:, 2::2], y_gate[:, None], sums[:, 1::2]).sum(0)
     made = [None if g is None else _like(g, *like) for g, like in zip(gradients, ctx.like, strict=True)]
     return grad if ctx.needs_input_grad[0] else None, None, None, *made
@@ -190,19 +196,13 @@ def _values(y: Tensor) -> int:
     return y.numel() // y.shape[1]
 
 
-def _coefficients(layer: _Layer, sums: Tensor, scale: Tensor, inverse: Tensor, values: Tensor | int) -> Tensor:
-    """Of the backward of a layer's norm, as :func:`effnet_fast.ops.training.conv_backward` takes them, [3, K].
-
-    sums  [2, K], of the gradient G of what the norm gives and of G * (y - mean)
-    """
-    if layer.frozen:
-        zeros = torch.zeros_like(scale)
-        return torch.stack([scale, zeros, zeros])
-    if layer.group is not None:
-        sums = sums.clone()
-        dist.all_reduce(sums, group=layer.group)
-    of_mean, of_deviation = sums * (scale / -values)
-    return torch.stack([scale, of_deviation * inverse.square(), of_mean])
+def _coefficients(layer: _Layer, sums: Tensor, norm: Tensor, inverse: Tensor, values: Any) -> tuple[Tensor, Tensor]:
+    """:func:`effnet_fast.ops.training.norm_coefficients`, of all ranks' sums; the gradient of the weight is this rank's alone."""
+    if layer.group is None:
+        return ops.norm_coefficients(sums, norm, inverse, None if layer.frozen else values)
+    means = sums / values
+    dist.all_reduce(means, group=layer.group)
+    return ops.norm_coefficients(means, norm, inverse, 1)[0], sums[1] * inverse
 
 
 def _like(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int]) -> Tensor:
@@ -238,18 +238,35 @@ def _tensors(part: ConvNormAct) -> list[Tensor | None]:
     return [weight_of(part.conv), *affine, *frozen]
 
 
-def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, values: Tensor | int) -> None:
-    """Bring a norm's running statistics up to date, as its own forward does: by a batch's, of so many ``values`` a channel."""
-    running_mean, running_var, batches = (tensor_of(norm, name) for name in ("running_mean", "running_var", "num_batches_tracked"))
-    if not (uses_batch(norm) and norm.training and norm.track_running_stats) or running_mean is None or running_var is None:
-        return
-    momentum: Any = norm.momentum
-    if batches is not None:
-        batches.add_(1)
-        if momentum is None:
-            momentum = 1 / batches.to(running_mean.dtype)
-    for running, now in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
-        running.lerp_(now.to(running.dtype), 0.0 if momentum is None else momentum)
+def _track(told: Iterable[tuple[nn.BatchNorm2d, Tensor, Tensor, Tensor | int]]) -> None:
+    """Bring norms' running statistics up to date, as their own forwards do, with few launches for all of them.
+
+    told  norms, each with the mean and variance (not corrected) of its batch, and how many values a channel these are of
+    """
+    counters, alike = [], []
+    for norm, mean, var, values in told:
+        running_mean, running_var, batches = (
+            tensor_of(norm, name) for name in ("running_mean", "running_var", "num_batches_tracked")
+        )
+        if not (uses_batch(norm) and norm.training and norm.track_running_stats) or running_mean is None or running_var is None:
+            continue
+        momentum: Any = 0.0 if norm.momentum is None else norm.momentum
+        if batches is not None:
+            counters.append(batches)
+            if norm.momentum is None:
+                momentum = 1 / (batches + 1).to(running_mean.dtype)
+        factor = values / (values - 1)
+        if isinstance(momentum, Tensor) or isinstance(factor, Tensor):
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * factor).to(running_var.dtype), momentum)
+        else:
+            alike.append((running_mean, running_var, mean, var, factor, momentum))
+    if counters:
+        torch._foreach_add_(counters, 1)
+    if alike:
+        running_means, running_vars, means, variances, factors, momenta = map(list, zip(*alike, strict=True))
+        running, now = running_means + running_vars, [*means, *torch._foreach_mul(variances, factors)]
+        torch._foreach_lerp_(running, [new.to(old.dtype) for old, new in zip(running, now, strict=True)], momenta + momenta)
 
 
 _apply = without_autocast(_Block.apply)
@@ -277,9 +294,12 @@ def train_block(parts: BlockParts, x: Tensor) -> Tensor:
     out, *statistics = _apply(x.contiguous(memory_format=torch.channels_last), keep, plan, *tensors)
     told = iter(statistics)
     with torch.no_grad():
-        for part, layer, count in zip(convs, layers, counts, strict=True):
-            mean, var = next(told), next(told)
-            _track(part.norm, mean, var, count if layer.group is None else next(told))
+        _track(
+            [
+                (part.norm, next(told), next(told), count if layer.group is None else next(told))
+                for part, layer, count in zip(convs, layers, counts, strict=True)
+            ]
+        )
     return out
 
 

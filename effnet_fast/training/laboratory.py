@@ -6,7 +6,6 @@ An experiment is a handful of runs of :func:`effnet_fast.training.train`, one fi
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from effnet_fast.benchmark.machine import facts
 from effnet_fast.models import build
 from effnet_fast.scaling import RESNET18, RESNET18_CIFAR, RESNET34, RESNET50, RESNET101, BaseNet, CompoundScaling, Cost, NetConfig
 from effnet_fast.training.loop import Diverged
@@ -154,9 +154,9 @@ def perform(
     recipe  of the runs, but for what the experiment varies
 
     Both are replaced whole, the JSON after each run. Where it is there already, runs that it has are not done again, and one that
-    was stopped goes on where it was (its folder is within ``out``). Each row has the torch and the machine that finished it. A run
-    whose loss is not finite has no accuracy. Raises ValueError for an unknown name, and where the JSON is of other
-    settings; Stopped as :func:`effnet_fast.training.train`.
+    was stopped goes on where it was (its folder is within ``out``). Each row has the device, the machine and the versions that
+    finished it. A run whose loss is not finite has no accuracy. Raises ValueError for an unknown name, and where the JSON is of
+    other settings; Stopped as :func:`effnet_fast.training.train`.
     """
     from tqdm import tqdm
 
@@ -223,8 +223,8 @@ def _row(run: Run, pictures: Pictures, folder: Path, device: torch.device | str)
         "top1": 100 * history[-1]["top1"] if history else None,
         "loss": history[-1]["loss"] if history else None,
         "seconds": sum(row["seconds"] for row in history),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {device}, {torch.get_num_threads()} threads",
+        "device": str(device),
+        "machine": facts(),
         "history": history,
     }
 

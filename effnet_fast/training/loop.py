@@ -17,6 +17,7 @@ from effnet_fast.ops import backend
 from effnet_fast.training import distributed
 from effnet_fast.training.batches import Batches, seed_of
 from effnet_fast.training.distillation import Loss
+from effnet_fast.training.graphs import GraphedPass
 from effnet_fast.training.optimizer import build_optimizer, schedule
 from effnet_fast.training.recipes import Recipe
 from effnet_fast.training.transfer import freeze_batch_norm, frozen
@@ -74,6 +75,9 @@ class Trainer:
                 raise ValueError(
                     f"the batches' {name} is {getattr(batches, name)}; {getattr(recipe, name)}, as the recipe's, would do"
                 )
+        if recipe.cuda_graph and (self.device.type != "cuda" or distributed.processes() > 1):
+            where = f"on {self.device} in {distributed.processes()} processes"
+            raise ValueError(f"cuda_graph is True, {where}; one process on a CUDA device, or False, would do")
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as gradients come, so DDP copies none
         if self.device.type == "cuda":
@@ -87,6 +91,7 @@ class Trainer:
             group["initial_lr"] = group["lr"]
         self.factor = schedule(recipe, self.steps, distributed.processes())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
+        self.run_pass = GraphedPass(self._pass, model) if recipe.cuda_graph else self._pass
         self.epoch, self.step = 0, 0
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch's losses
 
@@ -159,16 +164,13 @@ class Trainer:
         done = self.epoch * self.steps + self.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(done)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.recipe.cuda_graph)
         for number, (x, y) in enumerate(batches, start=1):
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             if self.augment is not None:
                 x, y = self.augment(x, y)
             with self._context(shares=number == len(batches)):
-                with self.autocast():
-                    loss = self.loss(x, self.forward(x), y) / len(batches)
-                self.scaler.scale(loss).backward()
-            self.total += loss.detach()
+                self.total += self.run_pass(x, y)
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
@@ -177,6 +179,13 @@ class Trainer:
         if self.ema is not None:
             self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(self.recipe.model_ema_decay, done + 1))
             self.ema.update_parameters(self.model)
+
+    def _pass(self, x: Tensor, y: Tensor) -> Tensor:
+        """Forward and backward of a batch: its part of a step's loss."""
+        with self.autocast():
+            loss = self.loss(x, self.forward(x), y) / self.recipe.grad_accum_steps
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def _context(self, shares: bool) -> AbstractContextManager:
         """``shares``: gradients with the other processes, which wait for that till the last batch of a step."""

@@ -82,6 +82,9 @@ class Recipe:
     amp: bool = _setting(False, "mixed precision", _FLAG)
     amp_dtype: str = _setting("bfloat16", "of mixed precision", choices=("bfloat16", "float16"))
     grad_checkpointing: bool = _setting(False, "recompute blocks in the backward pass", _FLAG)
+    cuda_graph: bool = _setting(
+        False, "forward and backward as one CUDA graph, on the fused kernels (one process, on a GPU)", _FLAG
+    )
     sync_bn: bool = _setting(False, "batch norm over the batches of all processes", _FLAG)
     freeze_epochs: int = _setting(0, "epochs, from the first, in which only the classifier trains", _whole(0))
     freeze_bn: bool = _setting(False, "batch norms keep their statistics and weights", _FLAG)

@@ -330,6 +330,7 @@ inline float lesser(float a, float b) { return std::fmin(a, b); }
 inline float greater_or_nan(float a, float b) { return a < b ? b : a; }
 inline float late_zero() { return 0.f; }
 template <typename T> T pin(T v) { return v; }
+template <typename T> T* pin_global(T* p) { return p; }
 
 inline uint16_t round_half(bf16, float v) {
   uint32_t bits;

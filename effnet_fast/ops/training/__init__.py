@@ -12,12 +12,21 @@ coefficients per channel that the backward of a batch norm comes to (arXiv 1502.
     gradient of y = coefficients[0] * G + coefficients[1] * (y - mean) + coefficients[2]
 
 which needs the sums of ``G`` and of ``G * (y - mean)``. Those come from whoever made ``G``, in the same pass. No op here has a
-gradient of its own: :mod:`effnet_fast.nn.training` is the autograd function over them, and all that is of size C it computes there.
+gradient of its own: :mod:`effnet_fast.nn.training` is the autograd function over them.
 
 Vectors, statistics and sums are fp32 beside fp32, bf16 and fp16 tensors, and fp64 beside fp64.
 """
 
 from effnet_fast.ops.training.convolution import conv_backward, conv_stats, why_no_kernel
-from effnet_fast.ops.training.normalization import norm_act, norm_act_mean, norm_act_sums
+from effnet_fast.ops.training.normalization import norm_act, norm_act_mean, norm_act_sums, norm_coefficients, norm_vectors
 
-__all__ = ["conv_backward", "conv_stats", "norm_act", "norm_act_mean", "norm_act_sums", "why_no_kernel"]
+__all__ = [
+    "conv_backward",
+    "conv_stats",
+    "norm_act",
+    "norm_act_mean",
+    "norm_act_sums",
+    "norm_coefficients",
+    "norm_vectors",
+    "why_no_kernel",
+]

@@ -43,6 +43,15 @@ def check_read(op: str, name: str, x: Tensor, norm: Tensor | None, activation: s
         check_tensor(op, "gate", gate, tuple(x.shape[:2]), (accumulator(x.dtype),), x.device)
 
 
+def check_vectors(op: str, name: str, tensor: Tensor, rows: tuple[int, ...]) -> None:
+    """Refuse what is not ``rows`` of K numbers, none where that is ()."""
+    check_strided(op, name, tensor)
+    if tensor.dim() != len(rows) + 1 or tensor.shape[:-1] != rows or tensor.shape[-1] < 1:
+        raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}; [{', '.join(map(str, (*rows, 'K')))}] with K >= 1 would do")
+    if tensor.dtype != accumulator(tensor.dtype):
+        raise TypeError(f"{op}: {name} is {tensor.dtype}; torch.float32 or torch.float64 would do")
+
+
 def check_weight(op: str, weight: Tensor) -> None:
     check_strided(op, "weight", weight)
     if weight.dim() != 4 or 0 in weight.shape:

@@ -78,7 +78,8 @@ def backward(
     a, (zeros, before) = _activated(passes, x, norm, activation, gate), _zeros(padding)
     arguments: Any = (None, [stride] * 2, zeros, [1, 1], False, [0, 0], x.shape[1] // weight.shape[1], [need_x, need_weight, False])
     z, grad_weight, _ = torch.ops.aten.convolution_backward(g, _padded(a, padding) if before else a, weight.to(a.dtype), *arguments)
-    grad_weight = grad_weight.to(weight.dtype).contiguous() if need_weight else weight.new_empty(0)
+    # Flat between: the strides of sizes of one, which a channels_last 1x1 has, would cost whoever wants a parameter's a copy.
+    grad_weight = grad_weight.reshape(-1).view(weight.shape).to(weight.dtype) if need_weight else weight.new_empty(0)
     sums = y_norm.new_empty(0)
     if not need_x:
         return x.new_empty(0), grad_weight, sums

@@ -1,8 +1,9 @@
 """What reads a raw result without a convolution: the norm and activation of a block's last one, the squeeze, their backwards, and
-the statistics of a batch."""
+the statistics of a batch; and of a norm what is of size K, forward and backward."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,21 +11,31 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops import backends, native, triton_backend
-from effnet_fast.ops.common import accumulator, check_no_gradient, check_tensor, differentiates
+from effnet_fast.ops.common import DTYPES, accumulator, check_integer, check_no_gradient, check_tensor, differentiates
 from effnet_fast.ops.library import define
 from effnet_fast.ops.training import composed, reference
-from effnet_fast.ops.training.checks import check_images, check_norm, check_read
+from effnet_fast.ops.training.checks import check_images, check_norm, check_read, check_vectors
 
 _CHECK: dict[str, Callable[..., None]] = {}
 
 
 def _elements(x_shape, *args, out_shape, **kwargs) -> int:
-    images, channels, height, width = x_shape
-    return images * channels * height * width
+    return math.prod(x_shape)
 
 
-def _define(name: str, arguments: str, results: tuple[str, ...], check: Callable[..., None], allocate: Callable[..., Any]) -> None:
-    """An op of that name, with native and Triton kernels; the functions of that name in the modules of references and of Triton."""
+def _define(
+    name: str,
+    arguments: str,
+    results: tuple[str, ...],
+    check: Callable[..., None],
+    allocate: Callable[..., Any],
+    module: str = "triton",
+    of_images: bool = True,
+) -> None:
+    """An op of that name, with native and Triton kernels; the functions of that name in the modules of references and of Triton.
+
+    Not ``of_images`` but of size K, it is the reference that the CPU runs where native kernels are asked for.
+    """
     run = define(
         name,
         arguments,
@@ -33,13 +44,12 @@ def _define(name: str, arguments: str, results: tuple[str, ...], check: Callable
         check=check,
         allocate=allocate,
         flops=_elements,
-        backends=("native", "triton"),
+        backends=("native", "triton") if of_images else ("triton",),
     )
     _CHECK[name] = check
-    module = "triton_statistics" if name == "batch_stats" else "triton"
     triton_backend.register(name, check, allocate, launcher=(f"effnet_fast.ops.training.{module}", name))
     overloads = getattr(torch.ops.effnet_fast, name)
-    backends.register(name, backends.Kernel("native", overloads.native, native.why_not))
+    backends.register(name, backends.Kernel("native", overloads.native if of_images else run, native.why_not))
     backends.register(name, backends.Kernel("triton", overloads.triton, triton_backend.can_run))
     backends.register(name, backends.Kernel("reference", run, backends.always))
 
@@ -93,6 +103,27 @@ def _check_stats(y):
     check_images("batch_stats", "y", y)
 
 
+def _check_vectors(mean, var, weight, bias, eps):
+    op = "norm_vectors"
+    check_vectors(op, "mean", mean, ())
+    check_tensor(op, "var", var, tuple(mean.shape), (mean.dtype,), mean.device)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_tensor(op, name, tensor, tuple(mean.shape), DTYPES, mean.device)
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps is {eps!r}; a number would do")
+
+
+def _check_coefficients(sums, norm, inverse, values):
+    op = "norm_coefficients"
+    check_vectors(op, "sums", sums, (2,))
+    channels = sums.shape[1]
+    for name, tensor, shape in (("norm", norm, (3, channels)), ("inverse", inverse, (channels,))):
+        check_tensor(op, name, tensor, shape, (sums.dtype,), sums.device)
+    if values is not None:
+        check_integer(op, "values", values, 1)
+
+
 _define("norm_act", "Tensor y, Tensor norm, str activation, Tensor? gate, Tensor? residual", ("out",), _check_norm_act, _like)
 _define(
     "norm_act_mean",
@@ -129,7 +160,25 @@ _define(
     _check_gradient,
     lambda grad, y, *args: _like(y),
 )
-_define("batch_stats", "Tensor y", ("mean", "var"), _check_stats, lambda y: (_vector(y), _vector(y)))
+_define("batch_stats", "Tensor y", ("mean", "var"), _check_stats, lambda y: (_vector(y), _vector(y)), "triton_statistics")
+_define(
+    "norm_vectors",
+    "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps",
+    ("norm", "inverse"),
+    _check_vectors,
+    lambda mean, *args: (mean.new_empty((3, mean.shape[0])), mean.new_empty(mean.shape)),
+    "triton_vectors",
+    of_images=False,
+)
+_define(
+    "norm_coefficients",
+    "Tensor sums, Tensor norm, Tensor inverse, SymInt? values",
+    ("coefficients", "grad_weight"),
+    _check_coefficients,
+    lambda sums, *args: (sums.new_empty((3, sums.shape[1])), sums.new_empty(sums.shape[1])),
+    "triton_vectors",
+    of_images=False,
+)
 
 
 def passes(backend: str) -> composed.Passes:
@@ -172,3 +221,26 @@ def norm_act_sums(grad: Tensor, y: Tensor, norm: Tensor, activation: str, gate: 
     grad like y; the rest and errors as in :func:`norm_act`.
     """
     return _run("norm_act_sums", y, grad, y, norm, activation, gate)
+
+
+def norm_vectors(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """A norm as the ops read it, [3, K], and ``1 / sqrt(var + eps)``, [K].
+
+    mean, var     [K] each, fp32 or fp64
+    weight, bias  [K] each, of any of the dtypes of images, or None: ones and zeros
+
+    No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
+    """
+    return _run("norm_vectors", mean, mean, var, weight, bias, eps)
+
+
+def norm_coefficients(sums: Tensor, norm: Tensor, inverse: Tensor, values: int | None) -> tuple[Tensor, Tensor]:
+    """Of the backward of a norm: the coefficients [3, K] of the gradient of y, and the gradient of the norm's weight, [K].
+
+    sums           [2, K], of the gradient G of what the norm gives and of ``G * (y - mean)``, fp32 or fp64
+    norm, inverse  what :func:`norm_vectors` gives, in the same dtype
+    values         how many values of each channel the statistics are of; None where they are constants, in a frozen norm
+
+    No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
+    """
+    return _run("norm_coefficients", sums, sums, norm, inverse, values)

@@ -96,6 +96,22 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def norm_vectors(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    inverse = torch.rsqrt(var + eps)
+    scale = inverse if weight is None else weight.to(inverse.dtype) * inverse
+    return torch.stack([mean, scale, torch.zeros_like(mean) if bias is None else bias.to(inverse.dtype)]), inverse
+
+
+def norm_coefficients(sums: Tensor, norm: Tensor, inverse: Tensor, values: int | None) -> tuple[Tensor, Tensor]:
+    (total, of_deviations), scale = sums, norm[1]
+    grad_weight = of_deviations * inverse
+    if values is None:
+        zeros = torch.zeros_like(scale)
+        return torch.stack([scale, zeros, zeros]), grad_weight
+    share = scale / -values
+    return torch.stack([scale, grad_weight * inverse * share, total * share]), grad_weight
+
+
 _PASSES = composed.Passes(norm_act, norm_act_image_sums, norm_act_backward, norm_gradient)
 
 

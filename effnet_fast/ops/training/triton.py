@@ -1,11 +1,11 @@
 """Training's passes over [N, H, W, C] in Triton: norm and activation, their backwards and the sums of these.
 
-Rows are pixels. They are cut into tiles of BLOCK_P rows of one image, and the tiles of a group (an image where sums are by image,
-else the batch) into pieces of as many. A program owns BLOCK_C channels of one piece, so that its norm stays in registers; it adds
-up, in each of its BLOCK_P x BLOCK_C places, what falls there, and at the end over the rows of the tile. Where a group has several
-pieces a second, small launch adds those up, always in the same order: there are no atomics, and results are the same to the bit.
+Rows are pixels, of one image where something is by image, else of the whole batch as if it were one. They are cut into tiles of
+BLOCK_P rows, and those into pieces of as many tiles. A program owns BLOCK_C channels of one piece, so that its norm stays in
+registers; it adds up, in each of ROWS x BLOCK_C places, what falls there, and at the end over the rows. Where several pieces make
+one sum a second, small launch adds those up, always in the same order: there are no atomics, and results are the same to the bit.
 
-An element is read once from each tensor and written at most once, 2 to 8 bytes a tensor, for 10 to 30 operations with SiLU (one
+An element is read once from each tensor and written at most once, 2 to 8 bytes a tensor, for 8 to 22 instructions with SiLU (one
 exponential and one reciprocal): HBM binds.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from math import ceil
 
 import triton
 import triton.language as tl
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from effnet_fast.ops.triton_common import INTERPRETED, alignment, cdiv, channels_last, next_power_of_2, processors, run, stored
 
+WARPS: tl.constexpr = tl.constexpr(4)  # of a program
 # 1 / (1 + 2^(-u log2(e))): exponential and reciprocal as the special function unit has them, within 3 ulp; subnormals are zero.
 _SIGMOID: tl.constexpr = tl.constexpr("""{
     .reg .f32 a;
@@ -28,6 +30,19 @@ _SIGMOID: tl.constexpr = tl.constexpr("""{
     add.ftz.f32 a, a, 0f3F800000;
     rcp.approx.ftz.f32 $0, a;
 }""")
+
+
+# bf16 are the high halves of fp32: two of them by two instructions, where Triton's own conversion takes three.
+_WIDE_PAIR: tl.constexpr = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;")
+
+
+@triton.jit
+def wide(value):
+    """fp32."""
+    if INTERPRETED or value.dtype != tl.bfloat16:
+        return value.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(_WIDE_PAIR, "=r,=r,r", [value], dtype=tl.float32, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -69,11 +84,25 @@ def of_channels(vectors, channels, c, inside):
 
 @triton.jit
 def sum_of_rows(values):
-    """fp32, summed up in fp64: that is once a program, and saves the bits that a long chain of additions would lose."""
-    return tl.sum(values.to(tl.float64), 0).to(tl.float32)
+    """In fp64 of fp32 [rows, C]: over the rows of a warp in fp32, as fp64 takes twice the shuffles, and then over the warps."""
+    rows: tl.constexpr = values.shape[0]
+    of_warps = tl.reshape(values, [WARPS, rows // WARPS, values.shape[1]])
+    if INTERPRETED:  # which adds one row after another, where a warp adds them in pairs
+        of_warps = of_warps.to(tl.float64)
+    return tl.sum(tl.sum(of_warps, 1).to(tl.float64), 0)
 
 
-@triton.jit(do_not_specialize=["pixels", "tiles", "group_tiles", "pieces", "share", "channel_groups"])
+@triton.jit
+def add_rows(total, values):
+    """``total`` [rows, C] and ``values`` [several times as many, C], of which a thread has every one that falls in its place."""
+    rows: tl.constexpr = total.shape[0]
+    if values.shape[0] == rows:
+        return total + values
+    else:
+        return total + tl.sum(tl.reshape(values, [values.shape[0] // rows, rows, total.shape[1]]), 0)
+
+
+@triton.jit(do_not_specialize=["pixels", "pieces", "share", "channel_groups"])
 def _elements(
     x,
     grad,
@@ -85,74 +114,86 @@ def _elements(
     out,
     sums,
     pixels,
-    tiles,
-    group_tiles,
     pieces,
     share,
     channel_groups,
     ALIGN_C: tl.constexpr,
     WHAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``tiles`` an image, ``group_tiles`` a group; WHAT is the name of the op."""
+    """``share`` tiles a piece, ``pieces`` an image; WHAT is the name of the op."""
     channels = channel_groups * ALIGN_C
     blocks = tl.cdiv(channels, BLOCK_C)
-    block, owner = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    block, owner = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     c, p = block * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     c_inside = c < channels
     mean, scale, bias = of_channels(norm, channels, c, c_inside)
     if WHAT == "norm_gradient":
         of_grad, of_y, shift = of_channels(coefficients, channels, c, c_inside)
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    total_centred = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    total_value = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    total_slope = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    total_slope_centred = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    first = owner // pieces * group_tiles + owner % pieces * share
-    for tile in tl.range(first, tl.minimum(first + share, (owner // pieces + 1) * group_tiles), num_stages=STAGES):
-        image, row = (tile // tiles).to(tl.int64), tile % tiles * BLOCK_P
-        start = (image * pixels + row) * channels
-        at, mask = p[:, None] * channels + c[None, :], (p < pixels - row)[:, None] & c_inside[None, :]
-        centred = tl.load(x + start + at, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    image, first = owner // pieces, owner % pieces * share * BLOCK_P
+    if gate is not None:
+        of_gate = tl.load(gate + image * channels + c, mask=c_inside, other=0.0)
+    if pool is not None:
+        of_pool = tl.load(pool + image * channels + c, mask=c_inside, other=0.0)
+    rows = tl.minimum(pixels - first, share * BLOCK_P).to(tl.int32)
+    start = (image * pixels + first) * channels
+    at = p[:, None] * channels + c[None, :]
+    total = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    total_centred = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    total_value = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    total_slope = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    total_slope_centred = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for row in tl.range(0, rows, BLOCK_P, num_stages=STAGES):
+        inside = (p < rows - row)[:, None]
+        mask = c_inside[None, :]
+        if not EVEN:
+            mask = inside & mask
+        offset = row * channels + at
+        centred = wide(tl.load(x + start + offset, mask=mask, other=0.0)) - mean[None, :]
         value, slope = activation_and_slope(centred * scale[None, :] + bias[None, :], ACTIVATION)
         g = value
         if grad is not None:
-            g = tl.load(grad + start + at, mask=mask, other=0.0).to(tl.float32)
+            g = wide(tl.load(grad + start + offset, mask=mask, other=0.0))
         if gate is not None:
-            g *= tl.load(gate + image * channels + c, mask=c_inside, other=0.0)[None, :]
+            g *= of_gate[None, :]
         if pool is not None:
-            g += tl.load(pool + image * channels + c, mask=c_inside, other=0.0)[None, :]
+            g += of_pool[None, :]
         if WHAT == "norm_act_image_sums":
-            slope = tl.where(mask, slope, 0.0)
-            total_value += g * value
-            total_slope += slope
-            total_slope_centred += slope * centred
+            if not EVEN:
+                slope = tl.where(inside, slope, 0.0)
+            total_value = add_rows(total_value, g * value)
+            total_slope = add_rows(total_slope, slope)
+            total_slope_centred = add_rows(total_slope_centred, slope * centred)
         if grad is not None:
             g *= slope
-            total += g
-            total_centred += g * centred
-        if WHAT == "norm_act_mean":
-            total += tl.where(mask, g, 0.0)
+        if WHAT == "norm_act_mean" and not EVEN:
+            g = tl.where(inside, g, 0.0)
+        if sums is not None:
+            total = add_rows(total, g)
+            if grad is not None:
+                total_centred = add_rows(total_centred, g * centred)
         if WHAT == "norm_gradient":
             g = of_grad[None, :] * g + (of_y[None, :] * centred + shift[None, :])
         if out is not None:
             if residual is not None:
-                g += tl.load(residual + start + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out + start + at, stored(g, out.dtype.element_ty), mask=mask)
+                g += wide(tl.load(residual + start + offset, mask=mask, other=0.0))
+            tl.store(out + start + offset, stored(g, out.dtype.element_ty), mask=mask)
     if WHAT == "norm_act_mean":
-        tl.store(sums + owner.to(tl.int64) * channels + c, sum_of_rows(total) / pixels, mask=c_inside)
+        tl.store(sums + owner * channels + c, sum_of_rows(total).to(tl.float32) / pixels, mask=c_inside)
     elif WHAT == "norm_act_image_sums":
-        to = sums + owner.to(tl.int64) * 5 * channels + c
+        to = sums + owner * 5 * channels + c
         tl.store(to, sum_of_rows(total_value), mask=c_inside)
         tl.store(to + channels, sum_of_rows(total), mask=c_inside)
         tl.store(to + 2 * channels, sum_of_rows(total_slope), mask=c_inside)
         tl.store(to + 3 * channels, sum_of_rows(total_centred), mask=c_inside)
         tl.store(to + 4 * channels, sum_of_rows(total_slope_centred), mask=c_inside)
     elif sums is not None:
-        to = sums + owner.to(tl.int64) * 2 * channels + c
+        to = sums + owner * 2 * channels + c
         tl.store(to, sum_of_rows(total), mask=c_inside)
         tl.store(to + channels, sum_of_rows(total_centred), mask=c_inside)
 
@@ -167,7 +208,7 @@ def _add_up(partial, out, pieces, width, BLOCK_P: tl.constexpr, BLOCK_W: tl.cons
     for start in range(0, pieces, BLOCK_P):
         at = (group * pieces + start + piece)[:, None] * width + w[None, :]
         total += tl.load(partial + at, mask=(start + piece < pieces)[:, None] & inside[None, :], other=0.0)
-    tl.store(out + group * width + w, stored(sum_of_rows(total), out.dtype.element_ty), mask=inside)
+    tl.store(out + group * width + w, stored(tl.sum(total.to(tl.float64), 0).to(tl.float32), out.dtype.element_ty), mask=inside)
 
 
 MOST_REGISTERS = 128  # said outright: ptxas would spill a few of them to fit one program more
@@ -175,32 +216,38 @@ MOST_REGISTERS = 128  # said outright: ptxas would spill a few of them to fit on
 
 @dataclass(frozen=True)
 class Config:
-    """A program's tile: ``block_p`` rows of ``block_c`` channels."""
+    """A program's tile: ``block_p`` rows of ``block_c`` channels, of which its threads load ``rows`` at a time."""
 
     block_p: int
     block_c: int
-    num_warps: int = 4
+    rows: int
+    stages: int
+    num_warps: int = WARPS.value
 
 
 @functools.cache
-def choose_config(rows: int, channels: int, itemsize: int, many: bool = True) -> Config:
-    """Up to a cache line of channels, of which few lie idle; of each tensor 32 bytes a thread, 16 where there are not ``many``.
+def choose_config(rows: int, channels: int, itemsize: int, what: str, activation: str = "identity") -> Config:
+    """Up to a cache line of channels, of which few lie idle; of each tensor 32 bytes a thread, or 16.
 
     Measured on an H200 (B0 and B5 in bf16, of eight forms): with SiLU tiles of 4 KB, two of them on their way, take 0.6 to 0.9 of
     the time of 2 KB at once; without it, and with five sums an element, the smaller are faster.
     """
+    many = activation == "silu" or what == "batch_stats"
     widths = [width // itemsize for width in (128, 64, 32)]
     block_c = min(widths, key=lambda width: cdiv(channels, width) * (width + 8))  # a program costs itself
-    tile = (4096 if many else 2048) // itemsize
-    return Config(min(tile // block_c, max(next_power_of_2(rows), 4)), block_c)
+    tile = (4096 if many and what != "norm_act_image_sums" else 2048) // itemsize
+    block_p = min(tile // block_c, max(next_power_of_2(rows), WARPS.value))
+    return Config(block_p, block_c, min(block_p, 2048 // itemsize // block_c), 3 if many else 1)
 
 
-def pieces_of(tiles: int, others: int, sms: int) -> tuple[int, int]:
-    """Into how many pieces ``tiles`` are cut, and the tiles of each, where there are ``others`` programs for every piece.
+def pieces_of(tiles: int, others: int, sms: int, most: int) -> tuple[int, int]:
+    """Into how many pieces ``tiles`` are cut, and the tiles of each, ``most`` at most, with ``others`` programs for every piece.
 
-    Eight programs to a multiprocessor, which all fit there at once: more would only read their norms again.
+    24 programs to a multiprocessor: 4 to 8 fit there at once, so that a last round of few programs is little beside the others.
+    Where they would have few tiles 8 programs do, as each reads its norm and adds up its places once.
     """
-    share = cdiv(tiles, max(8 * sms // others, 1))
+    each = tiles * others / sms
+    share = min(max(ceil(max(each / 24, min(each / 8, 8))), 1), most)
     return cdiv(tiles, share), share
 
 
@@ -223,18 +270,16 @@ def _launch(
     pixels, by_image = height * width, what in ("norm_act_mean", "norm_act_image_sums")
     if not by_image and gate is None and pool is None:  # then images end nowhere
         images, pixels = 1, images * pixels
-    silu = activation == "silu"
-    config = choose_config(pixels, channels, x.element_size(), silu and what != "norm_act_image_sums")
+    config = choose_config(pixels, channels, x.element_size(), what, activation)
     tiles, blocks = cdiv(pixels, config.block_p), cdiv(channels, config.block_c)
-    groups = images if by_image else 1
-    group_tiles = images * tiles // groups
-    pieces, share = pieces_of(group_tiles, groups * blocks, processors(x.device))
-    partial = sums
-    if sums is not None and pieces > 1:
-        partial = sums.new_empty((groups, pieces, sums.numel() // groups))
+    most = 2**31 // (config.block_p * channels) - 1  # offsets within a piece have 32 bits
+    pieces, share = pieces_of(tiles, images * blocks, processors(x.device), most)
+    partial, groups = sums, images if by_image else 1
+    if sums is not None and images * pieces > groups:
+        partial = sums.new_empty((groups, images * pieces // groups, sums.numel() // groups))
     run(
         _elements,
-        groups * pieces * blocks,
+        images * pieces * blocks,
         channels_last(x),
         None if grad is None else channels_last(grad),
         norm.contiguous(),
@@ -245,29 +290,30 @@ def _launch(
         out,
         partial,
         pixels,
-        tiles,
-        group_tiles,
         pieces,
         share,
         channels // alignment(channels),
         ALIGN_C=alignment(channels),
         WHAT=what,
         ACTIVATION=activation,
+        EVEN=pixels % config.block_p == 0,
+        ROWS=config.rows,
         BLOCK_P=config.block_p,
         BLOCK_C=config.block_c,
-        STAGES=3 if silu else 1,
+        STAGES=config.stages,
         num_warps=config.num_warps,
         maxnreg=MOST_REGISTERS,
     )
-    if sums is not None and partial is not None and pieces > 1:
+    if sums is not None and partial is not None and partial is not sums:
         add_up(partial, sums)
 
 
 def add_up(partial: Tensor, out: Tensor) -> None:
     """Write into ``out``, of groups * width elements, the sums over the pieces of ``partial`` [groups, pieces, width], fp32."""
     groups, pieces, width = partial.shape
-    block_w = 32
-    run(_add_up, groups * cdiv(width, block_w), partial, out, pieces, width, BLOCK_P=32, BLOCK_W=block_w, num_warps=4)
+    block_p = 16 if pieces <= 16 else 256  # one load after another takes longer than the bytes do
+    block_w = 2048 // block_p
+    run(_add_up, groups * cdiv(width, block_w), partial, out, pieces, width, BLOCK_P=block_p, BLOCK_W=block_w, num_warps=4)
 
 
 def norm_act(y: Tensor, norm: Tensor, activation: str, gate: Tensor | None, residual: Tensor | None, *, out: Tensor) -> None:
