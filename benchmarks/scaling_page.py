@@ -30,7 +30,7 @@ from effnet_fast.scaling import (
     thresholds,
 )
 from effnet_fast.scaling.courses import claims
-from effnet_fast.scaling.published import B0_SCALED, FAMILY, PAPER, RIVALS, SCALED_UP, TRANSFER, Figure, PublishedNet
+from effnet_fast.scaling.published import B0_SCALED, FAMILY, OF_FAMILY, PAPER, RIVALS, SCALED_UP, TRANSFER, Figure, PublishedNet
 from effnet_fast.scaling.rules import convention
 from effnet_fast.training.laboratory import Size
 
@@ -97,9 +97,9 @@ def _opening(measured: Results) -> str:
     return (
         f"# Compound scaling, by running it\n\n"
         f"All of this page is written by `{measured['command']}`: counts come from the cost model, accuracies on ImageNet from the "
-        f"tables of {PAPER}, times from [scaling.json](scaling.json) ({machine['cpu']}, {machine['threads']} threads, torch "
-        f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}). FLOPs are multiply-adds, MACs, as in the "
-        f"paper. What is a fit or a rule of thumb is called one."
+        f"tables of {PAPER} ({OF_FAMILY}), times from [scaling.json](scaling.json) ({machine['cpu']}, "
+        f"{machine['threads']} threads, torch {machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}). "
+        f"FLOPs are multiply-adds, MACs, as in the paper. What is a fit or a rule of thumb is called one."
     )
 
 

@@ -16,6 +16,7 @@ from effnet_fast.scaling.config import B0, BaseNet
 from effnet_fast.scaling.fit import POINTS
 
 PAPER = "arXiv 1905.11946v5"
+OF_FAMILY = "accuracies of B0 to B7 are a version's between v1 and v5"
 UNITS = {"": 1.0, "x": 1.0, "M": 1e6, "B": 1e9}
 
 

@@ -17,6 +17,7 @@ from effnet_fast.scaling.cost import Cost
 from effnet_fast.scaling.published import (
     B0_SCALED,
     FAMILY,
+    OF_FAMILY,
     PAPER,
     RIVALS,
     SCALED_UP,
@@ -84,8 +85,7 @@ class PaperTable(NamedTuple):
 
 def family_table() -> PaperTable:
     """B0 to B7, by the published coefficients."""
-    source = f"{PAPER}, table 2; accuracies of a version between v1 and v5"
-    return PaperTable("family", "EfficientNet-B0 to B7", source, _rows(FAMILY))
+    return PaperTable("family", "EfficientNet-B0 to B7", f"{PAPER}, table 2; {OF_FAMILY}", _rows(FAMILY))
 
 
 def versions_table() -> PaperTable:
