@@ -41,11 +41,11 @@ class GraphedPass:
         self._x, self._y = torch.empty_like(x), torch.empty_like(y)
         self._x.copy_(x)
         self._y.copy_(y)
-        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
+        for parameter in self._model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        kept = {tensor: tensor.detach().clone() for tensor in (*self._model.buffers(), *(p.grad for p in parameters))}  # type: ignore[misc]
+        gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        kept = {tensor: tensor.detach().clone() for tensor in (*self._model.buffers(), *gradients)}
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.random.fork_rng([x.device]), backend("native"), torch.cuda.stream(stream):

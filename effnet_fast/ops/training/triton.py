@@ -229,25 +229,25 @@ class Config:
 def choose_config(rows: int, channels: int, itemsize: int, what: str, activation: str = "identity") -> Config:
     """Up to a cache line of channels, of which few lie idle; of each tensor 32 bytes a thread, or 16.
 
-    Measured on an H200 (B0 and B5 in bf16, of eight forms): with SiLU tiles of 4 KB, two of them on their way, take 0.6 to 0.9 of
-    the time of 2 KB at once; without it, and with five sums an element, the smaller are faster.
+    Of four forms, on an H200, ten shapes of B0 in bf16: with SiLU, and for statistics, tiles of 4 KB, two of them on their way, are
+    fastest or within 2 % of that; without it tiles of 2 KB at once, by 4 to 8 %.
     """
     many = activation == "silu" or what == "batch_stats"
     widths = [width // itemsize for width in (128, 64, 32)]
     block_c = min(widths, key=lambda width: cdiv(channels, width) * (width + 8))  # a program costs itself
-    tile = (4096 if many and what != "norm_act_image_sums" else 2048) // itemsize
+    tile = (4096 if many else 2048) // itemsize
     block_p = min(tile // block_c, max(next_power_of_2(rows), WARPS.value))
     return Config(block_p, block_c, min(block_p, 2048 // itemsize // block_c), 3 if many else 1)
 
 
-def pieces_of(tiles: int, others: int, sms: int, most: int) -> tuple[int, int]:
+def pieces_of(tiles: int, others: int, sms: int, most: int, programs: int = 24) -> tuple[int, int]:
     """Into how many pieces ``tiles`` are cut, and the tiles of each, ``most`` at most, with ``others`` programs for every piece.
 
-    24 programs to a multiprocessor: 4 to 8 fit there at once, so that a last round of few programs is little beside the others.
-    Where they would have few tiles 8 programs do, as each reads its norm and adds up its places once.
+    programs  to a multiprocessor, where 4 to 8 fit at once: 24 make a last round of few little beside the others, 8 add up their
+              places and read their norm less often. Measured on an H200, 8 are faster where adding up is most of the work
     """
     each = tiles * others / sms
-    share = min(max(ceil(max(each / 24, min(each / 8, 8))), 1), most)
+    share = min(max(ceil(max(each / programs, min(each / 8, 8))), 1), most)  # few tiles each: 8 do
     return cdiv(tiles, share), share
 
 
@@ -273,7 +273,8 @@ def _launch(
     config = choose_config(pixels, channels, x.element_size(), what, activation)
     tiles, blocks = cdiv(pixels, config.block_p), cdiv(channels, config.block_c)
     most = 2**31 // (config.block_p * channels) - 1  # offsets within a piece have 32 bits
-    pieces, share = pieces_of(tiles, images * blocks, processors(x.device), most)
+    programs = 8 if sums is not None and activation != "silu" else 24
+    pieces, share = pieces_of(tiles, images * blocks, processors(x.device), most, programs)
     partial, groups = sums, images if by_image else 1
     if sums is not None and images * pieces > groups:
         partial = sums.new_empty((groups, images * pieces // groups, sums.numel() // groups))

@@ -91,7 +91,7 @@ def batch_stats(y: Tensor, *, mean: Tensor, var: Tensor) -> None:
     config = choose_config(rows, channels, y.element_size(), "batch_stats")
     blocks = cdiv(channels, config.block_c)
     tiles = cdiv(rows, config.block_p)
-    pieces, share = pieces_of(tiles, blocks, processors(y.device), CHAIN)
+    pieces, share = pieces_of(tiles, blocks, processors(y.device), CHAIN, programs=8)
     partial = mean.new_empty((pieces, 2, channels), dtype=torch.float64)
     run(
         _of_pieces,
