@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 KERNELS = ("csrc", "effnet_fast/ops")  # whose changes make timings old
-TRIALS = "training-trials-cuda.json"
 HEADLINES = {"model": "Speed", "train": "Training step"}  # suites of whole nets
 TIMINGS = tuple(f"{suite}-{device}" for device in ("cuda", "cpu") for suite in ("model", "train", "kernels"))
 
@@ -102,13 +101,15 @@ def kept_memory(results: dict[str, Any]) -> str:
     return f"**Training memory** kept between forward and backward, of eager PyTorch's: {'; '.join(parts)}."
 
 
-def trials(results: dict[str, Any]) -> str:
-    """Single steps on a GPU, which no benchmark has raced."""
-    parts = [f"{step['entrant']} {step['median_ms']:.1f} ms" for step in results["steps"]]
-    first = results["steps"][0]
-    machine = results["machine"]
-    where = f"{results['dtype']}, {machine['gpu']['name']}, {first['net']} at batch {first['batch']}, commit {machine['commit']}"
-    return f"**Training step on a GPU** ([trials](benchmarks/results/{TRIALS}), {where}): {', '.join(parts)}."
+def trials(path: Path) -> str:
+    """Single nets or steps on a GPU, which no benchmark has raced."""
+    results = json.loads(path.read_text())
+    parts: dict[str, list[str]] = {}
+    for row in results["trials"]:
+        parts.setdefault(f"{row['net']} at batch {row['batch']}", []).append(f"{row['entrant']} {row['median_ms']:.3g} ms")
+    told = "; ".join(f"{case}: {', '.join(entrants)}" for case, entrants in parts.items())
+    where = f"{results['dtype']}, {results['machine']['gpu']['name']}"
+    return f"**{results['title']}** ([trials](benchmarks/results/{path.name}), {where}): {told}."
 
 
 def headline() -> str:
@@ -122,8 +123,7 @@ def headline() -> str:
                 leads += [f"{case['group']} at batch {case['batch']}, {findings.fastest(case)}, has {against}"] if against else []
             label = HEADLINES[results["suite"]]
             told.append(f"**{label}** ({findings.setting(results)}), beside the fastest peer of each kind: {'; '.join(leads)}.")
-    if (path := RESULTS / TRIALS).exists():
-        told.append(trials(json.loads(path.read_text())))
+    told += map(trials, sorted(RESULTS.glob("*-trials-cuda.json")))
     if (path := RESULTS / "memory-cpu.json").exists():
         told.append(kept_memory(json.loads(path.read_text())))
     for device, named in (("cuda", "a GPU"), ("cpu", "a CPU")):
@@ -135,8 +135,7 @@ def headline() -> str:
                 f"**Kernels** ({findings.setting(of_kernels)}), by the speed of {of_kernels['baseline']}: {', '.join(leads)}."
             )
         if "model" not in of_device:
-            what = "speed of whole nets" if of_device else "speed"
-            told.append(f"**Not measured:** {what} on {named}" + ("." if of_device else "; no figure here was taken on one."))
+            told.append(f"**Not raced:** whole nets on {named}." if of_device else f"**Not measured:** speed on {named}.")
     for results in kept:
         found, both = findings.behind(results)
         if found:

@@ -454,7 +454,7 @@ def test_kernels_alone_are_told_first(monkeypatch):
     monkeypatch.setattr(report, "timings", lambda: {"kernels-cuda": results})
     told = report.headline()
     assert "by the speed of eager channels_last: pointwise 2.00 times." in told
-    assert "speed of whole nets on a GPU." in told and "speed on a CPU; no figure here was taken on one." in told
+    assert "**Not raced:** whole nets on a GPU." in told and "**Not measured:** speed on a CPU." in told
 
 
 def test_targets_of_nets_are_against_the_fastest_peer():
