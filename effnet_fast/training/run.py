@@ -94,8 +94,17 @@ def train(
             row = {"epoch": trainer.epoch + 1, "lr": trainer.lr}
             row["train_loss"] = trainer.end_epoch()
             if validation is not None:
-                with trainer.autocast():
-                    scores = evaluate(trainer.judged, _till_stopped(validation, caught, folder), trainer.device)
+                held_out = tqdm(
+                    _till_stopped(validation, caught, folder),
+                    "held out",
+                    len(validation),
+                    unit="batch",
+                    disable=bar.disable,
+                    leave=False,
+                    delay=2,
+                )
+                with trainer.autocast(), held_out:
+                    scores = evaluate(trainer.judged, held_out, trainer.device)
                 shares = {"top1": scores.top1, "top5": scores.top5}
                 row |= {"loss": scores.loss, **{name: share for name, share in shares.items() if share is not None}}
             history.append({**row, "seconds": time.perf_counter() - started})
