@@ -87,7 +87,7 @@ def import_module(module: Path, expression: str) -> str:
 
 @pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON))
 def test_symbols_of_the_installed_module():
-    """Which is compiled as users' are, with optimisation and for every architecture."""
+    """Which is compiled as users' are, with optimisation."""
     check_symbols(ROOT / "effnet_fast" / "_C.abi3.so")
 
 
