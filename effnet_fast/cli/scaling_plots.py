@@ -110,7 +110,7 @@ def draw_grid(grid: Grid, result: dict[str, Any], out: Path) -> None:
     right.plot(*zip(*law, strict=True), "o-", color=_ORANGE, label="the ringed law, phi = 0, 1, 2")
     for (name, colour), label in zip(_ALONE.items(), ("d=4", "w=2", "r=2"), strict=True):
         right.plot(*at(label), "s", color=colour, label=f"{name} alone, {label}")
-    right.set_xlabel("MACs of the base")
+    right.set_xlabel("MACs, times the base's")
     right.set_ylabel("held-out digits right, %, seeds of their own")
     right.legend(fontsize=8, frameon=False, loc="upper left")
     right.margins(y=0.25)
