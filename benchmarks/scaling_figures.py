@@ -11,14 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from effnet_fast.colours import BLUE, GREEN, GREY, ORANGE, PINK
 from effnet_fast.scaling import B0, CompoundScaling, Cost, NetConfig, ScaledNet, StageConfig, published_fit, thresholds
 from effnet_fast.scaling.growth import Growth
 from effnet_fast.scaling.published import B0_SCALED, FAMILY, RIVALS, SCALED_UP, PublishedNet
 from effnet_fast.scaling.rules import convention
 from effnet_fast.weights.files import whole
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-ORANGE, BLUE, GREEN, PINK, GREY = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#888888"
 ALONE = {"depth": BLUE, "width": GREEN, "resolution": PINK}
 BASES = {"B0": ORANGE, "MobileNetV1": BLUE, "MobileNetV2": GREEN, "ResNet-50": PINK}
 EXPANSION = 6  # of EfficientNet's blocks
@@ -126,7 +125,7 @@ def draw_methods(milliseconds: dict[str, float], path: Path) -> None:
         left.plot([_macs(net) / 1e9 for net in within], [fit(net) for net in within], color=colour, lw=1, ls="--")
     colours = (*ALONE.values(), ORANGE)
     names = {form.name: form.name.partition(" ")[2] for form in forms}
-    law = f"the law, d={LAW.alpha:g}^phi w={LAW.beta:g}^phi r={LAW.gamma:g}^phi, by the fit"
+    law = f"the law, d={LAW.alpha:g}^phi w={LAW.beta:g}^phi r={LAW.gamma:g}^phi,\nby the fit"
     for form, colour in zip(forms, colours, strict=True):
         left.plot(convention(form).macs / 1e9, form.top1, "o", color=colour, ms=8, label=names[form.name])
     left.plot(convention(first).macs / 1e9, first.top1, "s", color="black", ms=7, label=first.name)
@@ -134,7 +133,7 @@ def draw_methods(milliseconds: dict[str, float], path: Path) -> None:
     left.plot([], [], color=GREY, lw=1, ls="--", label=law)
     left.set_xlabel("GMACs per image (counted)")
     left.set_ylabel("top-1 on ImageNet, % (published)")
-    left.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
+    left.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
     costs: dict[str, Callable[[PublishedNet], float]] = {
         "multiply-adds": lambda net: convention(net).macs,
         "parameters": lambda net: convention(net).parameters,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from effnet_fast.colours import AMBER, BLUE, GREEN, ORANGE, PINK, SKY
 from effnet_fast.weights.files import whole
 
-# Okabe and Ito's, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY)
 _DASHES, _MARKERS, _GREY = ("-", "--", ":"), ("o", "s"), "#666666"
 
 
@@ -78,7 +78,8 @@ def _over_size(axes: Any, result: dict[str, Any]) -> None:
         values = [value for value in result["published"] if value["data"] == data]
         points = [(value["net"], value["parameters"], value["top1"]) for value in values]
         style = {"color": _GREY, "linestyle": "--", "linewidth": 1, "marker": marker, "markersize": 5}
-        lines.append((f"published on {data} ({values[0]['source']})", points, style))
+        lines.append((f"published on {data}\n({values[0]['source']})", points, style))
+    axes.margins(x=0.12)
     for label, points, style in lines:
         axes.plot([x for _, x, _ in points], [y for _, _, y in points], label=label, **style)
         for (name, x, y), (_, _, before) in zip(points, points[:1] + points, strict=False):
