@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.report import RESULTS
-from benchmarks.scaling_page import LAW, growths, milliseconds_of, page
+from benchmarks.scaling_page import LAW, growths, milliseconds_of, of_grid, of_times, page
 from effnet_fast.benchmark.latency import Latency
 from effnet_fast.benchmark.machine import facts
 from effnet_fast.benchmark.results import write
@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.kept and not path.exists():
         parser.error(f"--kept: {path} does not exist; without --kept it is made")
     try:
-        measured = checked(path) if options.kept else {}
-        grid = json.loads(GRID.read_text())
+        measured = read(path, of_times) if options.kept else {}
+        grid = read(GRID, of_grid)
         options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -65,16 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def checked(path: Path) -> dict[str, Any]:
-    """What an earlier call wrote. Raises ValueError where that is not what the file holds."""
+def read(path: Path, told: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """What an earlier call wrote. Raises ValueError where ``told``, which tells it, cannot."""
     try:
-        measured = json.loads(path.read_text())
-        measured["command"], measured["search"], measured["dtype"]
-        measured["machine"]["versions"]["torch"]
-        milliseconds_of(measured)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); without --kept it is made anew") from error
-    return measured
+        held = json.loads(path.read_text())
+        told(held)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); its own command makes it anew") from error
+    return held
 
 
 def measure(quick: bool = False) -> dict[str, Any]:

@@ -46,14 +46,9 @@ from effnet_fast.scaling.rules import convention
 from effnet_fast.training.laboratory import Size
 
 LAW = CompoundScaling()
-_SIZES = ("_s", "_m", "_l", "_xl")
-BASES = {
-    base.name: base
-    for base in sorted(
-        (base for base in vars(scaling).values() if isinstance(base, BaseNet)),
-        key=lambda base: next((place for place, size in enumerate(_SIZES, 1) if base.name.endswith(size)), 0),
-    )
-}
+_SIZES = {"s": 1, "m": 2, "l": 3, "xl": 4}  # by name; all others come first, as the package has them
+_BASES = [base for base in vars(scaling).values() if isinstance(base, BaseNet)]
+BASES = {base.name: base for base in sorted(_BASES, key=lambda base: _SIZES.get(base.name.rpartition("_")[2], 0))}
 BATCHES = (1, 32, 256)
 TRAINED = 32  # images of a step, where memory of training is told
 PHIS = range(8)
@@ -80,20 +75,21 @@ def page(measured: Results, grid: Results, labs: Sequence[Results], stored: Path
     """
     place = Path(os.path.relpath(stored, out))
     milliseconds = milliseconds_of(measured)
+    opening, problem, family = of_times(measured)
     sections = (
-        _opening(measured),
+        opening,
         _stages(),
         _composition(),
         _batches(),
-        _problem(measured),
+        problem,
         _growth(growths()),
         _phi(),
         _layers(),
-        _family(measured, milliseconds),
+        family,
         _scaled(milliseconds),
         _rivals(),
         _savings(),
-        _grid(grid, place),
+        of_grid(grid, place),
         *(_lab(lab, place) for lab in labs),
         _courses(),
     )
@@ -103,6 +99,11 @@ def page(measured: Results, grid: Results, labs: Sequence[Results], stored: Path
 def milliseconds_of(measured: Results) -> dict[str, float]:
     """By the published net's name, of its quicker turn."""
     return {row["net"]: min(row["turns_ms"]) for row in measured["latencies"]}
+
+
+def of_times(measured: Results) -> tuple[str, ...]:
+    """The sections that tell what was measured."""
+    return _opening(measured), _problem(measured), _family(measured, milliseconds_of(measured))
 
 
 @cache
@@ -449,7 +450,7 @@ def _savings() -> str:
     )
 
 
-def _grid(result: Results, place: Path) -> str:
+def of_grid(result: Results, place: Path = Path()) -> str:
     nets = result["scaled"]["nets"]
     base = next(row["macs"] for row in nets if row["label"] == "phi=0")
     points = sorted(result["points"], key=lambda point: (-point["accuracy"], point["macs"]))

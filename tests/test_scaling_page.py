@@ -75,9 +75,9 @@ def test_bad_input_is_refused(
     assert refused.value.code == 2 and "error: " in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"machine": 1}', '{"latencies": 3}'])
-def test_damaged_times_are_refused(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "scaling.json").write_text(damage)
+@pytest.mark.parametrize("damage", ["", "[]", "{}", {"machine": 1}, {"latencies": []}, {"latencies": [{}]}, {"search": {}}])
+def test_damaged_times_are_refused(damage: str | dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scaling.json").write_text(damage if isinstance(damage, str) else json.dumps(timed() | damage))
     with pytest.raises(SystemExit):
         scaling.main(["--kept", "--out", str(tmp_path)])
     assert f"{tmp_path / 'scaling.json'} is damaged" in capsys.readouterr().err
@@ -96,6 +96,10 @@ def test_what_cannot_be_written_is_told_before_anything_is_timed(
     with pytest.raises(SystemExit):
         scaling.main(["--out", str(tmp_path)])
     assert str(tmp_path / "grid.json") in capsys.readouterr().err
+    scaling.GRID.write_text("{")
+    with pytest.raises(SystemExit):
+        scaling.main(["--out", str(tmp_path)])
+    assert f"{tmp_path / 'grid.json'} is damaged" in capsys.readouterr().err
 
 
 def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
