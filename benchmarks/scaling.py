@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.report import RESULTS
-from benchmarks.scaling_page import LAW, growth_rows, milliseconds_of, page
+from benchmarks.scaling_page import LAW, growths, milliseconds_of, of_grid, of_times, page
 from effnet_fast.benchmark.latency import Latency
 from effnet_fast.benchmark.machine import facts
 from effnet_fast.benchmark.results import write
@@ -31,6 +31,7 @@ from effnet_fast.training.laboratory import EXPERIMENTS
 from effnet_fast.weights.files import whole
 
 NAME = "scaling"
+GRID = RESULTS / "grid-digits.json"
 NETS = (*FAMILY, *B0_SCALED[1:], *SCALED_UP)
 SECONDS, TURNS = 0.5, 2  # of calls of each net in a turn; all have their first turn before any has its second
 ALLOWED = 2  # times what B0 takes is the time that the search is given
@@ -46,19 +47,32 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out / f"{NAME}.json"
     if options.kept and not path.exists():
         parser.error(f"--kept: {path} does not exist; without --kept it is made")
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.kept:
-        measured = json.loads(path.read_text())
-    else:
-        told = [] if arguments is None and len(sys.argv) == 1 else ["--quick"] * options.quick
+    try:
+        measured = read(path, of_times) if options.kept else {}
+        grid = read(GRID, of_grid)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if not options.kept:
+        told = ["--quick"] * options.quick
         measured = {"command": shlex.join(["python", "-m", "benchmarks.scaling", *told]), **measure(options.quick)}
         write(measured, path)
     for name, draw in tqdm(figures(measured).items(), "figures", disable=None):
         draw(options.out / f"{NAME}-{name}.png")
     with whole(options.out / f"{NAME}.md") as aside:
-        aside.write_text(text(measured, options.out))
+        aside.write_text(text(measured, grid, options.out))
     print(f"{options.out / NAME}.md, .json and {len(figures(measured))} figures")
     return 0
+
+
+def read(path: Path, told: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """What an earlier call wrote. Raises ValueError where ``told``, which tells it, cannot."""
+    try:
+        held = json.loads(path.read_text())
+        told(held)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); its own command makes it anew") from error
+    return held
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
@@ -84,7 +98,7 @@ def figures(measured: dict[str, Any]) -> dict[str, Callable[[Path], None]]:
 
     milliseconds = milliseconds_of(measured)
     return {
-        "growth": lambda path: draw.draw_growth(growth_rows(), path),
+        "growth": lambda path: draw.draw_growth(growths(), path),
         "phi": draw.draw_phi,
         "accuracy": lambda path: draw.draw_accuracy(milliseconds, path),
         "methods": lambda path: draw.draw_methods(milliseconds, path),
@@ -93,9 +107,8 @@ def figures(measured: dict[str, Any]) -> dict[str, Callable[[Path], None]]:
     }
 
 
-def text(measured: dict[str, Any], out: Path) -> str:
+def text(measured: dict[str, Any], grid: dict[str, Any], out: Path) -> str:
     """The page for the folder ``out``."""
-    grid = json.loads((RESULTS / "grid-digits.json").read_text())
     labs = [json.loads(path.read_text()) for name in EXPERIMENTS if (path := RESULTS / "lab" / f"{name}.json").exists()]
     return page(measured, grid, labs, RESULTS, out)
 

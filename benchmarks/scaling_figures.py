@@ -11,14 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from effnet_fast.colours import BLUE, GREEN, GREY, ORANGE, PINK
 from effnet_fast.scaling import B0, CompoundScaling, Cost, NetConfig, ScaledNet, StageConfig, published_fit, thresholds
 from effnet_fast.scaling.growth import Growth
 from effnet_fast.scaling.published import B0_SCALED, FAMILY, RIVALS, SCALED_UP, PublishedNet
 from effnet_fast.scaling.rules import convention
 from effnet_fast.weights.files import whole
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-ORANGE, BLUE, GREEN, PINK, GREY = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#888888"
 ALONE = {"depth": BLUE, "width": GREEN, "resolution": PINK}
 BASES = {"B0": ORANGE, "MobileNetV1": BLUE, "MobileNetV2": GREEN, "ResNet-50": PINK}
 EXPANSION = 6  # of EfficientNet's blocks
@@ -38,9 +37,10 @@ def draw_growth(families: dict[str, Sequence[Growth]], path: Path) -> None:
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(families))
-    for number, colour, mark in ((0, BLUE, "o"), (1, GREEN, "s"), (2, PINK, "^"), (-1, ORANGE, "D")):
+    marks = ((0, BLUE, "o", -0.24), (1, GREEN, "s", -0.08), (2, PINK, "^", 0.08), (-1, ORANGE, "D", 0.24))
+    for number, colour, mark, aside in marks:
         grown = [rows[number] for rows in families.values()]
-        axes.plot([row.macs for row in grown], places, mark, color=colour, ms=6, label=grown[0].label)
+        axes.plot([row.macs for row in grown], places + aside, mark, color=colour, ms=5, label=grown[0].label)
     for rule in {row.macs_rule for rows in families.values() for row in (*rows[:3], rows[-1])}:
         axes.axvline(rule, color="black", lw=0.8, ls=":", zorder=0)
     axes.set_yticks(places, list(families), fontsize=8)
@@ -95,7 +95,7 @@ def draw_dimensions(path: Path) -> None:
                 scaled = [name for name in ALONE if getattr(form, name) != 1]
                 x, y = convention(form).macs / convention(first).macs, form.top1 - first.top1
                 if scaled == [dimension]:
-                    axes.plot([1, x], [0, y], "o-", color=colour, lw=0.8)
+                    axes.plot(x, y, "o", color=colour)
                 elif len(scaled) == len(ALONE):
                     axes.plot(x, y, "*", color=colour, mfc="none", mew=1.3, ms=12)
         nets = [LAW.scaled(**{dimension: float(step)}) for step in np.geomspace(1, MOST[dimension], 40)]
@@ -107,7 +107,7 @@ def draw_dimensions(path: Path) -> None:
     panels[0].set_ylabel("top-1 gained on ImageNet, points (published)")
     for base, colour in BASES.items():
         panels[0].plot([], [], "s", color=colour, label=base)
-    for style, told in (("o-", "one dimension alone"), ("*", "all three"), ("--", "B0 by the fit")):
+    for style, told in (("o", "one dimension alone"), ("*", "all three"), ("--", "B0 by the fit, which saturates by assumption")):
         panels[0].plot([], [], style, color="black", mfc="none" if style == "*" else None, lw=1, label=told)
     figure.legend(loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     _save(figure, path)
@@ -118,20 +118,22 @@ def draw_methods(milliseconds: dict[str, float], path: Path) -> None:
     figure = Figure(figsize=(11.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     fit, (first, *forms) = published_fit(), B0_SCALED
-    for method, colour in {**ALONE, "compound": ORANGE}.items():
+    for method, colour in {**ALONE, "compound": GREY}.items():
         steps = np.linspace(0, 5, 60)
         nets = [LAW.at(float(step)) if method == "compound" else LAW.scaled(**{method: 1 + float(step)}) for step in steps]
         within = [net for net in nets if _macs(net) <= 2.2e9]
         left.plot([_macs(net) / 1e9 for net in within], [fit(net) for net in within], color=colour, lw=1, ls="--")
     colours = (*ALONE.values(), ORANGE)
     names = {form.name: form.name.partition(" ")[2] for form in forms}
+    law = f"the law, d={LAW.alpha:g}^phi w={LAW.beta:g}^phi r={LAW.gamma:g}^phi,\nby the fit"
     for form, colour in zip(forms, colours, strict=True):
         left.plot(convention(form).macs / 1e9, form.top1, "o", color=colour, ms=8, label=names[form.name])
     left.plot(convention(first).macs / 1e9, first.top1, "s", color="black", ms=7, label=first.name)
-    left.plot([], [], color="black", lw=1, ls="--", label="by the fit")
+    left.plot([], [], color="black", lw=1, ls="--", label="one dimension alone, by the fit")
+    left.plot([], [], color=GREY, lw=1, ls="--", label=law)
     left.set_xlabel("GMACs per image (counted)")
     left.set_ylabel("top-1 on ImageNet, % (published)")
-    left.legend(fontsize=8, frameon=False, loc="upper left")
+    left.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
     costs: dict[str, Callable[[PublishedNet], float]] = {
         "multiply-adds": lambda net: convention(net).macs,
         "parameters": lambda net: convention(net).parameters,
@@ -153,10 +155,12 @@ def draw_methods(milliseconds: dict[str, float], path: Path) -> None:
 
 
 def draw_accuracy(milliseconds: dict[str, float], path: Path) -> None:
-    """Published accuracy over parameters and multiply-adds, counted or of the nets of others as printed, and over the time here."""
+    """Published accuracy over parameters and multiply-adds, counted or of the nets of others as printed, and over the time here.
+    Accuracies of B0 to B7 are those often quoted, all others are those of v5."""
     figure = Figure(figsize=(14, 6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    groups = {"EfficientNet": (FAMILY, ORANGE), **{base: (_forms(base), colour) for base, colour in list(BASES.items())[1:]}}
+    efficientnet = "EfficientNet, top-1 as often quoted"
+    groups = {efficientnet: (FAMILY, ORANGE), **{base: (_forms(base), colour) for base, colour in list(BASES.items())[1:]}}
     quantities: tuple[tuple[str, Callable[[PublishedNet], float | None]], ...] = (
         ("parameters, M", lambda net: convention(net).parameters / 1e6),
         ("GMACs per image", lambda net: convention(net).macs / 1e9),
@@ -166,8 +170,16 @@ def draw_accuracy(milliseconds: dict[str, float], path: Path) -> None:
         told: list[Told] = []
         for label, (nets, colour) in groups.items():
             points = [(x, net.top1, net.name) for net in nets if (x := value(net)) is not None]
-            line = "o-" if label == "EfficientNet" else "s"
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], line, color=colour, ms=5, lw=1.2, label=label)
+            line = "o-" if label == efficientnet else "s"
+            axes.plot(
+                [x for x, _, _ in points],
+                [y for _, y, _ in points],
+                line,
+                color=colour,
+                ms=5,
+                lw=1.2,
+                label=label,
+            )
             told += [(_short(name), x, y, colour) for x, y, name in points]
         for rival in RIVALS:
             printed = {"parameters, M": rival.parameters, "GMACs per image": rival.flops}.get(quantity)
@@ -175,7 +187,7 @@ def draw_accuracy(milliseconds: dict[str, float], path: Path) -> None:
                 x = printed.value / (1e6 if quantity.startswith("parameters") else 1e9)
                 axes.plot(x, rival.top1, "x", color=GREY, ms=5)
                 told.append((rival.name, x, rival.top1, GREY))
-        axes.plot([], [], "x", color=GREY, label="nets of others, as printed")
+        axes.plot([], [], "x", color=GREY, label="nets of others, as table 2 of v5 prints them")
         _logarithmic(axes, 10)
         axes.set_xlabel(quantity)
         axes.margins(x=0.16)

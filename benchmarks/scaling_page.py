@@ -24,21 +24,35 @@ from effnet_fast.scaling import (
     Growth,
     NetConfig,
     compound_growth,
-    multiplier_growth,
     published_fit,
     search,
     thresholds,
 )
 from effnet_fast.scaling.courses import claims
-from effnet_fast.scaling.published import B0_SCALED, FAMILY, OF_FAMILY, PAPER, RIVALS, SCALED_UP, TRANSFER, Figure, PublishedNet
+from effnet_fast.scaling.growth import growth_rows
+from effnet_fast.scaling.published import (
+    B0_SCALED,
+    FAMILY,
+    OF_FAMILY,
+    PAPER,
+    RIVALS,
+    SCALED_UP,
+    TRANSFER,
+    VERSIONS,
+    Figure,
+    PublishedNet,
+)
 from effnet_fast.scaling.rules import convention
 from effnet_fast.training.laboratory import Size
 
 LAW = CompoundScaling()
-BASES = {base.name: base for base in vars(scaling).values() if isinstance(base, BaseNet)}
+_SIZES = {"s": 1, "m": 2, "l": 3, "xl": 4}  # by name; all others come first, as the package has them
+_BASES = [base for base in vars(scaling).values() if isinstance(base, BaseNet)]
+BASES = {base.name: base for base in sorted(_BASES, key=lambda base: _SIZES.get(base.name.rpartition("_")[2], 0))}
 BATCHES = (1, 32, 256)
 TRAINED = 32  # images of a step, where memory of training is told
 PHIS = range(8)
+LITTLE = 0.1  # a phi at which the image already has another side
 # What the constrained problem is filled in with.
 BUDGETS: tuple[dict[str, Any], ...] = (
     {"parameters": "b2"},
@@ -61,20 +75,21 @@ def page(measured: Results, grid: Results, labs: Sequence[Results], stored: Path
     """
     place = Path(os.path.relpath(stored, out))
     milliseconds = milliseconds_of(measured)
+    opening, problem, family = of_times(measured)
     sections = (
-        _opening(measured),
+        opening,
         _stages(),
         _composition(),
         _batches(),
-        _problem(measured),
-        _growth(growth_rows()),
+        problem,
+        _growth(growths()),
         _phi(),
         _layers(),
-        _family(measured, milliseconds),
+        family,
         _scaled(milliseconds),
         _rivals(),
         _savings(),
-        _grid(grid, place),
+        of_grid(grid, place),
         *(_lab(lab, place) for lab in labs),
         _courses(),
     )
@@ -86,10 +101,15 @@ def milliseconds_of(measured: Results) -> dict[str, float]:
     return {row["net"]: min(row["turns_ms"]) for row in measured["latencies"]}
 
 
+def of_times(measured: Results) -> tuple[str, ...]:
+    """The sections that tell what was measured."""
+    return _opening(measured), _problem(measured), _family(measured, milliseconds_of(measured))
+
+
 @cache
-def growth_rows() -> dict[str, tuple[Growth, ...]]:
+def growths() -> dict[str, tuple[Growth, ...]]:
     """Of every base twice each dimension and all three, and the law's step."""
-    return {name: (*multiplier_growth(base), compound_growth(base)[-1]) for name, base in BASES.items()}
+    return {name: growth_rows(base) for name, base in BASES.items()}
 
 
 def _opening(measured: Results) -> str:
@@ -207,7 +227,7 @@ def _problem(measured: Results) -> str:
         f"equation 3 ties the three to one phi. `effnet_fast.scaling.search` solves it, over phi or freely over the three. Filled "
         f"in once:\n\n"
         f"```\nmaximise    top-1(N(d, w, r)),  d = {LAW.alpha:g}^phi, w = {LAW.beta:g}^phi, r = {LAW.gamma:g}^phi\n{limits}\n"
-        f"solution    phi = {best.net.phi:.6g}: {taken}; binding: {best.binding}\n```\n\n"
+        f"solution    phi = {best.net.phi:.6g}: top-1 {best.accuracy:.2f} by the fit, {taken}; binding: {best.binding}\n```\n\n"
         f"And for other targets, those named after a net being what that net takes:\n\n"
         f"{table(header, rows)}\n\n"
         f"Accuracy is a fit, not a measurement: {published_fit()}.\n\n"
@@ -257,7 +277,8 @@ def _growth(families: dict[str, tuple[Growth, ...]]) -> str:
         f"## What doubling each dimension does\n\n"
         f"Multiply-adds should grow as depth x width^2 x resolution^2, parameters as depth x width^2, what convolutions write as "
         f"depth x width x resolution^2. Counted, over all {len(families)} base nets: {spread}. Depthwise convolutions grow with "
-        f"the width and not its square; stem and head have no depth; layers and channels are rounded.\n\n"
+        f"the width and not its square; stem and head have no depth; layers and channels are rounded, and feature maps are "
+        f"rounded up at each stride.\n\n"
         f"![growth](scaling-growth.png)\n\n"
         f"Times the base's, and what the rule says; depthwise are the MACs of depthwise convolutions alone, peak the elements "
         f"alive at once in inference, saved those kept to train:\n\n"
@@ -283,15 +304,24 @@ def _phi() -> str:
         nearest = net.nearest.name.removeprefix("efficientnet_") if net.nearest else ""
         rows.append([str(phi), str(net.config.resolution), f"{cost.parameters:,}", si(cost.macs), *growth, nearest])
     header = ["phi", "pixels", "parameters", "MACs", "of phi = 0", "2^phi", f"{product:.3f}^phi", "nearest published"]
-    little = 0.01
-    jump = Cost.of(LAW.at(little).config).macs / base
+    alone = []
+    for phi in (LITTLE, 1):
+        for row in compound_growth(LAW, phi):
+            made = [f"{value:.3f}" for value in (row.macs, row.macs_rule, row.layers, row.channels, row.pixels)]
+            alone.append([f"{phi:g}", row.label, *made])
+    jump = Cost.of(LAW.at(LITTLE).config).macs / base
+    side = B0.resolution + 1
+    odd = Cost.of(B0.scaled(resolution=side)).macs / base
     return (
         f"## FLOPs as a function of phi\n\n"
         f"With alpha {LAW.alpha:g}, beta {LAW.beta:g}, gamma {LAW.gamma:g} each step of phi multiplies d w^2 r^2 by alpha beta^2 "
-        f"gamma^2 = {product:.4g}, which the paper calls about 2. What is counted begins above that, because layers are rounded "
-        f"up: at phi = {little:g} already {jump:.2f} times {B0.name}. The published nets are a table of their own and no points of "
-        f"the law.\n\n"
+        f"gamma^2 = {product:.4g}, which the paper calls about 2. What is counted begins above that: at phi = {LITTLE:g} it is "
+        f"already {jump:.2f} times {B0.name}. Layers are rounded up, and so are feature maps at each stride: one pixel more, "
+        f"{side} a side, alone makes {odd:.3f} times the multiply-adds. Channels go to the nearest multiple of eight. The "
+        f"published nets are a table of their own and no points of the law.\n\n"
         f"{table(header, rows)}\n\n"
+        f"Each dimension alone at a small phi and at one, as times the base's, and what rounding made of the multipliers:\n\n"
+        f"{table(['phi', 'scaled', 'MACs', 'rule', 'layers', 'channels', 'pixels of the image'], alone)}\n\n"
         f"![phi](scaling-phi.png)"
     )
 
@@ -319,13 +349,17 @@ def _family(measured: Results, milliseconds: dict[str, float]) -> str:
     first, last = FAMILY[0], FAMILY[-1]
     more = convention(last).macs / convention(first).macs
     turns = len(measured["latencies"][0]["turns_ms"])
+    versions = [[net.name, f"{net.top1:.1f}", *(f"{nets[net.name][0]:.1f}" for nets in VERSIONS.values())] for net in FAMILY]
     slower = [max(row["turns_ms"]) / min(row["turns_ms"]) - 1 for row in measured["latencies"]]
     return (
         f"## The family side by side\n\n"
-        f"Computed by one convention (`effnet-fast tables --help`) beside what {PAPER}, table 2, prints; `effnet-fast tables` "
-        f"lists what other rules give. From {first.name} to {last.name} top-1 rises by {last.top1 - first.top1:.1f} points for "
+        f"Counts are computed by one convention (`effnet-fast tables --help`) beside those that {PAPER}, table 2, prints; "
+        f"`effnet-fast tables` lists what other rules give. Top-1 and top-5 are as often quoted, a column that the table has in "
+        f"neither v1 nor v5. By it top-1 rises from {first.name} to {last.name} by {last.top1 - first.top1:.1f} points for "
         f"{more:.0f} times the multiply-adds.\n\n"
         f"{_published(FAMILY, milliseconds)}\n\n"
+        f"Beside table 2 of both versions:\n\n"
+        f"{table(['net', 'top-1 as often quoted', *(f'{version} top-1' for version in VERSIONS)], versions)}\n\n"
         f"![accuracy](scaling-accuracy.png)\n\n"
         f"Times are of one image in {measured['dtype']}, by the frozen copy that `optimize_for_inference` makes (ResNets run in it "
         f"as plain PyTorch), the median of the quicker of {turns} turns. The slower one took over {100 * DRIFT:.0f} % longer with "
@@ -381,12 +415,15 @@ def _rivals() -> str:
         cost = convention(net)
         ratios = [f"{one.parameters.value / cost.parameters:.1f}", f"{one.flops.value / cost.macs:.1f}" if one.flops else "-"]
         flops = one.flops.text if one.flops else "-"
-        rows.append([one.name, f"{one.top1:.1f}", one.parameters.text, flops, net.name, f"{net.top1:.1f}", *ratios])
-    header = ["net", "top-1", "parameters", "FLOPs", "beside", "its top-1", "times its parameters", "times its FLOPs"]
+        accuracies = [f"{net.top1:.1f}", f"{VERSIONS['v5'][net.name][0]:.1f}"]
+        rows.append([one.name, f"{one.top1:.1f}", one.parameters.text, flops, net.name, *accuracies, *ratios])
+    header = ["net", "top-1", "parameters", "FLOPs", "beside", "its top-1 as often quoted", "in v5"]
+    header += ["times its parameters", "times its FLOPs"]
     transfers = [[one.dataset, one.net, f"{one.accuracy:g}", one.parameters.text if one.parameters else "-"] for one in TRANSFER]
     return (
         f"## The nets of others\n\n"
-        f"As {PAPER}, table 2, prints them, over our count of the net beside them:\n\n"
+        f"As {PAPER}, table 2, prints them, over our count of the net beside them, whose top-1 is told as often quoted and as that "
+        f"version has it:\n\n"
         f"{table(header, rows)}\n\n"
         f"And on other data sets (table 5):\n\n"
         f"{table(['data set', 'net', 'accuracy, %', 'parameters'], transfers)}"
@@ -413,7 +450,7 @@ def _savings() -> str:
     )
 
 
-def _grid(result: Results, place: Path) -> str:
+def of_grid(result: Results, place: Path = Path()) -> str:
     nets = result["scaled"]["nets"]
     base = next(row["macs"] for row in nets if row["label"] == "phi=0")
     points = sorted(result["points"], key=lambda point: (-point["accuracy"], point["macs"]))
@@ -422,8 +459,20 @@ def _grid(result: Results, place: Path) -> str:
         a, b, c = (point[name] for name in ("alpha", "beta", "gamma"))
         cost = [f"{a * b**2 * c**2:.3f}", f"{point['macs'] / base:.2f}"]
         rows.append([*(f"{value:g}" for value in (a, b, c)), *cost, f"{100 * point['accuracy']:.2f}"])
-    header = ["alpha", "beta", "gamma", "alpha beta^2 gamma^2", "MACs of the base", "held out right, %"]
+    header = ["alpha", "beta", "gamma", "alpha beta^2 gamma^2", "MACs, times the base's", "held out right, %"]
     scaled = [[row["label"], f"{row['macs'] / base:.2f}", f"{100 * row['accuracy']:.2f}"] for row in nets]
+    spread = [point["macs"] / base for point in points]
+    *_, law = (row for row in nets if row["label"].startswith("phi"))
+    ahead = [
+        f"{row['label']} by {100 * (row['accuracy'] - law['accuracy']):.2f} %"
+        for row in nets
+        if row["macs"] < law["macs"] and row["accuracy"] > law["accuracy"]
+    ]
+    verdict = (
+        f"With fewer MACs more is scored than by the law's {law['label']}: {', '.join(ahead)}, so the law is not shown best here"
+        if ahead
+        else f"Nothing with fewer MACs scored more than the law's {law['label']}"
+    )
     best, searched, machine = result["best"], result["search"], result["machine"]
     return (
         f"## The grid search, really run\n\n"
@@ -433,18 +482,18 @@ def _grid(result: Results, place: Path) -> str:
         f"The best {len(rows)}, judged by {result['held_out']} held-out images:\n\n"
         f"{table(header, rows)}\n\n"
         f"The first, alpha {best['alpha']:g}, beta {best['beta']:g}, gamma {best['gamma']:g}, scaled on with other seeds:\n\n"
-        f"{table(['net', 'MACs of the base', 'held out right, %'], scaled)}\n\n"
+        f"{table(['net', header[4], 'held out right, %'], scaled)}\n\n"
         f"![grid]({place / 'grid-digits.png'})\n\n"
         f"One held-out image is {100 / result['held_out']:.2f} %; the best and the last of these {len(rows)} rows are "
-        f"{100 * (points[0]['accuracy'] - points[len(rows) - 1]['accuracy']):.2f} % apart."
+        f"{100 * (points[0]['accuracy'] - points[len(rows) - 1]['accuracy']):.2f} % apart. The laws are not ranked at equal "
+        f"budgets: rounding makes their nets {min(spread):.2f} to {max(spread):.2f} times the base's MACs. {verdict}."
     )
 
 
 def _lab(result: Results, place: Path) -> str:
     name, recipe, machine = result["experiment"], result["recipe"], result["rows"][-1]["machine"]
     rows = [
-        [row["label"], str(row["resolution"]), f"{row['parameters']:,}", si(row["macs"]), _right(row), f"{row['seconds']:.0f}"]
-        for row in result["rows"]
+        [row["label"], str(row["resolution"]), f"{row['parameters']:,}", si(row["macs"]), _right(row)] for row in result["rows"]
     ]
     published = [
         [value["net"], value["data"], f"{value['parameters']:.2f} M", f"{value['top1']:g}", value["source"]]
@@ -455,9 +504,9 @@ def _lab(result: Results, place: Path) -> str:
         f"## The laboratory: {result['title']}\n\n"
         f"`effnet-fast lab {name} --epochs {recipe['epochs']} --batch-size {recipe['batch_size']}{options}` on {result['data']}, "
         f"seed {result['seed']} ({machine['cpu']}, commit {machine['commit']}, {machine['date']}):\n\n"
-        f"{table(['run', 'pixels', 'parameters', 'MACs', 'held out right, %', 'seconds'], rows)}\n\n"
+        f"{table(['run', 'pixels', 'parameters', 'MACs', 'held out right, %'], rows)}\n\n"
         f"Published, each on the data named:\n\n"
-        f"{table(['net', 'on', 'parameters', 'right, %', 'source'], published)}\n\n"
+        f"{table(['net', 'on', 'parameters, counted', 'right, %', 'source'], published)}\n\n"
         f"![{name}]({place / 'lab' / f'{name}.png'})"
     )
 

@@ -74,7 +74,9 @@ def test_what_an_experiment_varies_is_all_that_differs() -> None:
 def test_the_nets_are_the_published_ones() -> None:
     sizes = EXPERIMENTS["sizes"].runs(Size(), RECIPE)
     millions = {run.label: round(Cost.of(run.config).parameters / 1e6, 2) for run in sizes}
-    assert {value.net: value.parameters for value in CIFAR10}.items() <= millions.items()
+    counted = {data: {value.net: round(value.parameters, 2) for value in data} for data in (CIFAR10, IMAGENET)}
+    assert counted[CIFAR10].items() <= millions.items() and counted[CIFAR10]["resnet18"] == 11.17
+    assert counted[IMAGENET] == {"resnet18": 11.69, "resnet34": 21.8, "resnet50": 25.56, "resnet101": 44.55}
     assert {run.config.resolution for run in sizes} == {32}
     compound = EXPERIMENTS["compound"].runs(Size(), RECIPE)
     assert [run.config.resolution for run in compound] == [32, 37, 42] * 2

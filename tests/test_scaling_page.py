@@ -21,6 +21,10 @@ STORED = scaling.RESULTS
 FIGURES = ("growth", "phi", "accuracy", "methods", "dimensions", "saving")
 
 
+def grid() -> dict:
+    return json.loads(scaling.GRID.read_text())
+
+
 def timed() -> dict:
     """As :func:`benchmarks.scaling.measure` would tell of a machine that takes a nanosecond for a multiply-add."""
     rows = [{"net": net.name, "turns_ms": [convention(net).macs / 1e6, convention(net).macs / 0.9e6]} for net in scaling.NETS]
@@ -31,7 +35,7 @@ def timed() -> dict:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return scaling.text(timed(), tmp_path_factory.mktemp("page"))
+    return scaling.text(timed(), grid(), tmp_path_factory.mktemp("page"))
 
 
 def rows_of(page: str, title: str) -> list[list[str]]:
@@ -69,6 +73,33 @@ def test_bad_input_is_refused(
     with pytest.raises(SystemExit) as refused:
         scaling.main(arguments)
     assert refused.value.code == 2 and "error: " in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", {"machine": 1}, {"latencies": []}, {"latencies": [{}]}, {"search": {}}])
+def test_damaged_times_are_refused(damage: str | dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scaling.json").write_text(damage if isinstance(damage, str) else json.dumps(timed() | damage))
+    with pytest.raises(SystemExit):
+        scaling.main(["--kept", "--out", str(tmp_path)])
+    assert f"{tmp_path / 'scaling.json'} is damaged" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling, "measure", None)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit):
+        scaling.main(["--out", str(file)])
+    assert "File exists" in capsys.readouterr().err
+    monkeypatch.setattr(scaling, "GRID", tmp_path / "grid.json")
+    with pytest.raises(SystemExit):
+        scaling.main(["--out", str(tmp_path)])
+    assert str(tmp_path / "grid.json") in capsys.readouterr().err
+    scaling.GRID.write_text("{")
+    with pytest.raises(SystemExit):
+        scaling.main(["--out", str(tmp_path)])
+    assert f"{tmp_path / 'grid.json'} is damaged" in capsys.readouterr().err
 
 
 def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +142,8 @@ def test_batches(page: str) -> None:
 
 def test_the_constrained_problem(page: str) -> None:
     best = search(macs=1.5e9, parameters="b2")[0]
-    assert f"solution    phi = {best.net.phi:.6g}: macs {best.cost.macs:,}, parameters {best.cost.parameters:,}" in page
+    taken = f"macs {best.cost.macs:,}, parameters {best.cost.parameters:,}"
+    assert f"solution    phi = {best.net.phi:.6g}: top-1 {best.accuracy:.2f} by the fit, {taken}" in page
     rows = rows_of(page, "The constrained problem, filled in")[2:]
     assert len(rows) == len(scaling_page.BUDGETS) + 1 and rows[-1][0] == "time here <= 800 ms"
     assert [row[7] for row in rows] == ["parameters", "macs", "macs", "macs", "memory", "milliseconds"]
@@ -131,9 +163,13 @@ def test_growth_of_every_family(page: str) -> None:
 def test_phi_and_layers(page: str) -> None:
     law = CompoundScaling()
     rows = rows_of(page, "FLOPs as a function of phi")[2:]
-    for phi, row in enumerate(rows):
+    for phi, row in enumerate(rows[: len(scaling_page.PHIS)]):
         cost = Cost.of(law.at(phi).config)
         assert row[2] == f"{cost.parameters:,}" and row[4] == f"{cost.macs / 385_814_752:.2f}" and row[5] == str(2**phi)
+    alone = {(row[0], row[1]): row[2:] for row in rows_of(page, "FLOPs as a function of phi") if row[0] in ("0.1", "1")}
+    assert alone["1", "d=1.2"] == ["1.476", "1.200", "1.438", "1.000", "1.000"] and alone["1", "w=1.1"][:2] == ["1.148", "1.210"]
+    assert alone["1", "r=1.15"][:2] == ["1.492", "1.322"] and alone["0.1", "r=1.01407"][0] == "1.167"
+    assert "225 a side, alone makes 1.165 times" in page
     told = [row[2] for row in rows_of(page, "When new layers appear")[2:]]
     for number, phis in enumerate(told):
         changes = [change for change in thresholds(law, 7) if (change.part, change.quantity) == (f"blocks.{number}", "layers")]
@@ -142,6 +178,9 @@ def test_phi_and_layers(page: str) -> None:
 
 def test_published_beside_computed(page: str) -> None:
     rows = rows_of(page, "The family side by side")[2:]
+    versions = rows[len(FAMILY) + 2 :]
+    assert versions[0] == ["B0", "77.3", "76.3", "77.1"] and len(versions) == len(FAMILY)
+    rows = rows[: len(FAMILY)]
     assert [(row[0], row[4], row[5]) for row in rows] == [(net.name, f"{net.top1:.1f}", f"{net.top5:.1f}") for net in FAMILY]
     assert [row[10] for row in rows[:2]] == ["385.8", "686.8"] and "took over 10 % longer with 26 of 26 nets, at most 11 %" in page
     assert rows[1][8:] == [".70B", "686.8 M (-1.9 %)", "686.8"] and rows[0][7] == "5.289 M"
@@ -160,9 +199,9 @@ def test_savings_are_the_closed_forms() -> None:
 
 
 def test_stored_results_are_told(page: str) -> None:
-    grid = json.loads((STORED / "grid-digits.json").read_text())
-    best = grid["best"]
+    best = grid()["best"]
     assert rows_of(page, "The grid search, really run")[2][:3] == [f"{best[name]:g}" for name in ("alpha", "beta", "gamma")]
+    assert "more is scored than by the law's phi=2: w=2 by 0.14 %" in page and "1.88 to 3.30 times the base's MACs" in page
     for name, experiment in EXPERIMENTS.items():
         result = json.loads((STORED / "lab" / f"{name}.json").read_text())
         commits = [row["machine"]["commit"] for row in result["rows"]]
@@ -177,7 +216,7 @@ def test_stored_results_are_told(page: str) -> None:
 def test_the_committed_page_is_current() -> None:
     """What the command would write of the committed times; `python -m benchmarks.scaling --kept` writes it."""
     measured = json.loads((STORED / "scaling.json").read_text())
-    assert (STORED / "scaling.md").read_text() == scaling.text(measured, STORED)
+    assert (STORED / "scaling.md").read_text() == scaling.text(measured, grid(), STORED)
     assert [row["net"] for row in measured["latencies"]] == [net.name for net in scaling.NETS] and measured["search"]
     for name in FIGURES:
         assert (STORED / f"scaling-{name}.png").exists()

@@ -12,11 +12,12 @@ from matplotlib import pyplot as plt
 
 from effnet_fast.benchmark.case import is_ours
 from effnet_fast.benchmark.compare import described, fastest_first, in_order
+from effnet_fast.colours import AMBER, BLACK, BLUE, GREEN, ORANGE, PINK, SKY, YELLOW
 from effnet_fast.weights.files import whole
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; ours are warm.
-OURS = ("#D55E00", "#E69F00", "#CC79A7", "#F0E442")
-PEERS = ("#0072B2", "#56B4E9", "#009E73", "#000000", "#999999", "#666699")
+# Ours are warm.
+OURS = (ORANGE, AMBER, PINK, YELLOW)
+PEERS = (BLUE, SKY, GREEN, BLACK, "#999999", "#666699")
 
 
 def draw(results: dict[str, Any], out: Path) -> None:

@@ -30,12 +30,11 @@ from effnet_fast.scaling import (
     Found,
     Growth,
     ScaledNet,
-    compound_growth,
-    multiplier_growth,
     published_fit,
     search,
 )
 from effnet_fast.scaling.cost import ITEM_BYTES
+from effnet_fast.scaling.growth import growth_rows
 
 _COEFFICIENTS = ("alpha", "beta", "gamma")
 _MULTIPLIERS = ("depth", "width", "resolution")
@@ -261,7 +260,7 @@ def _growth(arguments: argparse.Namespace) -> int:
         )
     names = [arguments.base] if arguments.base else list(_BASES)
     laws = {name: CompoundScaling(**_given(arguments, _COEFFICIENTS), base=_BASES[name]) for name in names}
-    rows = {name: (*multiplier_growth(law.base), compound_growth(law)[-1]) for name, law in laws.items()}
+    rows = {name: growth_rows(law) for name, law in laws.items()}
     if arguments.json:
         print(json.dumps({name: [row._asdict() for row in grown] for name, grown in rows.items()}))
         return 0

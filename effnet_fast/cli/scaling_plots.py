@@ -11,13 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from effnet_fast.cli.table import si
+from effnet_fast.colours import BLUE, GREEN, GREY, ORANGE, PINK
 from effnet_fast.scaling import CompoundScaling, Cost, Found, Grid, ScaledNet
 from effnet_fast.scaling.fit import AccuracyFit
 from effnet_fast.weights.files import whole
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-_ORANGE, _BLUE, _GREEN, _PINK, _GREY = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#999999"
-_ALONE = {"depth": _BLUE, "width": _GREEN, "resolution": _PINK}
+_ALONE = {"depth": BLUE, "width": GREEN, "resolution": PINK}
 
 
 def draw_found(law: CompoundScaling, found: Sequence[Found], fit: AccuracyFit | None, out: Path) -> None:
@@ -28,14 +27,14 @@ def draw_found(law: CompoundScaling, found: Sequence[Found], fit: AccuracyFit | 
     if fit is not None:
         macs = [limit.most for limit in best.limits if limit.name == "macs"]
         _curves(left, law, fit, 1.3 * max([best.cost.macs, *macs]))
-        left.plot([_gmacs(one.net) for one in found], [one.accuracy for one in found], "o", color=_ORANGE, label="found")
-        left.plot(_gmacs(best.net), best.accuracy, "*", color=_ORANGE, ms=14, label="the best of them")
+        left.plot([_gmacs(one.net) for one in found], [one.accuracy for one in found], "o", color=ORANGE, label="found")
+        left.plot(_gmacs(best.net), best.accuracy, "*", color=ORANGE, ms=14, label="the best of them")
         left.set_ylabel("top-1, %, by the fit to published points")
         left.legend(fontsize=8, frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(-0.12, -0.13))
     else:
         phis = np.linspace(0, best.net.phi or min(1.0, law.max_phi), 30)
         left.plot([_gmacs(law.at(phi)) for phi in phis], phis, color="black", lw=1)
-        left.plot(_gmacs(best.net), best.net.phi, "*", color=_ORANGE, ms=14)
+        left.plot(_gmacs(best.net), best.net.phi, "*", color=ORANGE, ms=14)
         left.set_ylabel("phi")
     left.set_xlabel("GMACs per image")
     for limit in best.limits:
@@ -45,7 +44,7 @@ def draw_found(law: CompoundScaling, found: Sequence[Found], fit: AccuracyFit | 
     figure.suptitle(f"{told}; binding: {best.binding or 'nothing'}", fontsize=9)
     stages = best.cost.by("stage")
     places = np.arange(len(stages))
-    shares = (("MACs", "macs", _ORANGE), ("parameters", "parameters", _BLUE), ("activations", "activations", _GREEN))
+    shares = (("MACs", "macs", ORANGE), ("parameters", "parameters", BLUE), ("activations", "activations", GREEN))
     for number, (label, quantity, colour) in enumerate(shares):
         total = getattr(best.cost, quantity)
         heights = [100 * getattr(part, quantity) / total for part in stages.values()]
@@ -83,9 +82,9 @@ def draw_grid(grid: Grid, result: dict[str, Any], out: Path) -> None:
     x, y = spent[:, 1] + spent[:, 2] / 2, spent[:, 2]
     dots = left.scatter(x, y, c=[100 * p.accuracy for p in grid.points], cmap="viridis", s=90, edgecolor="white")
     first = grid.points.index(grid.ranked[0])
-    left.scatter(x[first], y[first], s=220, facecolor="none", edgecolor=_ORANGE, linewidth=2)
+    left.scatter(x[first], y[first], s=220, facecolor="none", edgecolor=ORANGE, linewidth=2)
     best = grid.best
-    left.plot([0, 1, 0.5, 0], [0, 0, 1, 0], color=_GREY, lw=0.8, zorder=0)
+    left.plot([0, 1, 0.5, 0], [0, 0, 1, 0], color=GREY, lw=0.8, zorder=0)
     for name, place in (
         ("depth", (0, -0.07)),
         ("width", (1, -0.07)),
@@ -107,10 +106,10 @@ def draw_grid(grid: Grid, result: dict[str, Any], out: Path) -> None:
         return nets[label]["macs"] / base, 100 * nets[label]["accuracy"]
 
     law = [at(label) for label in nets if label.startswith("phi")]
-    right.plot(*zip(*law, strict=True), "o-", color=_ORANGE, label="the ringed law, phi = 0, 1, 2")
+    right.plot(*zip(*law, strict=True), "o-", color=ORANGE, label="the ringed law, phi = 0, 1, 2")
     for (name, colour), label in zip(_ALONE.items(), ("d=4", "w=2", "r=2"), strict=True):
         right.plot(*at(label), "s", color=colour, label=f"{name} alone, {label}")
-    right.set_xlabel("MACs of the base")
+    right.set_xlabel("MACs, times the base's")
     right.set_ylabel("held-out digits right, %, seeds of their own")
     right.legend(fontsize=8, frameon=False, loc="upper left")
     right.margins(y=0.25)

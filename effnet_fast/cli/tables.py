@@ -3,8 +3,8 @@ difference, and whether the print is the count, rounded. Accuracies are the pape
 Ratios to the nets of others are of the table's own figures. One convention holds for all rows: layers
 rounded up, channels to the nearest multiple of 8 (90 % at least), the image side to the nearest pixel, and multiply-adds counted,
 those of convolutions and the classifier. Where a figure does not follow from it, other rules are tried, each combination of them:
-one that fits is named, though of so many some fit by chance, and where none does, the nearest is. At last, what courses say,
-and what is so.
+one that fits is named, though of so many some fit by chance, and where none does, the nearest is. A ratio that the figures give
+before they are rounded is "within the rounding of its figures". At last, what courses say, and what is so.
 
 examples: effnet-fast tables
           effnet-fast tables --only scaled-up --json tables.json
@@ -13,6 +13,7 @@ examples: effnet-fast tables
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from effnet_fast.cli.options import check_output
 from effnet_fast.cli.table import table
 from effnet_fast.scaling.courses import claims
 from effnet_fast.scaling.grid import write_json
-from effnet_fast.scaling.published import UNITS, Figure
-from effnet_fast.scaling.rules import AXES, COUNTS
-from effnet_fast.scaling.tables import REPRODUCED, TABLES, Comparison, PaperTable
+from effnet_fast.scaling.published import B0_SCALED, FAMILY, SCALED_UP, UNITS, Figure
+from effnet_fast.scaling.rules import AXES, COUNTS, given_by_rule
+from effnet_fast.scaling.tables import REPRODUCED, TABLES, VERDICTS, WITHIN, Comparison, PaperTable
 
 _COURSES = "courses"
 
@@ -44,8 +45,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(table(_HEADER, _lines(one), "lrrlrrrll") + "\n")
     if made:
         comparisons = [comparison for one in made for row in one.rows for comparison in row.comparisons]
-        follow = sum(comparison.verdict == REPRODUCED for comparison in comparisons)
-        print(f"{follow} of {len(comparisons)} figures follow from the one convention (effnet-fast tables --help says which)")
+        verdicts = Counter(comparison.verdict for comparison in comparisons)
+        print(
+            f"{verdicts[REPRODUCED]} of {len(comparisons)} figures follow from the one convention (effnet-fast tables --help says "
+            "which); " + ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS[1:])
+        )
+        if not arguments.only:
+            nets = (*FAMILY, *SCALED_UP, *B0_SCALED)
+            most = max(given_by_rule(nets).values())
+            print(f"no single rule gives more than {most} of the {len(nets)} multiply-add counts")
         print("rules that are combined, the convention's first: " + "; ".join(" | ".join(axis) for axis in (*AXES, COUNTS)))
     for claim in answers:
         print(f"\nsaid  {claim.said}\nso    {claim.so}")
@@ -77,6 +85,8 @@ def _in_unit(value: float, figure: Figure, digits: str = ".4g") -> str:
 def _others(one: Comparison) -> str:
     if one.nearest is None:
         return ""
+    if one.verdict == WITHIN:
+        return f"{one.published.text}: of figures that round to these"
     told = one.fits[0] if one.fits else one.nearest
     return f"{len(one.fits) or 'none'} of {len(one.tried)} fit; {_in_unit(told.value, one.published)}: {told.rule}"
 
@@ -90,6 +100,7 @@ def _json(made: PaperTable) -> dict[str, Any]:
             "difference": one.difference,
             "tolerance": one.published.tolerance,
             "verdict": one.verdict,
+            "unrounded": one.unrounded,
             "tried": [alternative._asdict() for alternative in one.tried],
         }
 

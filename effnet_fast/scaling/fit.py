@@ -28,7 +28,7 @@ class AccuracyPoint(NamedTuple):
     top1: float
 
 
-# ImageNet, arXiv 1905.11946: table 2 in the version between v1 and v5 whose B0 table 7 has (the others' are in
+# ImageNet, of nets of arXiv 1905.11946: B0 to B7 as often quoted (those of table 2 in v1 and v5 differ, they are in
 # effnet_fast.scaling.published), and table 7, where B0 is scaled to 1.8 GMACs.
 _TOP1 = {"b0": 77.3, "b1": 79.2, "b2": 80.3, "b3": 81.7, "b4": 83.0, "b5": 83.7, "b6": 84.2, "b7": 84.4}
 POINTS = (

@@ -71,6 +71,12 @@ def compound_growth(law: CompoundScaling | BaseNet = B0, phi: float = 1.0) -> tu
     return (*rows, _row(law, f"phi={phi:g}", net)._replace(macs_rule=2.0**phi))
 
 
+def growth_rows(law: CompoundScaling | BaseNet = B0) -> tuple[Growth, ...]:
+    """Rows for twice each dimension of the law's base, for twice all three, and for the law's net at phi = 1."""
+    law = _law(law, "growth_rows")
+    return (*multiplier_growth(law.base), compound_growth(law)[-1])
+
+
 def thresholds(law: CompoundScaling | BaseNet = B0, phi_max: float = 7.0) -> tuple[Threshold, ...]:
     """Every change of a stage's layers, and of any part's channels, for 0 <= phi <= ``phi_max``, by rising phi.
 

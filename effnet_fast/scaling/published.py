@@ -1,7 +1,7 @@
 """Figures that the EfficientNet paper printed, as it printed them: arXiv 1905.11946 in its fifth version (v5, 2020).
 
-But the accuracies of :data:`FAMILY` are those of a version between the first and the fifth, whose B0 table 7 of v5 still has
-(77.3), and its text the B4 (83.0); :data:`VERSIONS` has those of table 2 in v1 and v5. "FLOPs" are multiply-adds.
+But the accuracies of :data:`FAMILY` are those that are often quoted, a column that table 2 has neither in v1 nor in v5 (table 7 of
+v5 has its B0, 77.3, and the text its B4, 83.0); :data:`VERSIONS` has those of table 2 in v1 and v5. "FLOPs" are multiply-adds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from effnet_fast.scaling.config import B0, BaseNet
 from effnet_fast.scaling.fit import POINTS
 
 PAPER = "arXiv 1905.11946v5"
-OF_FAMILY = "accuracies of B0 to B7 are a version's between v1 and v5"
+OF_FAMILY = "accuracies of B0 to B7 as often quoted, table 2 of neither v1 nor v5 has them all"
 UNITS = {"": 1.0, "x": 1.0, "M": 1e6, "B": 1e9}
 
 

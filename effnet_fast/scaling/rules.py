@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -98,6 +99,20 @@ def alternatives(net: PublishedNet, quantity: str) -> tuple[Alternative, ...]:
     for _, rule, value in sorted(found, key=lambda one: one[0]):
         told.setdefault(value, rule)
     return tuple(Alternative(rule, value) for value, rule in told.items() if rule)
+
+
+def given_by_rule(nets: Iterable[PublishedNet]) -> Counter[tuple[str, ...]]:
+    """Of how many nets each rule, a choice of every axis and a count, gives the printed FLOPs."""
+    given: Counter[tuple[str, ...]] = Counter()
+    for net in nets:
+        fits: dict[NetConfig, list[str]] = {}
+        for choices in itertools.product(*AXES):
+            config = build(net, *choices)
+            if config not in fits:
+                cost = Cost.of(config)
+                fits[config] = [name for name, count in COUNTS.items() if net.flops.agrees(count(cost))]
+            given.update((*choices, name) for name in fits[config])
+    return given
 
 
 def _distinct(net: PublishedNet) -> Iterator[tuple[tuple[str, ...], NetConfig]]:

@@ -30,17 +30,27 @@ from effnet_fast.scaling.published import (
 )
 from effnet_fast.scaling.rules import Alternative, alternatives, convention
 
-REPRODUCED, OTHERWISE, NOT_REPRODUCED = "reproduced", "by another rule", "not reproduced"
+REPRODUCED, WITHIN, OTHERWISE, NOT_REPRODUCED = VERDICTS = (
+    "reproduced",
+    "within the rounding of its figures",
+    "by another rule",
+    "not reproduced",
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A printed figure beside the computed one. ``tried`` holds what other rules give, where the convention's does not agree."""
+    """A printed figure beside the computed one.
+
+    Where they do not agree, ``tried`` holds what other rules give, and ``unrounded`` the nearest that a ratio comes to the printed
+    one when its two figures are any that round to those printed.
+    """
 
     quantity: str
     published: Figure
     computed: float
     tried: tuple[Alternative, ...] = ()
+    unrounded: float | None = None
 
     @property
     def difference(self) -> float:
@@ -59,9 +69,11 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "reproduced" where the convention's figure rounds to the printed one, else whether any other's does."""
+        """One of ``VERDICTS``, the first that holds."""
         if self.published.agrees(self.computed):
             return REPRODUCED
+        if self.unrounded is not None and self.published.agrees(self.unrounded):
+            return WITHIN
         return OTHERWISE if self.fits else NOT_REPRODUCED
 
 
@@ -139,14 +151,13 @@ def _ratios(rival: Rival, net: PublishedNet) -> Iterator[Comparison]:
             continue
         computed = above.value / below.value
         tried: tuple[Alternative, ...] = ()
+        unrounded = None
         if not ratio.agrees(computed):
             least = (above.value - above.tolerance) / (below.value + below.tolerance)
             most = (above.value + above.tolerance) / (below.value - below.tolerance)
-            tried = (
-                Alternative(f"over our count of {net.name}", above.value / counted),
-                Alternative("of figures that round to these, at best", min(max(ratio.value, least), most)),
-            )
-        yield Comparison(f"{quantity}, {above.text} / {below.text}", ratio, computed, tried)
+            tried = (Alternative(f"over our count of {net.name}", above.value / counted),)
+            unrounded = min(max(ratio.value, least), most)
+        yield Comparison(f"{quantity}, {above.text} / {below.text}", ratio, computed, tried, unrounded)
 
 
 def _transferred(row: Transfer) -> tuple[Comparison, ...]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from effnet_fast.colours import AMBER, BLUE, GREEN, ORANGE, PINK, SKY
 from effnet_fast.weights.files import whole
 
-# Okabe and Ito's, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY)
 _DASHES, _MARKERS, _GREY = ("-", "--", ":"), ("o", "s"), "#666666"
 
 
@@ -24,12 +24,12 @@ def draw_experiment(result: dict[str, Any], axis: str, logarithmic: bool, path: 
     panels = 3 if axis else 2
     figure = Figure(figsize=(4.4 * panels, 4.8), layout="constrained")
     *first, accuracy, loss = figure.subplots(1, panels, squeeze=False)[0]
+    alone = len(result["rows"]) == 1
     for row, style in zip(result["rows"], _styles(result["rows"]), strict=True):
         epochs = [entry["epoch"] for entry in row["history"]]
         style |= {"marker": "." if len(epochs) < 30 else None, "label": row["label"], "linewidth": 1.3}
         accuracy.plot(epochs, [100 * entry["top1"] for entry in row["history"]], **style)
-        loss.plot(epochs, [entry["train_loss"] for entry in row["history"]], **style)
-    alone = len(result["rows"]) == 1
+        loss.plot(epochs, [entry["train_loss"] for entry in row["history"]], **style | ({"label": "training"} if alone else {}))
     if alone:
         (row,) = result["rows"]
         epochs, losses = ([entry[name] for entry in row["history"]] for name in ("epoch", "loss"))
@@ -78,12 +78,13 @@ def _over_size(axes: Any, result: dict[str, Any]) -> None:
         values = [value for value in result["published"] if value["data"] == data]
         points = [(value["net"], value["parameters"], value["top1"]) for value in values]
         style = {"color": _GREY, "linestyle": "--", "linewidth": 1, "marker": marker, "markersize": 5}
-        lines.append((f"published on {data} ({values[0]['source']})", points, style))
+        lines.append((f"published on {data}\n({values[0]['source']})", points, style))
+    axes.margins(x=0.12)
     for label, points, style in lines:
         axes.plot([x for _, x, _ in points], [y for _, _, y in points], label=label, **style)
-        for name, x, y in points:
-            number = "".join(filter(str.isdigit, name))
-            axes.annotate(number, (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7, color=style["color"])
+        for (name, x, y), (_, _, before) in zip(points, points[:1] + points, strict=False):
+            number, place = "".join(filter(str.isdigit, name)), (-4, 4 if y >= before else -9)  # left of the line that comes to it
+            axes.annotate(number, (x, y), textcoords="offset points", xytext=place, ha="right", fontsize=7, color=style["color"])
 
 
 def _published_lines(axes: Any, published: list[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ ADAM = replace(RECIPE, opt="adamw", lr=1e-3, weight_decay=0.0)  # without weight
 
 
 class Published(NamedTuple):
-    """A value of others: ``top1`` in per cent, ``parameters`` in millions."""
+    """A value of others: ``top1`` in per cent; ``parameters``, in millions, are counted."""
 
     net: str
     data: str
@@ -39,18 +39,26 @@ class Published(NamedTuple):
     source: str
 
 
-_KUANGLIU = "github.com/kuangliu/pytorch-cifar, 350 epochs"
-_TORCHVISION = "torchvision's IMAGENET1K_V1 weights"
-CIFAR10 = (
-    Published("resnet18", "CIFAR-10", 11.17, 93.02, _KUANGLIU),
-    Published("resnet50", "CIFAR-10", 23.52, 93.62, _KUANGLIU),
-    Published("resnet101", "CIFAR-10", 42.51, 93.75, _KUANGLIU),
-)
+def small_images(base: BaseNet) -> BaseNet:
+    """A ResNet as it is built for images of 32x32 pixels: its stem 3x3 without stride, and no pool."""
+    return replace(base, name=f"{base.name}_cifar", resolution=SIDE, stem_kernel=3, stem_stride=1, stem_pool=False)
+
+
+def _on_cifar10(base: BaseNet, top1: float) -> Published:
+    parameters = Cost.of(small_images(base).scaled(num_classes=CLASSES)).parameters
+    return Published(base.name, "CIFAR-10", parameters / 1e6, top1, "github.com/kuangliu/pytorch-cifar at 00166a3, 350 epochs")
+
+
+def _on_imagenet(base: BaseNet, top1: float) -> Published:
+    return Published(base.name, "ImageNet", Cost.of(base.scaled()).parameters / 1e6, top1, "torchvision's IMAGENET1K_V1 weights")
+
+
+CIFAR10 = (_on_cifar10(RESNET18, 93.02), _on_cifar10(RESNET50, 93.62), _on_cifar10(RESNET101, 93.75))
 IMAGENET = (
-    Published("resnet18", "ImageNet", 11.69, 69.758, _TORCHVISION),
-    Published("resnet34", "ImageNet", 21.80, 73.314, _TORCHVISION),
-    Published("resnet50", "ImageNet", 25.56, 76.130, _TORCHVISION),
-    Published("resnet101", "ImageNet", 44.55, 77.374, _TORCHVISION),
+    _on_imagenet(RESNET18, 69.758),
+    _on_imagenet(RESNET34, 73.314),
+    _on_imagenet(RESNET50, 76.130),
+    _on_imagenet(RESNET101, 77.374),
 )
 
 
@@ -121,11 +129,6 @@ def _compound(size: Size, recipe: Recipe) -> list[Run]:
             config = base.scaled(size.depth * net.depth, size.width * net.width, side, num_classes=CLASSES)
             runs.append(Run(f"{series}, phi {phi}", config, recipe, series, phi))
     return runs
-
-
-def small_images(base: BaseNet) -> BaseNet:
-    """A ResNet as it is built for images of 32x32 pixels: its stem 3x3 without stride, and no pool."""
-    return replace(base, name=f"{base.name}_cifar", resolution=SIDE, stem_kernel=3, stem_stride=1, stem_pool=False)
 
 
 EXPERIMENTS = {

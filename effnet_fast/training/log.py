@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from effnet_fast.colours import BLUE, ORANGE
 from effnet_fast.training.checkpoint import History
 from effnet_fast.weights.files import whole
 
-_COLOURS = ("#0072B2", "#D55E00")  # Okabe and Ito's, which colour-blind readers can tell apart
 _NAMES = {"train_loss": "training loss", "loss": "held-out loss", "top1": "top-1", "top5": "top-5", "lr": "highest of a step"}
 
 
@@ -31,7 +31,7 @@ def draw_curves(history: History, path: Path) -> None:
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, colour in zip(names, _COLOURS, strict=False):
+        for name, colour in zip(names, (BLUE, ORANGE), strict=False):
             axes.plot(
                 epochs, [row[name] for row in history], color=colour, label=_NAMES[name], marker="." if len(epochs) < 30 else None
             )
