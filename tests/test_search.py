@@ -6,12 +6,16 @@ import io
 import itertools
 import json
 import math
+import re
+import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import tqdm
 from PIL import Image
 
@@ -28,6 +32,7 @@ from effnet_fast.scaling import (
     AccuracyPoint,
     CompoundScaling,
     Cost,
+    NetConfig,
     ScaledNet,
     fit_accuracy,
     grid_search,
@@ -35,6 +40,8 @@ from effnet_fast.scaling import (
     search,
 )
 from effnet_fast.scaling.grid import grid_laws
+from effnet_fast.scaling.law import PHI_TOLERANCE
+from effnet_fast.scaling.search import LADDER
 
 LAW = CompoundScaling()
 RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "grid-digits.json"
@@ -72,7 +79,24 @@ def test_what_is_found_fits_and_the_next_net_does_not(over: str, budget: dict) -
         assert {limit.name for limit in one.limits} == set(budget)
         assert all(limit.slack >= 0 for limit in one.limits)
         assert one.cost == Cost.of(one.config) and one.accuracy == published_fit()(one.net)
-    assert found[0].binding in budget
+        assert one.binding is None or one.binding in budget
+    beyond = {limit.name: _used(limit.name, _next(found[0].net)) / limit.most for limit in found[0].limits}
+    assert beyond[found[0].binding] == max(beyond.values()) > 1
+
+
+def _next(net: ScaledNet) -> ScaledNet:
+    """A little phi more, or the next larger image, or beyond the largest one the next wider net."""
+    if net.phi is not None:
+        return LAW.at(net.phi + PHI_TOLERANCE)
+    if net.resolution < LADDER[-1]:
+        return LAW.scaled(net.depth, net.width, net.resolution + 1 / 28)
+    wider = (LAW.scaled(net.depth, rung, net.resolution) for rung in LADDER if rung > net.width)
+    return next(one for one in wider if _used("parameters", one) > _used("parameters", net))
+
+
+def _used(name: str, net: ScaledNet) -> int:
+    cost = Cost.of(net.config)
+    return {"macs": cost.macs, "parameters": cost.parameters, "memory": cost.inference_memory().total}[name]
 
 
 def test_over_phi_is_phi_for_and_names_what_binds() -> None:
@@ -364,7 +388,62 @@ def test_scale_tells_of_its_timing(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr("tqdm.std.time", itertools.count(step=3).__next__)  # seconds, for a bar that waits for two
     assert main(["scale", "--ms", "5", "--macs", "1G", *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["binding"] == "milliseconds"
-    assert f"timed: {len(timed)}net" in shown.getvalue() and timed[-1] in shown.getvalue()
+    assert re.search(r"counted or timed: \d+net", shown.getvalue()) and timed[-1] in shown.getvalue()
+
+
+@pytest.mark.parametrize("options", [["--macs", "1G"], ["--macs", "500M", "--free"], ["--parameters", "b1"]])
+def test_scale_tells_of_its_counting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr("tqdm.tqdm", partial(tqdm.tqdm, file=shown))
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("tqdm.std.time", itertools.count(step=3).__next__)  # seconds, for a bar that waits for two
+    assert main(["scale", *options]) == 0 and "binding" in capsys.readouterr().out
+    assert re.search(r"counted or timed: \d+net.*efficientnet_b0_", shown.getvalue())
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # without it there is only no bar
+    assert main(["scale", *options]) == 0
+
+
+@pytest.mark.parametrize(("over", "macs"), [("phi", 2e10), ("free", 6e8)])
+def test_a_search_counts_each_net_once(monkeypatch: pytest.MonkeyPatch, over: str, macs: float) -> None:
+    counted, watched, count = [], [], Cost.of
+
+    def counting(config: NetConfig) -> Cost:
+        counted.append(replace(config, name="", dropout=float(config.dropout > 0)))
+        return count(config)
+
+    monkeypatch.setattr(Cost, "of", counting)
+    found = search(macs=macs, over=over, watch=watched.append)
+    assert len(counted) == len(set(counted)) + len(found)  # the last, whose costs are in the answer
+    assert len(watched) == len(set(counted)) > len(found)
+
+
+def test_a_net_that_memory_does_not_hold_is_told_with_its_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    for batch in (99999999, 10**17, 10**30):
+        with pytest.raises(ValueError, match=rf"batch is {batch}; digits_tiny then takes about [\d,]+ bytes of memory, .* smaller"):
+            Latency(batch)(CompoundScaling(base=replace(GRID_BASE, resolution=224)).at(0))
+    assert main(["scale", "--ms", "20", "--batch", "99999999"]) == 2
+    assert "batch is 99999999; efficientnet_b0 then takes" in capsys.readouterr().err
+
+
+def test_numbers_of_numpy_and_torch_are_taken() -> None:
+    (one,) = search(macs=np.float32(1e9), accuracy=lambda net: torch.tensor(net.depth), keep=1)
+    assert one.net == search(macs=1e9, keep=1)[0].net and isinstance(one.accuracy, float)
+    assert search(macs=torch.tensor(10**9))[0].net == search(parameters=np.int64(10**12), macs=1e9)[0].net
+    for wrong in (True, "1e9", np.float64("nan"), torch.ones(2), None, 1j):
+        with pytest.raises(ValueError, match="accuracy gave"):
+            search(macs=1e9, accuracy=lambda net, wrong=wrong: wrong)
+    for wrong in (True, np.float64("nan"), np.ones(2), 1j):
+        with pytest.raises(ValueError, match="macs is"):
+            search(macs=wrong)  # type: ignore[arg-type]
+
+
+def test_what_a_free_search_of_another_base_is_advised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", "--macs", "1G", "--free", "--base", "efficientnet_lite0"]) == 2
+    told = capsys.readouterr().err
+    assert "no --free, or no --base, would do" in told and "callable" not in told
+    assert main(["scale", "--macs", "1G", "--base", "efficientnet_lite0"]) == 0
 
 
 def test_what_is_found_is_within_a_latency_that_does_not_rise() -> None:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from effnet_fast.scaling.config import B0, BaseNet, is_real, is_whole
+from effnet_fast.scaling.config import B0, BaseNet, as_real, is_real, is_whole
 from effnet_fast.scaling.cost import Cost
 from effnet_fast.scaling.law import CompoundScaling, ScaledNet
 
@@ -175,9 +175,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def _judge(accuracy: Callable[[ScaledNet], float], law: CompoundScaling) -> GridPoint:
     net, start = law.at(1), time.perf_counter()
-    found = float(accuracy(net))
-    if not is_real(found):
-        raise ValueError(f"it is {found!r}; a finite number would do")
+    told = accuracy(net)
+    found = as_real(told)
+    if found is None:
+        raise ValueError(f"it is {told!r}; a finite number would do")
     cost = Cost.of(net.config)
     return GridPoint(*_key(law), found, time.perf_counter() - start, cost.macs, cost.parameters)
 
