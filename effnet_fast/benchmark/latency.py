@@ -54,7 +54,7 @@ class Latency:
                 raise
             needed = Cost.of(net.config).inference_memory(self.dtype, self.batch).total
             raise ValueError(
-                f"Latency: batch is {self.batch}; {net.config.name} then takes about {needed:,} bytes of memory, more than there is; "
+                f"Latency: batch is {self.batch}; {net.config.name} takes about {needed:,} bytes of memory, more than is here; "
                 "a smaller batch, or a smaller net, would do"
             ) from error
 
