@@ -24,7 +24,22 @@ from effnet_fast.training.run import CURVES, LAST, LOG, train
 from effnet_fast.weights.files import whole
 
 CLASSES = 10
-_ROW = "label series value net resolution parameters macs recipe top1 loss seconds device machine history".split()
+_ROW = (
+    "label",
+    "series",
+    "value",
+    "net",
+    "resolution",
+    "parameters",
+    "macs",
+    "recipe",
+    "top1",
+    "loss",
+    "seconds",
+    "device",
+    "machine",
+    "history",
+)
 # SGD as He et al. train ResNets on CIFAR-10 (arXiv 1512.03385, section 4.2), but for a cosine and the weight decay that wide
 # ResNets take there (arXiv 1605.07146, section 3).
 RECIPE = Recipe(epochs=25, batch_size=128, opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
