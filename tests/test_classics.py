@@ -196,26 +196,6 @@ def test_any_point_of_the_law_is_built_as_it_is_counted(base: BaseNet) -> None:
     assert any(row.part == "head" for row in rows) == (base is MOBILENET_V2)
 
 
-@pytest.mark.parametrize(
-    ("base", "depth", "width", "resolution", "billions"),
-    [
-        # arXiv 1905.11946, Table 3, where the rounding of depth leaves no doubt (its ResNet-50 rows of d=4 and w=2 have each
-        # other's figures: 14.7 and 16.2).
-        (MOBILENET_V1, 1, 1, 1, 0.6),
-        (MOBILENET_V1, 1, 2, 1, 2.2),
-        (MOBILENET_V2, 1, 1, 1, 0.3),
-        (MOBILENET_V2, 4, 1, 1, 1.2),
-        (MOBILENET_V2, 1, 2, 1, 1.1),
-        (MOBILENET_V2, 1, 1, 2, 1.2),
-        (RESNET50, 1, 1, 1, 4.1),
-        (RESNET50, 1, 1, 2, 16.4),
-    ],
-)
-def test_published_multiply_adds(base: BaseNet, depth: float, width: float, resolution: int, billions: float) -> None:
-    cost = Cost.of(base.scaled(depth, width, base.resolution * resolution))
-    assert round(cost.macs / 1e9, 1) == billions
-
-
 def test_published_sizes() -> None:
     """ResNet-18 for ten classes: 11.18 M with the 7x7 stem, 11.17 M with the 3x3 one; 1.8 G is the cost at 224 pixels."""
     seven, three = RESNET18.scaled(num_classes=10), CLASSICS["resnet18_cifar"]

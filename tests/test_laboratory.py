@@ -121,11 +121,27 @@ def test_finished_runs_are_not_done_again(digits: Pictures, tmp_path: Path, monk
     (tmp_path / "parts" / "optimizers.png").unlink()
     assert perform("optimizers", digits, tmp_path / "parts", size=SMALL, recipe=QUICK) == resumed and len(built) == 4
     assert (tmp_path / "parts" / "optimizers.png").exists()
-    with pytest.raises(ValueError, match="optimizers.json is of recipe .* the same, or another folder, would do"):
+    with pytest.raises(ValueError, match="optimizers.json is of recipe.seed 0, not 1; the same, or another folder, would do"):
         perform("optimizers", digits, tmp_path / "parts", size=SMALL, recipe=replace(QUICK, seed=1))
-    (tmp_path / "parts" / "optimizers.json").write_text("[]")
-    with pytest.raises(ValueError, match="is no result of an experiment"):
-        perform("optimizers", digits, tmp_path / "parts", size=SMALL, recipe=QUICK)
+    stored = tmp_path / "parts" / "optimizers.json"
+    # A setting of the recipe, or the size, that is newer than the file had its default.
+    older = json.loads(stored.read_text())
+    del older["recipe"]["cuda_graph"], older["size"]["depth"]
+    stored.write_text(json.dumps(older))
+    assert (
+        perform("optimizers", digits, tmp_path / "parts", size=SMALL, recipe=QUICK)["rows"] == resumed["rows"] and len(built) == 4
+    )
+    for damaged, told in (
+        ([], r"rows is None; a list"),
+        ({**resumed, "rows": 5}, "rows is 5; a list"),
+        ({**resumed, "rows": [{}]}, r"row 0 is \{\}; an object with label, series"),
+        ({**resumed, "rows": [7]}, "row 0 is 7; an object with label"),
+    ):
+        stored.write_text(json.dumps(damaged))
+        with pytest.raises(
+            ValueError, match=rf"optimizers.json is no result of an experiment: {told}.* or another folder, would do"
+        ):
+            perform("optimizers", digits, tmp_path / "parts", size=SMALL, recipe=QUICK)
     with pytest.raises(ValueError, match="experiment is 'adam'; one of optimizers, lr"):
         perform("adam", digits, tmp_path)
 

@@ -6,12 +6,18 @@ import io
 import itertools
 import json
 import math
+import os
+import re
+import signal
+import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import tqdm
 from PIL import Image
 
@@ -28,6 +34,7 @@ from effnet_fast.scaling import (
     AccuracyPoint,
     CompoundScaling,
     Cost,
+    NetConfig,
     ScaledNet,
     fit_accuracy,
     grid_search,
@@ -35,6 +42,8 @@ from effnet_fast.scaling import (
     search,
 )
 from effnet_fast.scaling.grid import grid_laws
+from effnet_fast.scaling.law import PHI_TOLERANCE
+from effnet_fast.scaling.search import LADDER
 
 LAW = CompoundScaling()
 RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "grid-digits.json"
@@ -72,7 +81,24 @@ def test_what_is_found_fits_and_the_next_net_does_not(over: str, budget: dict) -
         assert {limit.name for limit in one.limits} == set(budget)
         assert all(limit.slack >= 0 for limit in one.limits)
         assert one.cost == Cost.of(one.config) and one.accuracy == published_fit()(one.net)
-    assert found[0].binding in budget
+        assert one.binding is None or one.binding in budget
+    beyond = {limit.name: _used(limit.name, _next(found[0].net)) / limit.most for limit in found[0].limits}
+    assert beyond[found[0].binding] == max(beyond.values()) > 1
+
+
+def _next(net: ScaledNet) -> ScaledNet:
+    """A little phi more, or the next larger image, or beyond the largest one the next wider net."""
+    if net.phi is not None:
+        return LAW.at(net.phi + PHI_TOLERANCE)
+    if net.resolution < LADDER[-1]:
+        return LAW.scaled(net.depth, net.width, net.resolution + 1 / 28)
+    wider = (LAW.scaled(net.depth, rung, net.resolution) for rung in LADDER if rung > net.width)
+    return next(one for one in wider if _used("parameters", one) > _used("parameters", net))
+
+
+def _used(name: str, net: ScaledNet) -> int:
+    cost = Cost.of(net.config)
+    return {"macs": cost.macs, "parameters": cost.parameters, "memory": cost.inference_memory().total}[name]
 
 
 def test_over_phi_is_phi_for_and_names_what_binds() -> None:
@@ -232,7 +258,7 @@ def test_the_grid(tmp_path: Path) -> None:
     assert 1000 < json.loads(file.read_text())["seconds"] < 1600
     assert again.best.at(2).width == pytest.approx(1.44)
     assert [path.name for path in tmp_path.iterdir()] == ["grid.json"]
-    with pytest.raises(ValueError, match=r"of another search \(step 0.1, not 0.2\)"):
+    with pytest.raises(ValueError, match=r"of another search \(step 0.1, not 0.2\);"):
         grid_search(score, step=0.2, file=file)
 
 
@@ -246,6 +272,17 @@ def fails_first(folder: Path, net: ScaledNet) -> float:
         raise RuntimeError("no memory")
     time.sleep(0.5)
     return score(net)
+
+
+def dies(net: ScaledNet) -> float:
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_told(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="a process that judged nets died, as where memory is out; fewer processes, or smaller nets"
+    ):
+        grid_search(dies, step=1.0, file=tmp_path / "grid.json")
 
 
 def test_what_is_being_judged_when_a_point_fails_is_kept(tmp_path: Path) -> None:
@@ -272,6 +309,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> str:
         (lambda whole: whole | {"search": []}, r"search is \[\]; an object of settings"),
         (lambda whole: whole | {"points": 3}, "points is 3; a list"),
         (lambda whole: whole | {"seconds": "5"}, "seconds is '5'; a number"),
+        (lambda whole: whole | {"seconds": -5}, "seconds is -5; a number >= 0"),
         (lambda whole: whole | {"points": [7]}, "point 0 is 7; an object with alpha, beta, gamma, accuracy, seconds, macs, param"),
         (lambda whole: whole | {"points": [{"alpha": 1.0}]}, "point 0 is {'alpha': 1.0}; an object with alpha"),
         (lambda whole: whole | {"points": [whole["points"][0] | {"accuracy": None}]}, "accuracy of point 0 is None; a number"),
@@ -313,12 +351,57 @@ def test_the_grid_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     out.write_text(json.dumps({name: result[name] for name in ("search", "points")} | {"seconds": 1000.0}))
     assert main(["grid", *arguments]) == 0 and 1000 < json.loads(out.read_text())["seconds"] < 1600
     capsys.readouterr()
-    for scaled in ([], {"nets": 5}, {"nets": result["scaled"]["nets"], "seeds": 3}, {"nets": [], "seeds": [1000]}):
+    for scaled in (
+        [],
+        {"nets": 5},
+        {"nets": result["scaled"]["nets"], "seeds": 3},
+        {"nets": [{"label": "phi=9"}], "seeds": [1000]},
+    ):
         out.write_text(json.dumps(result | {"scaled": scaled}))
         assert main(["grid", *arguments]) == 2
         assert f"{out} is damaged: scaled is {scaled!r:.80}" in capsys.readouterr().err
+    out.write_text(json.dumps(result | {"seconds": -5}))
+    assert main(["grid", *arguments]) == 2 and "seconds is -5; a number >= 0" in capsys.readouterr().err
     with Image.open(plot) as picture:
         assert picture.size[0] > 1000
+    # Stopped as it scales on, it goes on with the nets that are missing, and ends as if it had not been.
+    nets = result["scaled"]["nets"]
+    out.write_text(json.dumps(result | {"scaled": {"seeds": [1000], "nets": nets[1:3]}, "seconds": 1000.0}))
+    judged, begun = grid.judged, []
+
+    def stopping(trial, todo, processes, known):
+        begun.append([*todo])
+        for number, one in enumerate(judged(trial, todo, processes, known)):
+            yield one
+            if number == 0 and len(begun) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "judged", stopping)
+    assert main(["grid", *arguments]) == 128 + signal.SIGINT
+    stored = json.loads(out.read_text())
+    assert len(stored["scaled"]["nets"]) == 3 and stored["seconds"] > 1000
+    assert main(["grid", *arguments]) == 0
+    assert json.loads(out.read_text())["scaled"] == result["scaled"]
+    assert begun[0] == ["phi=0", "d=4", "w=2", "r=2"] and len(begun[1]) == 3
+
+
+def test_the_stored_grid_search_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the recipe has got settings since: they had their defaults. One that is another is named, alone."""
+    monkeypatch.setattr("effnet_fast.scaling.grid.ProcessPoolExecutor", None)  # so that nothing can be trained
+    out = tmp_path / "grid.json"
+    out.write_bytes(RESULT.read_bytes())
+    assert main(["grid", "--out", str(out)]) == 0 and out.read_bytes() == RESULT.read_bytes()
+    capsys.readouterr()
+    result = json.loads(RESULT.read_text())
+    del result["search"]["recipe"]["hflip"], result["search"]["base"]["stem_kernel"]
+    out.write_text(json.dumps(result))
+    assert main(["grid", "--out", str(out)]) == 0
+    result["search"]["recipe"]["lr"] = 0.5
+    out.write_text(json.dumps(result))
+    assert main(["grid", "--out", str(out)]) == 2
+    assert "is of another search (recipe.lr 0.5, not 0.004); its settings" in capsys.readouterr().err
 
 
 def test_the_stored_grid_search_is_one_of_under_ten_minutes() -> None:
@@ -364,7 +447,62 @@ def test_scale_tells_of_its_timing(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr("tqdm.std.time", itertools.count(step=3).__next__)  # seconds, for a bar that waits for two
     assert main(["scale", "--ms", "5", "--macs", "1G", *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["binding"] == "milliseconds"
-    assert f"timed: {len(timed)}net" in shown.getvalue() and timed[-1] in shown.getvalue()
+    assert re.search(r"counted or timed: \d+net", shown.getvalue()) and timed[-1] in shown.getvalue()
+
+
+@pytest.mark.parametrize("options", [["--macs", "1G"], ["--macs", "500M", "--free"], ["--parameters", "b1"]])
+def test_scale_tells_of_its_counting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr("tqdm.tqdm", partial(tqdm.tqdm, file=shown))
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("tqdm.std.time", itertools.count(step=3).__next__)  # seconds, for a bar that waits for two
+    assert main(["scale", *options]) == 0 and "binding" in capsys.readouterr().out
+    assert re.search(r"counted or timed: \d+net.*efficientnet_b0_", shown.getvalue())
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # without it there is only no bar
+    assert main(["scale", *options]) == 0
+
+
+@pytest.mark.parametrize(("over", "macs"), [("phi", 2e10), ("free", 6e8)])
+def test_a_search_counts_each_net_once(monkeypatch: pytest.MonkeyPatch, over: str, macs: float) -> None:
+    counted, watched, count = [], [], Cost.of
+
+    def counting(config: NetConfig) -> Cost:
+        counted.append(replace(config, name="", dropout=float(config.dropout > 0)))
+        return count(config)
+
+    monkeypatch.setattr(Cost, "of", counting)
+    found = search(macs=macs, over=over, watch=watched.append)
+    assert len(counted) == len(set(counted)) + len(found)  # the last, whose costs are in the answer
+    assert len(watched) == len(set(counted)) > len(found)
+
+
+def test_a_net_that_memory_does_not_hold_is_told_with_its_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    for batch in (99999999, 10**17, 10**30):
+        with pytest.raises(ValueError, match=rf"batch is {batch}; digits_tiny takes about [\d,]+ bytes of memory, .* smaller"):
+            Latency(batch)(CompoundScaling(base=replace(GRID_BASE, resolution=224)).at(0))
+    assert main(["scale", "--ms", "20", "--batch", "99999999"]) == 2
+    assert "batch is 99999999; efficientnet_b0 takes" in capsys.readouterr().err
+
+
+def test_numbers_of_numpy_and_torch_are_taken() -> None:
+    (one,) = search(macs=np.float32(1e9), accuracy=lambda net: torch.tensor(net.depth), keep=1)
+    assert one.net == search(macs=1e9, keep=1)[0].net and isinstance(one.accuracy, float)
+    assert search(macs=torch.tensor(10**9))[0].net == search(parameters=np.int64(10**12), macs=1e9)[0].net
+    for wrong in (True, "1e9", np.float64("nan"), torch.ones(2), None, 1j):
+        with pytest.raises(ValueError, match="accuracy gave"):
+            search(macs=1e9, accuracy=lambda net, wrong=wrong: wrong)
+    for wrong in (True, np.float64("nan"), np.ones(2), 1j):
+        with pytest.raises(ValueError, match="macs is"):
+            search(macs=wrong)  # type: ignore[arg-type]
+
+
+def test_what_a_free_search_of_another_base_is_advised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", "--macs", "1G", "--free", "--base", "efficientnet_lite0"]) == 2
+    told = capsys.readouterr().err
+    assert "no --free, or no --base, would do" in told and "callable" not in told
+    assert main(["scale", "--macs", "1G", "--base", "efficientnet_lite0"]) == 0
 
 
 def test_what_is_found_is_within_a_latency_that_does_not_rise() -> None:

@@ -394,10 +394,10 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(tmp_path):
     path = tmp_path / "last.pth"
     checkpoints.save(path, trainer, [], {"img_size": 32})
     for model, recipe, count, size, piece in (
-        (net(), replace(PLAIN, lr=0.1), 12, 32, "a run with lr 0.05, this one has 0.1; the same would do"),
+        (net(), replace(PLAIN, lr=0.1), 12, 32, "a run with lr 0.05, not 0.1; the same would do"),
         (net(4), PLAIN, 12, 32, "a run with model 'EfficientNet, "),
-        (net(), PLAIN, 16, 32, "a run with images 12, this one has 16"),
-        (net(), PLAIN, 12, 64, "a run with img_size 32, this one has 64"),
+        (net(), PLAIN, 16, 32, "a run with images 12, not 16"),
+        (net(), PLAIN, 12, 64, "a run with img_size 32, not 64"),
     ):
         other = Trainer(model, recipe, batches(recipe, count))
         before = copy.deepcopy(model.state_dict())
@@ -405,6 +405,10 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(tmp_path):
             checkpoints.load(path, other, {"img_size": size})
         assert piece in str(caught.value)
         assert same(model.state_dict(), before)
+    older = torch.load(path, weights_only=True)
+    del older["run"]["cuda_graph"], older["run"]["scale"]  # settings that came after that run had their defaults
+    torch.save(older, path)
+    assert checkpoints.load(path, trainer, {"img_size": 32}) == []
     (tmp_path / "garbage.pth").write_text("no checkpoint")
     torch.save(net().state_dict(), tmp_path / "weights.pth")
     for name, piece in (("garbage.pth", "damaged or no checkpoint of a run"), ("weights.pth", "no run to go on with")):

@@ -11,7 +11,7 @@ from effnet_fast.benchmark.case import DTYPES
 from effnet_fast.benchmark.timing import EventTimer, HostTimer
 from effnet_fast.inference import optimize_for_inference
 from effnet_fast.models import build
-from effnet_fast.scaling import ScaledNet
+from effnet_fast.scaling import Cost, ScaledNet
 from effnet_fast.scaling.config import is_real, is_whole
 
 
@@ -24,7 +24,7 @@ class Latency:
     device   "cpu", with torch's threads, or "cuda"
     seconds  of calls, at least three, after a first one
 
-    Raises ValueError for none of these.
+    Raises ValueError for none of these, and for a net that memory does not hold at that batch.
     """
 
     batch: int = 1
@@ -43,6 +43,22 @@ class Latency:
                 raise ValueError(f"Latency: {name} is {getattr(self, name)!r}; {would_do} would do")
 
     def __call__(self, net: ScaledNet) -> float:
+        try:
+            return self._measured(net)
+        except (
+            MemoryError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # torch has no class for the CPU's memory, or for what no index counts
+            if not any(word in str(error).lower() for word in ("memory", "overflow")):
+                raise
+            needed = Cost.of(net.config).inference_memory(self.dtype, self.batch).total
+            raise ValueError(
+                f"Latency: batch is {self.batch}; {net.config.name} takes about {needed:,} bytes of memory, more than is here; "
+                "a smaller batch, or a smaller net, would do"
+            ) from error
+
+    def _measured(self, net: ScaledNet) -> float:
         dtype = DTYPES[self.dtype]
         with torch.no_grad():
             serving = optimize_for_inference(build(net.config).eval().to(self.device, dtype))

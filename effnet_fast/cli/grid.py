@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from effnet_fast.cli.options import CORES, check_output, count, positive
 from effnet_fast.cli.table import si, table
 from effnet_fast.scaling import CompoundScaling, Cost, Grid, ScaledNet, grid_search
 from effnet_fast.scaling.config import is_whole
-from effnet_fast.scaling.grid import write_json
+from effnet_fast.scaling.grid import judged, write_json
 from effnet_fast.training import Trial
 from effnet_fast.training.pictures import HELD_OUT
 
@@ -56,42 +54,42 @@ def run(arguments: argparse.Namespace) -> int:
         tolerance=arguments.tolerance,
         processes=arguments.processes,
         file=arguments.out,
-        same={"data": "digits", "recipe": asdict(trial.recipe), "seeds": list(trial.seeds)},
+        same={"data": "digits", "recipe": trial.recipe, "seeds": trial.seeds},
     )
-    result, nets = json.loads(arguments.out.read_text()), _scaled(grid.best)
-    if "scaled" in result:  # the file is of a search that was finished
-        _check_scaled(arguments.out, result, nets)
-    else:
-        started = time.perf_counter()
-        result |= _scaled_on(grid, nets, trial, arguments.processes)
-        result["seconds"] += time.perf_counter() - started
-        write_json(arguments.out, result)
+    result = _scaled_on(grid, trial, arguments.processes, arguments.out)
     print(_told(grid, result))
     if arguments.plot:
         draw_grid(grid, result, arguments.plot)
     return 0
 
 
-def _scaled_on(grid: Grid, nets: dict[str, ScaledNet], trial: Trial, processes: int) -> dict[str, Any]:
-    """What the file has beside the search: the best law, scaled on and trained, and the machine."""
-    seeds = tuple(_FRESH + seed for seed in trial.seeds)
-    with ProcessPoolExecutor(min(processes, len(nets)), multiprocessing.get_context("spawn")) as pool:
-        scores = list(pool.map(replace(trial, seeds=seeds), nets.values()))
-    return {
-        "best": {name: getattr(grid.best, name) for name in ("alpha", "beta", "gamma")},
-        "scaled": {"seeds": seeds, "nets": [_row(*one) for one in zip(nets, nets.values(), scores, strict=True)]},
-        "held_out": HELD_OUT,
-        "processes": processes,
-        "machine": facts(),
-    }
+def _scaled_on(grid: Grid, trial: Trial, processes: int, out: Path) -> dict[str, Any]:
+    """What ``out`` has once the best law is scaled on and trained there, each net stored as it comes."""
+    result, nets = json.loads(out.read_text()), _scaled(grid.best)
+    seeds = [_FRESH + seed for seed in trial.seeds]
+    rows = _stored(out, result, nets, seeds) if "scaled" in result else {}
+    before, started = result["seconds"], time.perf_counter()
+    todo = {label: net for label, net in nets.items() if label not in rows}
+    for label, (accuracy, _) in judged(replace(trial, seeds=tuple(seeds)), todo, processes, len(rows)):
+        rows[label] = _row(label, nets[label], accuracy)
+        result |= {
+            "best": {name: getattr(grid.best, name) for name in ("alpha", "beta", "gamma")},
+            "scaled": {"seeds": seeds, "nets": [rows[label] for label in nets if label in rows]},
+            "held_out": HELD_OUT,
+            "processes": processes,
+            "machine": facts(),
+            "seconds": before + time.perf_counter() - started,
+        }
+        write_json(out, result)
+    return result
 
 
-def _check_scaled(out: Path, result: dict[str, Any], nets: dict[str, ScaledNet]) -> None:
-    """Raise ValueError where the file has not what is told of the nets."""
+def _stored(out: Path, result: dict[str, Any], nets: dict[str, ScaledNet], seeds: list[int]) -> dict[str, dict[str, Any]]:
+    """The rows of ``nets`` that the file has. Raises ValueError where they are not as this command writes them."""
     scaled = result["scaled"]
     try:
-        rows = [_row(*one, float(row["accuracy"])) for one, row in zip(nets.items(), scaled["nets"], strict=True)]
-        good = rows == scaled["nets"] and len(scaled["seeds"]) > 0 and is_whole(result["processes"])
+        rows = {row["label"]: _row(row["label"], nets[row["label"]], float(row["accuracy"])) for row in scaled["nets"]}
+        good = list(rows.values()) == scaled["nets"] and scaled["seeds"] == seeds and is_whole(result["processes"])
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:
@@ -99,6 +97,7 @@ def _check_scaled(out: Path, result: dict[str, Any], nets: dict[str, ScaledNet])
             f"{out} is damaged: scaled is {scaled!r:.80}, processes {result.get('processes')!r:.20}; "
             "the file without scaled, which is then done again, or another file, would do"
         )
+    return rows
 
 
 def _scaled(law: CompoundScaling) -> dict[str, ScaledNet]:

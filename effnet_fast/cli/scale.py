@@ -160,6 +160,8 @@ def _net(law: CompoundScaling, arguments: argparse.Namespace, targets: dict[str,
         raise ValueError("--training says what --target-memory counts; it needs that option")
     if arguments.free and not targets:
         raise ValueError("--free says how a budget is spent; it needs one of --macs, --parameters, --memory, --ms")
+    if arguments.free and law.base != scaling.B0:
+        raise ValueError(f"--free goes by the published points, which are of {scaling.B0.name}; no --free, or no --base, would do")
     if (multipliers or arguments.free) and _given(arguments, _COEFFICIENTS):
         raise ValueError("--alpha, --beta and --gamma change nothing with explicit multipliers or --free; --phi would use them")
     if multipliers:
@@ -169,27 +171,28 @@ def _net(law: CompoundScaling, arguments: argparse.Namespace, targets: dict[str,
 
 
 def _search(law: CompoundScaling, arguments: argparse.Namespace, targets: dict[str, Any]) -> tuple[Found, ...]:
-    settings = {"over": "free" if arguments.free else "phi", "training": arguments.training}
+    settings: dict[str, Any] = {"over": "free" if arguments.free else "phi", "training": arguments.training}
     settings |= {"dtype": arguments.dtype, "batch": arguments.batch}
     limits = {name.removeprefix("target_"): value for name, value in targets.items()}
-    if "ms" not in limits:
+    if "ms" in limits:
+        import torch
+
+        from effnet_fast.benchmark.latency import Latency
+
+        settings["milliseconds"] = limits.pop("ms")
+        settings["latency"] = Latency(arguments.batch, arguments.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:  # a search without a bar finds the same
         return search(law, **limits, **settings)
-    import torch
-    from tqdm import tqdm
-
-    from effnet_fast.benchmark.latency import Latency
-
-    measured = Latency(arguments.batch, arguments.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     # How many it takes is known once it is done.
-    with tqdm(desc="timed", unit="net", delay=2, disable=None, leave=False) as bar:
+    with tqdm(desc="counted or timed", unit="net", delay=2, disable=None, leave=False) as bar:
 
-        def latency(net: ScaledNet) -> float:
+        def watch(net: ScaledNet) -> None:
             bar.set_postfix_str(net.config.name, refresh=False)
-            milliseconds = measured(net)
             bar.update()
-            return milliseconds
 
-        return search(law, milliseconds=limits.pop("ms"), latency=latency, **limits, **settings)
+        return search(law, **limits, **settings, watch=watch)
 
 
 def _found_json(found: Found) -> dict[str, Any]:

@@ -39,6 +39,17 @@ def is_real(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
+def as_real(value: Any) -> float | None:
+    """``value`` as a finite float, a scalar of NumPy or torch too; None where it is none, as bool and str are not."""
+    if isinstance(value, bool | str | bytes):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, of many elements
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _check_whole(owner: object, names: tuple[str, ...], least: int = 1) -> None:
     for name in names:
         value, most = getattr(owner, name), _MOST.get(name, _MOST_CHANNELS)

@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from effnet_fast.scaling.config import B0, BaseNet, is_real, is_whole
+from effnet_fast.scaling.config import B0, BaseNet, as_real, is_real, is_whole
 from effnet_fast.scaling.cost import Cost
 from effnet_fast.scaling.law import CompoundScaling, ScaledNet
+from effnet_fast.settings import differing, plain
 
 TARGET = 2.0  # of alpha * beta^2 * gamma^2
 
@@ -74,68 +75,75 @@ def grid_search(
     tolerance  by which alpha * beta^2 * gamma^2 may be off 2
     file       JSON that is replaced whole after each point; where it is there, its points are not judged again. Its ``seconds`` are
                the search's own, until its last point, of all calls together
-    same       what else a resumed search must have in common, as plain values by name: epochs, seeds, ...
+    same       what else a resumed search must have in common, plain values or dataclasses by name: epochs, seeds, a recipe, ...
 
     Progress is told on stderr where that is a terminal (tqdm). Raises ValueError for a bad argument, a grid without a point (with
     the nearest product there is), and a file that is damaged or of another search. Where ``accuracy`` raises an error, no other
-    point is begun, those that are being judged are finished, and a ValueError names the point; the file has what was judged.
+    point is begun, those that are being judged are finished, and a ValueError names the point, or says that a process
+    died; the file has what was judged.
     """
-    from tqdm import tqdm
-
     if not is_whole(processes):
         raise ValueError(f"grid_search: processes is {processes!r}; a whole number >= 1 would do")
     laws = grid_laws(base, step, tolerance)
     path = None if file is None else Path(file)
-    asked = {"base": asdict(base), "step": step, "tolerance": tolerance, **(same or {})}
-    asked = json.loads(json.dumps(asked))  # as the file will have it
+    asked = {"base": base, "step": step, "tolerance": tolerance, **(same or {})}
     known, seconds = ({}, 0.0) if path is None or not path.exists() else _load(path, asked, laws)
-    todo = [law for law in laws if _key(law) not in known]
+    todo = {"alpha {:g}, beta {:g}, gamma {:g}".format(*_key(law)): law for law in laws if _key(law) not in known}
     started = time.perf_counter()
-    with tqdm(total=len(laws), initial=len(known), unit="net", disable=None, leave=False) as bar:
-        for law, point in _judged(accuracy, todo, processes):
-            known[_key(law)] = point
-            if path is not None:
-                points = [asdict(known[_key(law)]) for law in laws if _key(law) in known]
-                write_json(path, {"search": asked, "points": points, "seconds": seconds + time.perf_counter() - started})
-            bar.update()
+    for name, score in judged(accuracy, {name: law.at(1) for name, law in todo.items()}, processes, len(known)):
+        law, cost = todo[name], Cost.of(todo[name].at(1).config)
+        known[_key(law)] = GridPoint(*_key(law), *score, cost.macs, cost.parameters)
+        if path is not None:
+            points = [asdict(known[_key(law)]) for law in laws if _key(law) in known]
+            write_json(path, {"search": plain(asked), "points": points, "seconds": seconds + time.perf_counter() - started})
     return Grid(base, tuple(known[_key(law)] for law in laws))
 
 
-def _judged(
-    accuracy: Callable[[ScaledNet], float], laws: Sequence[CompoundScaling], processes: int
-) -> Iterator[tuple[CompoundScaling, GridPoint]]:
-    """Each law's point when it is there. The first error is raised after the points that were being judged by then."""
-    if not laws:
+def judged(
+    accuracy: Callable[[ScaledNet], float], nets: Mapping[str, ScaledNet], processes: int, known: int = 0
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Each net's name with its accuracy and the seconds that took, when they are there; a bar counts them on from ``known``.
+
+    Raises ValueError for an accuracy that cannot be pickled, fails at a net (which is named) or whose process died: after the nets
+    that were being judged by then.
+    """
+    from tqdm import tqdm
+
+    if not nets:
         return
     try:
         pickle.dumps(accuracy)  # which a pool, asked for more than it can queue, would wait for without end
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(f"grid_search: accuracy is {accuracy!r}; what pickle takes, as a module's function, would do") from error
-    failed: tuple[CompoundScaling, BaseException] | None = None
-    futures: dict[Future[GridPoint], CompoundScaling] = {}
-    waiting = deque(laws)
-    pool = ProcessPoolExecutor(min(processes, len(laws)), multiprocessing.get_context("spawn"))
+    failed: tuple[str, BaseException] | None = None
+    futures: dict[Future[tuple[float, float]], str] = {}
+    waiting = deque(nets)
+    pool = ProcessPoolExecutor(min(processes, len(nets)), multiprocessing.get_context("spawn"))
     try:
-        while futures or (waiting and not failed):
-            while waiting and not failed and len(futures) < processes:  # what is queued in a pool cannot be taken back
-                law = waiting.popleft()
-                futures[pool.submit(_judge, accuracy, law)] = law
-            for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                law, raised = futures.pop(future), future.exception()
-                if raised is None:
-                    yield law, future.result()
-                else:
-                    failed = failed or (law, raised)
+        with tqdm(total=known + len(nets), initial=known, unit="net", disable=None, leave=False) as bar:
+            while futures or (waiting and not failed):
+                while waiting and not failed and len(futures) < processes:  # what is queued in a pool cannot be taken back
+                    name = waiting.popleft()
+                    futures[pool.submit(_judge, accuracy, nets[name])] = name
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    name, raised = futures.pop(future), future.exception()
+                    if raised is None:
+                        yield name, future.result()
+                        bar.update()
+                    else:
+                        failed = failed or (name, raised)
+    except BrokenProcessPool as error:  # as a net was to be begun
+        failed = failed or ("", error)
     finally:
         pool.shutdown()
     if failed is not None:
-        law, cause = failed
-        if isinstance(cause, BrokenProcessPool):  # of a process that died nobody knows what it was judging
-            raise cause
-        raise ValueError(
-            f"grid_search: accuracy failed at alpha {law.alpha:g}, beta {law.beta:g}, gamma {law.gamma:g}: "
-            f"{type(cause).__name__}: {cause}"
-        ) from cause
+        name, cause = failed
+        if isinstance(cause, BrokenProcessPool):  # nobody knows what it was judging
+            raise ValueError(
+                "grid_search: a process that judged nets died, as where memory is out; fewer processes, or smaller nets, would do "
+                "(and in a script all of it under if __name__ == '__main__')"
+            ) from cause
+        raise ValueError(f"grid_search: accuracy failed at {name}: {type(cause).__name__}: {cause}") from cause
 
 
 def grid_laws(base: BaseNet = B0, step: float = 0.1, tolerance: float = 0.1) -> tuple[CompoundScaling, ...]:
@@ -173,13 +181,13 @@ def write_json(path: Path, value: Any) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _judge(accuracy: Callable[[ScaledNet], float], law: CompoundScaling) -> GridPoint:
-    net, start = law.at(1), time.perf_counter()
-    found = float(accuracy(net))
-    if not is_real(found):
-        raise ValueError(f"it is {found!r}; a finite number would do")
-    cost = Cost.of(net.config)
-    return GridPoint(*_key(law), found, time.perf_counter() - start, cost.macs, cost.parameters)
+def _judge(accuracy: Callable[[ScaledNet], float], net: ScaledNet) -> tuple[float, float]:
+    start = time.perf_counter()
+    told = accuracy(net)
+    found = as_real(told)
+    if found is None:
+        raise ValueError(f"it is {told!r}; a finite number would do")
+    return found, time.perf_counter() - start
 
 
 def _key(law: CompoundScaling) -> tuple[float, float, float]:
@@ -205,10 +213,9 @@ def _load(
     there, rows, seconds = (found.get(name) for name in ("search", "points", "seconds"))
     check(isinstance(there, dict), "search", there, "an object of settings")
     check(isinstance(rows, list), "points", rows, "a list")
-    check(is_real(seconds), "seconds", seconds, "a number")
-    if differing := [name for name in {**asked, **there} if asked.get(name) != there.get(name)]:
-        told = ", ".join(f"{name} {there.get(name)!r}, not {asked.get(name)!r}" for name in differing if name != "base")
-        raise ValueError(f"grid_search: {path} is of another search ({told or 'base'}); its settings, or another file, would do")
+    check(is_real(seconds) and seconds >= 0, "seconds", seconds, "a number >= 0")
+    if told := differing(there, asked):
+        raise ValueError(f"grid_search: {path} is of another search ({told}); its settings, or another file, would do")
     names = GridPoint.__annotations__
     for number, row in enumerate(rows):
         check(isinstance(row, dict) and row.keys() == names.keys(), f"point {number}", row, f"an object with {', '.join(names)}")

@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from effnet_fast.scaling.coefficients import PUBLISHED
-from effnet_fast.scaling.config import B0, BaseNet, NetConfig, is_real, is_whole
+from effnet_fast.scaling.config import B0, BaseNet, NetConfig, as_real, is_real, is_whole
 from effnet_fast.scaling.cost import ITEM_BYTES, Cost
 from effnet_fast.scaling.fit import published_fit
 from effnet_fast.scaling.law import MAX_MULTIPLIER, PHI_TOLERANCE, CompoundScaling, ScaledNet
@@ -72,6 +72,7 @@ def search(
     over: str = "phi",
     ladder: Sequence[float] = LADDER,
     keep: int = 5,
+    watch: Callable[[ScaledNet], None] | None = None,
 ) -> tuple[Found, ...]:
     """The ``keep`` most accurate nets within every limit that is given, the best first; equals by fewer MACs.
 
@@ -85,6 +86,7 @@ def search(
     over          "phi": the largest that fits, and the whole ones below it. "free": of every depth and width of the ``ladder`` of
                   multipliers the net with the largest images that fits, in steps of a 28th of the base's side up to the ladder's
                   end
+    watch         is called with each net before it is counted, which is done once, and before it is timed
 
     Larger nets are taken to need more of everything. Raises ValueError for a bad argument, and where no net fits: it names each
     limit that the smallest net exceeds, and by how much.
@@ -129,7 +131,7 @@ def search(
         most["milliseconds"] = _amount("milliseconds", milliseconds)
     if not most:
         raise ValueError("search: nothing limits it; macs, parameters, memory or milliseconds would do")
-    budget = _Budget(most, {name: counts[name] for name in counts if name in most}, latency)
+    budget = _Budget(most, counts, latency, watch)
     scores: dict[ScaledNet, float] = {}
 
     def score(net: ScaledNet) -> float:
@@ -147,7 +149,7 @@ def search(
     for one in _over_phi(law, budget) if over == "phi" else _free(law, budget, sorted(set(ladder)), promising):
         kept.append(one)
         if accuracy is not None:
-            kept.sort(key=lambda one: (-score(one[0]), Cost.of(one[0].config).macs))
+            kept.sort(key=lambda one: (-score(one[0]), budget.amounts(one[0])["macs"]))
         del kept[keep:]
     return tuple(
         Found(net, Cost.of(net.config), None if accuracy is None else score(net), budget.limits(net), budget.binding(larger))
@@ -157,27 +159,46 @@ def search(
 
 def _told(name: str, value: float, net: ScaledNet) -> float:
     """What a callable told of ``net``."""
-    if not is_real(value):
+    number = as_real(value)
+    if number is None:
         raise ValueError(f"search: {name} gave {value!r} for {net.config.name}; a finite number would do")
-    return value
+    return number
 
 
 class _Budget:
     """The limits, and what nets take of each."""
 
-    def __init__(self, most: dict[str, float], counts: dict[str, Callable[[Cost], int]], latency: Measure | None) -> None:
-        self.most, self.counts, self.latency = most, counts, latency
+    def __init__(
+        self,
+        most: dict[str, float],
+        counts: dict[str, Callable[[Cost], int]],
+        latency: Measure | None,
+        watch: Callable[[ScaledNet], None] | None,
+    ) -> None:
+        self.most, self.counts, self.latency, self.watch = most, counts, latency, watch
+        self.used: dict[NetConfig, dict[str, int]] = {}
         self.timed: dict[NetConfig, float] = {}
 
+    def amounts(self, net: ScaledNet) -> dict[str, int]:
+        """What ``net`` takes of MACs and of all that is limited; nets that differ in how much dropout alone are counted once."""
+        key = replace(net.config, name="", dropout=float(net.config.dropout > 0))  # whose cost has no more of it
+        if key not in self.used:
+            if self.watch is not None:
+                self.watch(net)
+            cost = Cost.of(key)
+            self.used[key] = {name: count(cost) for name, count in self.counts.items() if name in ("macs", *self.most)}
+        return self.used[key]
+
     def counted(self, net: ScaledNet) -> tuple[Limit, ...]:
-        cost = Cost.of(net.config)
-        return tuple(Limit(name, self.most[name], count(cost)) for name, count in self.counts.items())
+        return tuple(Limit(name, self.most[name], used) for name, used in self.amounts(net).items() if name in self.most)
 
     def limits(self, net: ScaledNet) -> tuple[Limit, ...]:
         if self.latency is None:
             return self.counted(net)
         key = replace(net.config, name="")
         if key not in self.timed:
+            if self.watch is not None:
+                self.watch(net)
             self.timed[key] = _told("latency", self.latency(net), net)
         return (*self.counted(net), Limit("milliseconds", self.most["milliseconds"], self.timed[key]))
 
@@ -276,7 +297,8 @@ def _amount(name: str, value: float | str, count: Callable[[Cost], int] | None =
     if count is not None and isinstance(value, str) and value in PUBLISHED:
         row = PUBLISHED[value]
         return count(Cost.of(B0.scaled(row.depth, row.width, row.resolution)))
-    if isinstance(value, str) or not is_real(value) or value <= 0:
+    number = as_real(value)
+    if number is None or number <= 0:
         names = " or one of " + ", ".join(PUBLISHED) if count else ""
         raise ValueError(f"search: {name} is {value!r}; a number > 0{names} would do")
-    return value
+    return number

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from effnet_fast.settings import differing, plain
 from effnet_fast.training import distributed
 from effnet_fast.training.loop import Trainer
+from effnet_fast.training.recipes import Recipe
 from effnet_fast.weights.files import locate, whole
 
 History = list[dict[str, float]]
@@ -40,12 +41,9 @@ def load(path: str | os.PathLike[str], trainer: Trainer, same: Mapping[str, Any]
         raise ValueError(f"{path} is damaged or no checkpoint of a run") from error
     if not isinstance(content, dict) or not {"run", "history", "optimizer", "state_dict"} <= content.keys():
         raise ValueError(f"{path} holds no run to go on with; the last.pth of one would do")
-    here, there = _run(trainer, same), content["run"]
-    for name in [*here, *there]:
-        if here.get(name) != there.get(name):
-            raise ValueError(
-                f"{path} is of a run with {name} {there.get(name)!r:.200}, this one has {here.get(name)!r:.200}; the same would do"
-            )
+    there = plain(Recipe()) | content["run"]  # a setting that came after that run had its default
+    if told := differing(there, _run(trainer, same)):
+        raise ValueError(f"{path} is of a run with {told}; the same would do")
     trainer.load_state_dict(content)
     return content["history"]
 
@@ -56,7 +54,7 @@ def _run(trainer: Trainer, same: Mapping[str, Any]) -> dict[str, Any]:
         "model": _describe(trainer.model),
         "images": len(trainer.batches.dataset),
         "processes": distributed.processes(),
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(trainer.recipe).items()},
+        **plain(trainer.recipe),
         **same,
     }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from effnet_fast.benchmark.machine import facts
 from effnet_fast.models import build
 from effnet_fast.scaling import RESNET18, RESNET18_CIFAR, RESNET34, RESNET50, RESNET101, BaseNet, CompoundScaling, Cost, NetConfig
+from effnet_fast.settings import differing, plain
 from effnet_fast.training.loop import Diverged
 from effnet_fast.training.pictures import SIDE, Pictures
 from effnet_fast.training.recipes import Recipe
@@ -23,6 +24,22 @@ from effnet_fast.training.run import CURVES, LAST, LOG, train
 from effnet_fast.weights.files import whole
 
 CLASSES = 10
+_ROW = (
+    "label",
+    "series",
+    "value",
+    "net",
+    "resolution",
+    "parameters",
+    "macs",
+    "recipe",
+    "top1",
+    "loss",
+    "seconds",
+    "device",
+    "machine",
+    "history",
+)
 # SGD as He et al. train ResNets on CIFAR-10 (arXiv 1512.03385, section 4.2), but for a cosine and the weight decay that wide
 # ResNets take there (arXiv 1605.07146, section 3).
 RECIPE = Recipe(epochs=25, batch_size=128, opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -169,9 +186,9 @@ def perform(
         raise ValueError(f"experiment is {name!r}; one of {', '.join(EXPERIMENTS)} would do")
     experiment, path = EXPERIMENTS[name], out / f"{name}.json"
     runs = experiment.runs(size or Size(), recipe)
-    settings = {"experiment": name, "data": pictures.name, "size": asdict(size or Size()), "recipe": _plain(recipe)}
+    settings = {"experiment": name, "data": pictures.name, "size": size or Size(), "recipe": recipe}
     result: dict[str, Any] = {
-        **settings,
+        **plain(settings),
         "title": experiment.title,
         "seed": recipe.seed,
         "published": [value._asdict() for value in experiment.published],
@@ -222,7 +239,7 @@ def _row(run: Run, pictures: Pictures, folder: Path, device: torch.device | str)
         "resolution": run.config.resolution,
         "parameters": cost.parameters,
         "macs": cost.macs,
-        "recipe": _plain(run.recipe),
+        "recipe": plain(run.recipe),
         "top1": 100 * history[-1]["top1"] if history else None,
         "loss": history[-1]["loss"] if history else None,
         "seconds": sum(row["seconds"] for row in history),
@@ -238,16 +255,17 @@ def _finished(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     try:
         before = json.loads(path.read_text())
-        rows = before["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of an experiment; another folder would do") from error
-    for name, value in settings.items():
-        if before.get(name) != value:
+    except ValueError as error:
+        raise ValueError(f"{path} is no result of an experiment: no JSON ({error}); another folder would do") from error
+    rows = before.get("rows") if isinstance(before, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} is no result of an experiment: rows is {rows!r:.80}; a list, or another folder, would do")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or set(_ROW) - row.keys():
             raise ValueError(
-                f"{path} is of {name} {before.get(name)!r:.200}, now it is {value!r:.200}; the same, or another folder, would do"
+                f"{path} is no result of an experiment: row {number} is {row!r:.80}; an object with {', '.join(_ROW)}, or another "
+                "folder, would do"
             )
+    if told := differing({name: before.get(name) for name in settings}, settings):
+        raise ValueError(f"{path} is of {told}; the same, or another folder, would do")
     return rows
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(recipe)))
