@@ -13,29 +13,29 @@ _WARM_UP = 3  # passes: libraries choose their kernels, and Triton compiles its 
 
 
 class GraphedPass:
-    """``run(x, y)``, which gives a loss and adds to the gradients of ``model``, captured as a CUDA graph and replayed.
+    """``run(x, y)``, always the same, which gives a loss and adds to the gradients of ``model``: captured once and replayed.
 
     It is captured anew where shapes or dtypes change, or what of the model is trained. Gradients must stay the tensors that they
     are: ``optimizer.zero_grad(set_to_none=False)``. Blocks run on the fused kernels, whose launches cost a graph nothing. ``run``
     may not wait for the GPU; what it draws at random follows torch's generator, as without a graph.
     """
 
-    def __init__(self, run: Callable[[Tensor, Tensor], Tensor], model: nn.Module) -> None:
-        self._run, self._model = run, model
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._key: tuple | None = None
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         trained = tuple(parameter.requires_grad for parameter in self._model.parameters())
         key = x.shape, x.dtype, y.shape, y.dtype, trained
         if key != self._key:
-            self._capture(x, y)
+            self._capture(run, x, y)
             self._key = key
         self._x.copy_(x)
         self._y.copy_(y)
         self._graph.replay()
         return self._loss
 
-    def _capture(self, x: Tensor, y: Tensor) -> None:
+    def _capture(self, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> None:
         """Without a trace in the model: buffers, gradients and the generator are as they were."""
         self._key = None
         self._x, self._y = torch.empty_like(x), torch.empty_like(y)
@@ -50,10 +50,10 @@ class GraphedPass:
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.random.fork_rng([x.device]), backend("native"), torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self._run(self._x, self._y)
+                run(self._x, self._y)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=stream):
-                self._loss = self._run(self._x, self._y)
+                self._loss = run(self._x, self._y)
         torch.cuda.current_stream(x.device).wait_stream(stream)
         with torch.no_grad():
             for tensor, value in kept.items():

@@ -91,7 +91,7 @@ class Trainer:
             group["initial_lr"] = group["lr"]
         self.factor = schedule(recipe, self.steps, distributed.processes())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
-        self.run_pass = GraphedPass(self._pass, model) if recipe.cuda_graph else self._pass
+        self.graph = GraphedPass(model) if recipe.cuda_graph else None
         self.epoch, self.step = 0, 0
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch's losses
 
@@ -170,7 +170,7 @@ class Trainer:
             if self.augment is not None:
                 x, y = self.augment(x, y)
             with self._context(shares=number == len(batches)):
-                self.total += self.run_pass(x, y)
+                self.total += self._pass(x, y) if self.graph is None else self.graph(self._pass, x, y)
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
