@@ -133,7 +133,7 @@ def _told(grid: Grid, result: dict[str, Any]) -> str:
     return "\n".join(
         (
             f"the best {len(rows)} of {len(grid.points)} laws at phi = 1, {grid.base.name}, {seeds} trainings each\n",
-            table(("alpha", "beta", "gamma", "product", "MACs of base", "parameters", "held out"), rows, "rrrrrrr"),
+            table(("alpha", "beta", "gamma", "product", "MACs, times the base's", "parameters", "held out"), rows, "rrrrrrr"),
             f"\nalpha {best.alpha:g}, beta {best.beta:g}, gamma {best.gamma:g} scaled on, beside each dimension alone\n",
             table(("net", "MACs", "parameters", "held out"), scaled, "lrrr"),
             f"\n{result['seconds']:.0f} s in {result['processes']} processes, all runs of a resumed search together",
