@@ -125,7 +125,7 @@ BAD = [
     ("scale --ms 0", "'0' is no number > 0"),
     ("scale --free --phi 1", "--free says how a budget is spent"),
     ("scale --macs 1.5G --free --alpha 1.2", "change nothing"),
-    ("scale --macs 1.5G --free --base efficientnet_lite0", "the published points are of efficientnet_b0"),
+    ("scale --macs 1.5G --free --base efficientnet_lite0", "the published points, which are of efficientnet_b0"),
     ("scale --macs 1.5G --plot out.jpg", "ends in .png"),
     ("scale --phi 1 --plot out.png", "--plot draws what a budget found"),
     ("scale --growth --macs 1G", "--target-macs given, but --growth is of twice each dimension"),

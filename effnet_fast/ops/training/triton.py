@@ -230,14 +230,15 @@ def choose_config(rows: int, channels: int, itemsize: int, what: str, activation
     """Up to a cache line of channels, of which few lie idle; of each tensor 32 bytes a thread, or 16.
 
     Of four forms, on an H200, ten shapes of B0 in bf16: with SiLU, and for statistics, tiles of 4 KB, two of them on their way, are
-    fastest or within 2 % of that; without it tiles of 2 KB at once, by 4 to 8 %.
+    fastest or within 2 % of that; without it tiles of 2 KB at once, by 4 to 8 %. Five sums an element leave no registers for tiles
+    on their way: one of 4 KB at once, 6 % slower than two that spill.
     """
     many = activation == "silu" or what == "batch_stats"
     widths = [width // itemsize for width in (128, 64, 32)]
     block_c = min(widths, key=lambda width: cdiv(channels, width) * (width + 8))  # a program costs itself
     tile = (4096 if many else 2048) // itemsize
     block_p = min(tile // block_c, max(next_power_of_2(rows), WARPS.value))
-    return Config(block_p, block_c, min(block_p, 2048 // itemsize // block_c), 3 if many else 1)
+    return Config(block_p, block_c, min(block_p, 2048 // itemsize // block_c), 3 if many and what != "norm_act_image_sums" else 1)
 
 
 def pieces_of(tiles: int, others: int, sms: int, most: int, programs: int = 24) -> tuple[int, int]:
