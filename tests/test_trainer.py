@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
+import types
 from dataclasses import replace
 
 import pytest
@@ -429,3 +431,55 @@ def test_gradients_have_their_parameters_strides():
         trainer = Trainer(make(), PLAIN, batches())
         list(trainer.run_epoch())
         assert all(p.grad.stride() == p.stride() for p in trainer.model.parameters())
+
+
+def test_a_captured_pass_leaves_no_trace(monkeypatch):
+    """The book-keeping around a CUDA graph, with a stand-in for it that runs the pass anew; tests of a GPU have the real one."""
+    from effnet_fast.training import graphs
+
+    captures, failing = [], []
+
+    class Graph:
+        def __init__(self) -> None:
+            captures.append(self)
+
+        def replay(self) -> None:
+            graphed._loss.copy_(run(graphed._x, graphed._y))
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in (("CUDAGraph", Graph), ("Stream", lambda device: stream), ("current_stream", lambda device: stream)):
+        monkeypatch.setattr(graphs.torch.cuda, name, stand_in)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(graphs.torch.cuda, name, lambda *arguments, **settings: contextlib.nullcontext())
+    monkeypatch.setattr(graphs.torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model.unused = nn.Linear(2, 2)
+    plain, x, y = copy.deepcopy(model), torch.randn(5, 3), torch.randn(5, 2)
+
+    def run(x: torch.Tensor, y: torch.Tensor, of: nn.Module = model) -> torch.Tensor:
+        if failing:
+            raise ValueError("seeded")
+        loss = (of[2](of[1](of[0](x))) - y).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    graphed = graphs.GraphedPass(model)
+    for training in (True, True, False, True):
+        model[1].train(training)
+        plain[1].train(training)
+        assert torch.equal(graphed(run, x, y), run(x, y, plain))
+    assert len(captures) == 3  # the norm's mode counts
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad) if theirs.grad is not None else ours.grad is None
+    assert same(model.state_dict(), plain.state_dict())
+    model.zero_grad()
+    plain.zero_grad()
+    graphed(run, x, y)
+    run(x, y, plain)
+    assert len(captures) == 4 and torch.equal(model[0].weight.grad, plain[0].weight.grad)
+    failing.append(True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="seeded"):
+        graphed(run, x[:3], y[:3])
+    assert same(model.state_dict(), before) and torch.equal(model[0].weight.grad, plain[0].weight.grad)
