@@ -211,12 +211,11 @@ def test_distributed(tmp_path):
     try:
         x = images(2, (33, 32))
         for name in ONE_EACH:
-            plain, fused = net(name).train(), accelerated(name).train()
-            plain(x).square().mean().backward()
-            DistributedDataParallel(fused)(x).square().mean().backward()
-            double = copy.deepcopy(net(name)).train().double()
-            double(x.double()).square().mean().backward()
-            assert_2x_of_all(*({key: p.grad for key, p in model.named_parameters()} for model in (fused, plain, double)), name)
+            alone, parallel = accelerated(name).train(), accelerated(name).train()
+            alone(x).square().mean().backward()
+            DistributedDataParallel(parallel)(x).square().mean().backward()
+            for (key, p), q in zip(parallel.named_parameters(), alone.parameters(), strict=True):
+                assert p.grad is not None and torch.equal(p.grad, q.grad) and p.grad.stride() == p.stride(), key
     finally:
         torch.distributed.destroy_process_group()
 

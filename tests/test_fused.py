@@ -127,7 +127,7 @@ def test_every_block_is_fused_in_eval_and_in_training():
         ("efficientnet_b0", torch.float32, 224, 6, {"6.0": "512 channels around a 3x3"}),
         ("efficientnet_b0", torch.float32, 64, 4, {"5.1": "16 pixels of 1152 channels", "5.3": "16 pixels", "6.0": "16 pixels"}),
         ("efficientnet_b0", torch.bfloat16, 224, 6, dict.fromkeys(("3.1", "3.2", "6.0"), "torch.bfloat16: PyTorch's products")),
-        ("efficientnetv2_s", torch.float32, 384, 2, dict.fromkeys(("0.0", "1.0", "2.3"), "without a depthwise convolution")),
+        ("efficientnetv2_s", torch.float32, 384, 2, {"5.1": "512 channels around a 3x3"}),
     ],
 )
 def test_training_leaves_to_pytorch_what_it_does_faster(name, dtype, size, batch, plain):
@@ -138,7 +138,7 @@ def test_training_leaves_to_pytorch_what_it_does_faster(name, dtype, size, batch
         size = (size + block.stride - 1) // block.stride
     for key, says in plain.items():
         assert says in str(reasons[key]), key
-    assert reasons["0.0"] is None or name == "efficientnetv2_s"
+    assert reasons["0.0"] is None
     with effnet_fast.backend("native"):
         assert why_not_trained(model.get_submodule("blocks.5.1").parts(), x) is None
 

@@ -484,6 +484,7 @@ def test_large_activations_stay_finite_under_autocast(dtype):
     model = effnet_fast.efficientnet(depth=0.4, width=0.5, num_classes=4).train()
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), torch.amp.GradScaler("cpu")
     x, labels = 100 * images(8, (48, 48)), torch.arange(8) % 4
+    losses = []
     for _ in range(50):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype):
@@ -493,7 +494,8 @@ def test_large_activations_stay_finite_under_autocast(dtype):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    assert loss < 1.0 and all(torch.isfinite(p).all() for p in model.parameters())
+        losses.append(loss.item())
+    assert min(losses[-10:]) < 0.5 and all(torch.isfinite(p).all() for p in model.parameters())
 
 
 @TRAINED

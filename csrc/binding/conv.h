@@ -1,7 +1,5 @@
 // What the bindings of the convolutions share.
 #pragma once
-#include <sys/mman.h>
-
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -44,21 +42,8 @@ inline ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weigh
   return {weight.size(0), int(kernel), out_size(x.size(2), padding[0], padding[1]), out_size(x.size(3), padding[2], padding[3])};
 }
 
-// Asks for huge pages under a large fresh tensor: where a call faults its output in 4 KB at a time, that costs more than the
-// convolution. Advice: that it is refused does not matter.
-inline void advise_huge_pages(const Tensor& t) {
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t end = (begin + t.numel() * t.element_size()) / page * page, first = (begin + page - 1) / page * page;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-}
-
-inline Tensor empty_output(const Tensor& x, const ConvShape& s, ScalarType dtype) {
-  Tensor y = torch::stable::empty({x.size(0), s.out_channels, s.out_height, s.out_width}, dtype, std::nullopt, x.device(),
-                                  std::nullopt, MemoryFormat::ChannelsLast);
-  if (y.is_cpu()) advise_huge_pages(y);
-  return y;
-}
+// [N, K, H', W'], channels_last, on x's device. On the CPU large ones take turns in memory that the module keeps.
+Tensor empty_output(const Tensor& x, const ConvShape& s, ScalarType dtype);
 
 // Whether [N, C, H, W] lies in memory as [N, H, W, C] without gaps; strides of dimensions of size 1 mean nothing.
 inline bool is_channels_last(const Tensor& t) {

@@ -1,12 +1,7 @@
 #include "store.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <string_view>
 #include <utility>
 
@@ -14,35 +9,12 @@ namespace effnet_fast::inference {
 namespace {
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr size_t kHugePage = kLine, kChunk = 0;  // every overrun shows
+constexpr size_t kChunk = 0;  // every overrun shows
 #else
-constexpr size_t kHugePage = 2 << 20, kChunk = 4 * kHugePage;  // of packed weights
+constexpr size_t kChunk = 8 << 20;  // of packed weights
 #endif
 
 }  // namespace
-
-#ifdef __SANITIZE_ADDRESS__
-Memory::Memory(size_t bytes) : bytes_(rounded_up(std::max<size_t>(bytes, 1), kLine)), data_(nullptr, {bytes_}) {
-  data_.reset(static_cast<char*>(std::aligned_alloc(kLine, bytes_)));
-  if (!data_) throw std::bad_alloc();
-}
-
-void Memory::Free::operator()(char* p) const { std::free(p); }
-#else
-Memory::Memory(size_t bytes) : bytes_(rounded_up(std::max<size_t>(bytes, 1), kHugePage)), data_(nullptr, {bytes_}) {
-  const size_t mapped = bytes_ + kHugePage;
-  void* const at = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (at == MAP_FAILED) throw std::bad_alloc();
-  char* const begin = static_cast<char*>(at);
-  const size_t before = rounded_up(reinterpret_cast<uintptr_t>(at), kHugePage) - reinterpret_cast<uintptr_t>(at);
-  if (before > 0) munmap(begin, before);
-  if (before < kHugePage) munmap(begin + before + bytes_, kHugePage - before);
-  madvise(begin + before, bytes_, MADV_HUGEPAGE);
-  data_.reset(begin + before);
-}
-
-void Memory::Free::operator()(char* p) const { munmap(p, bytes); }
-#endif
 
 const void* Store::keep(size_t bytes, const std::function<void(void*)>& fill) {
   const std::lock_guard<std::mutex> lock(mutex_);

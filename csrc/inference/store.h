@@ -8,28 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "../common/memory.h"
+
 namespace effnet_fast::inference {
-
-constexpr size_t kLine = 64;
-
-constexpr size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
-
-// At a multiple of 2 MB, in huge pages where the system has them. It is mapped, not malloc's: plans come and go in several threads,
-// and what malloc keeps of them in its heaps was seen to grow to four times what is in use.
-class Memory {
- public:
-  explicit Memory(size_t bytes);
-  char* data() const { return data_.get(); }
-  size_t bytes() const { return bytes_; }
-
- private:
-  struct Free {
-    size_t bytes;
-    void operator()(char* p) const;
-  };
-  size_t bytes_;
-  std::unique_ptr<char, Free> data_;
-};
 
 // Any number of threads may use it at the same time.
 class Store {

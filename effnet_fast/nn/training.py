@@ -338,12 +338,12 @@ WIDE, WIDE_BF16 = 500, 160  # channels in and out of a 3x3 block, together
 
 def _why_slower(parts: BlockParts, x: Tensor) -> str | None:
     """Why plain PyTorch is faster on a block. Asking symbolic sizes would fix them."""
-    if parts.depthwise is None:
-        return "without a depthwise convolution PyTorch's own kernels are as fast"
     if x.is_cuda:
         return (
             "on a GPU its launches take Python longer than PyTorch's: effnet_fast.backend('native') asks for them, in a CUDA graph"
         )
+    if parts.depthwise is None:
+        return None
     conv = parts.depthwise.conv
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if conv.in_channels >= OF_CHANNELS and isinstance(pixels, int) and pixels < FEWEST_PIXELS * conv.stride[0] ** 2:

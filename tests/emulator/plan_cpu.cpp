@@ -5,6 +5,7 @@
 #include <cmath>
 #include <random>
 
+#include "common/memory.cpp"
 #include "inference/expand_depthwise.cpp"
 #include "inference/plan.cpp"
 #include "inference/store.cpp"
@@ -15,7 +16,7 @@ using namespace effnet_fast;
 
 namespace {
 
-class Memory {
+class Buffers {
  public:
   char* take(size_t bytes) { return taken_.emplace_back(std::make_unique<char[]>(bytes)).get(); }
 
@@ -179,7 +180,7 @@ class Net {
 
   const emulated::NetShape shape_;
   std::mt19937 random_;
-  Memory memory_;
+  Buffers memory_;
 };
 
 }  // namespace

@@ -1,0 +1,29 @@
+#include "../common/memory.h"
+#include "conv.h"
+
+namespace effnet_fast::binding {
+namespace {
+
+constexpr size_t kRecycled = 1 << 20;  // bytes from which on
+
+// Results may outlive everything else in the process, so it is never destroyed.
+Recycler& recycler() {
+  static Recycler& made = *new Recycler;
+  return made;
+}
+
+}  // namespace
+
+Tensor empty_output(const Tensor& x, const ConvShape& s, ScalarType dtype) {
+  const int64_t images = x.size(0), channels = s.out_channels, height = s.out_height, width = s.out_width;
+  const bool is_half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  const size_t bytes = size_t(images) * channels * height * width * (is_half ? 2 : 4);
+  if (!x.is_cpu() || bytes < kRecycled || (!is_half && dtype != ScalarType::Float))
+    return torch::stable::empty({images, channels, height, width}, dtype, std::nullopt, x.device(), std::nullopt,
+                                MemoryFormat::ChannelsLast);
+  return torch::stable::from_blob(recycler().take(bytes), {images, channels, height, width},
+                                  {channels * height * width, 1, channels * width, channels}, x.device(), dtype,
+                                  [](void* data) { recycler().give_back(data); });
+}
+
+}  // namespace effnet_fast::binding

@@ -1,0 +1,112 @@
+"""Large results of the native kernels take turns in memory that the compiled module keeps: as little as was in use at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from effnet_fast.ops import native
+
+pytestmark = [
+    pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON)),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status"),
+]
+
+IN_USE = """
+def in_use():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
+"""
+
+SIZES = """
+import torch
+import effnet_fast.ops.pointwise
+
+def result(rows):  # rows * 1 MB
+    x = torch.ones(1, 4, rows, 1024).to(memory_format=torch.channels_last)
+    norm = torch.ones(256), torch.ones(256), torch.ones(256), torch.ones(256), 0.0
+    y = torch.ops.effnet_fast.pointwise_conv_bn_act.native(x, torch.ones(256, 4, 1, 1), *norm, None, None, "identity")
+    assert y.numel() * 4 == rows << 20 and y[0, 0, 0, 0] == 4
+    return y
+
+kept = result(160)
+before = in_use()
+del kept
+for rows in range(100, 164):
+    result(rows)
+    assert in_use() < before + (40 << 20), rows
+two = result(40), result(40)
+assert in_use() < before + (40 << 20)
+print("bounded")
+"""
+
+STEPS = """
+import torch
+import effnet_fast
+
+model = effnet_fast.efficientnet_b0(num_classes=10).train()
+x = torch.randn(8, 3, 128, 128)
+used = []
+for step in range(24):
+    model(x).square().mean().backward()
+    used.append(in_use())
+print((max(used[12:]) - max(used[4:8])) >> 20)
+"""
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", IN_USE + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def result():
+    x = torch.ones(1, 4, 32, 256).to(memory_format=torch.channels_last)
+    one = torch.ones(256)
+    return torch.ops.effnet_fast.pointwise_conv_bn_act.native(
+        x, torch.ones(256, 4, 1, 1), one, one, one, one, 1e-3, None, None, "identity"
+    )
+
+
+def test_a_result_takes_the_memory_of_the_last_one():
+    first = result()
+    at, expected = first.data_ptr(), first.clone()
+    view = first[:, :, 1:]
+    del first
+    second = result()
+    assert second.data_ptr() != at  # a view of the first is alive
+    del view
+    third = result()
+    assert third.data_ptr() == at
+    assert torch.equal(second, expected) and torch.equal(third, expected)
+
+
+def test_results_of_many_threads_are_apart():
+    wrong = []
+
+    def work(number):
+        for _ in range(50):
+            made = [result() for _ in range(3)]
+            for k, y in enumerate(made):
+                y.fill_(10 * number + k)
+            wrong.extend((number, k) for k, y in enumerate(made) if not bool((y == 10 * number + k).all()))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_sizes_that_change_take_no_more_than_the_largest():
+    assert run(SIZES) == "bounded"
+
+
+def test_training_steps_do_not_grow():
+    """What malloc keeps did, by some MB a step, to four times what is in use."""
+    assert int(run(STEPS)) <= 16
