@@ -215,7 +215,7 @@ def test_distributed(tmp_path):
             alone(x).square().mean().backward()
             DistributedDataParallel(parallel)(x).square().mean().backward()
             for (key, p), q in zip(parallel.named_parameters(), alone.parameters(), strict=True):
-                assert p.grad is not None and torch.equal(p.grad, q.grad) and p.grad.stride() == p.stride(), key
+                assert p.grad is not None and torch.equal(p.grad, q.grad), f"{name} {key}"
     finally:
         torch.distributed.destroy_process_group()
 
