@@ -1,6 +1,7 @@
 // Vectors of W floats for the CPU kernels, as GCC and Clang vector types: the instruction set is that of the function they are
 // inlined into. A kernel is written once as an EFFNET_INLINE template over W and instantiated by EFFNET_PER_ISA.
 #pragma once
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -114,16 +115,43 @@ template <int W> EFFNET_INLINE Float<W> minimum(Float<W> a, Float<W> b) {
   return a < b ? a : b;
 }
 
-// 1 + e^-v; e^-v within 2 ulp for v <= 86, for greater ones what it is there, for NaN anything. e^-v = 2^n e^r with |r| <= ln2 / 2,
-// e^r by the polynomial of degree 5 whose largest relative error, 9.2e-8, is the least of those that give e^0 = 1. At the lowest v
-// that is why 2^128 has the bits of infinity.
+// 2^(j / kPowers), less the exponent that j << kPowerShift adds to it.
+constexpr int kPowers = 32, kPowerShift = 18;
+struct Powers {
+  alignas(64) float at[kPowers]{};
+  constexpr Powers() {
+    double power = 1;
+    for (int j = 0; j < kPowers; ++j, power *= 1.0218971486541166)  // 2^(1 / 32)
+      at[j] = std::bit_cast<float>(std::bit_cast<int32_t>(float(power)) - (j << kPowerShift));
+  }
+};
+inline constexpr Powers powers;
+
+// 1 + e^-v; e^-v within 2 ulp for |v| <= 8 and 4 ulp for v <= 86, for greater ones what it is there, for NaN anything. e^-v =
+// 2^(n / of) e^r with |r| <= ln2 / (2 of). Vectors of 16 take of = 32 and 2^(n / 32) from two registers: a polynomial of degree 2
+// is left, 12 % less time for SiLU than one of degree 5, which others take for of = 1. Its largest relative error, 9.2e-8 and there
+// 5.3e-8, is the least of those that give e^0 = 1.
 template <int W> EFFNET_INLINE Float<W> one_plus_exp_of_minus(Float<W> v) {
-  constexpr float ln2 = 0.693147182f, lowest = -128 * ln2, highest = 86.f;
+  constexpr float ln2 = 0.693147182f, lowest = -128 * ln2, highest = 86.f;  // at the lowest, 2^128 has the bits of infinity
   constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves n in the low bits of the significand
+#if defined(__x86_64__)
+  constexpr bool has_powers = W == 16;
+#else
+  constexpr bool has_powers = false;
+#endif
+  constexpr float of = has_powers ? kPowers : 1;
   const Float<W> zero{};
   v = minimum<W>(zero + highest, maximum<W>(zero + lowest, v));
-  const Float<W> shifted = v * -1.44269504f + round, n = shifted - round;
-  const Float<W> r = n * -ln2 - v;
+  const Float<W> shifted = v * (-1.44269504f * of) + round, n = shifted - round;
+  const Float<W> r = n * (-ln2 / of) - v;
+#if defined(__x86_64__)
+  if constexpr (has_powers) {
+    Int<W> power = (Int<W>)shifted;
+    asm("vpermi2ps %2, %1, %0" : "+v"(power) : "v"(load<W>(powers.at)), "vm"(load<W>(powers.at + W)));
+    const Float<W> p = (r * 0.49998f + 1.00001271f) * r + 1.f;
+    return (Float<W>)(power + ((Int<W>)shifted << kPowerShift)) * p + 1.f;
+  }
+#endif
   Float<W> p = r * 8.29031039e-3f + 4.18979526e-2f;
   p = p * r + 1.66676357e-1f;
   p = p * r + 4.99991506e-1f;

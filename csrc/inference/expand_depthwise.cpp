@@ -78,6 +78,16 @@ class Rows {
   char* scratch_;
 };
 
+ExpandDepthwise at_image(ExpandDepthwise p, int64_t image) {
+  depthwise::ForwardParams& d = p.depthwise;
+  const int64_t inputs = int64_t(d.height) * d.width * p.expand.in_channels;
+  const int64_t outputs = int64_t(d.out_height) * d.out_width * d.channels;
+  p.expand.x = static_cast<const char*>(p.expand.x) + image * inputs * size_of(p.expand.dtype);
+  d.y = static_cast<char*>(d.y) + image * outputs * size_of(d.dtype);
+  if (d.partial) d.partial += image * d.pieces * d.channels;
+  return p;
+}
+
 }  // namespace
 
 bool can_join(const pointwise::Params& expand, const depthwise::ForwardParams& depthwise) {
@@ -91,14 +101,19 @@ void expand_depthwise_cpu(const ExpandDepthwise& p) {
   const int threads = thread_count(), again = (threads - 1) * (d.kernel - d.stride);  // rows that are computed twice
   const int ranges = pieces >= threads && again * kLeastRows <= d.height ? threads : 1;
   const int64_t pixels = int64_t(d.height) * d.width, outputs = int64_t(d.out_height) * d.out_width;
-  const int64_t work = (pixels * p.expand.in_channels + outputs * d.kernel * d.kernel) * std::min(panel, d.channels) / ranges;
+  const int64_t work =
+      d.batch * (pixels * p.expand.in_channels + outputs * d.kernel * d.kernel) * std::min(panel, d.channels) / ranges;
   parallel_for(int64_t(ranges) * panels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int range = int(i / panels), k = int(i % panels);
-      Rows rows(p, k * panel, k + 1 == panels ? d.channels : (k + 1) * panel);
-      for (int piece = range * pieces / ranges; piece < (range + 1) * pieces / ranges; ++piece)
-        rows.convolve(piece * d.out_height / pieces, (piece + 1) * d.out_height / pieces,
-                      d.pieces ? d.partial + int64_t(piece) * d.channels : nullptr);
+      for (int64_t image = 0; image < d.batch; ++image) {
+        const ExpandDepthwise of_image = at_image(p, image);
+        float* const partial = of_image.depthwise.partial;
+        Rows rows(of_image, k * panel, k + 1 == panels ? d.channels : (k + 1) * panel);
+        for (int piece = range * pieces / ranges; piece < (range + 1) * pieces / ranges; ++piece)
+          rows.convolve(piece * d.out_height / pieces, (piece + 1) * d.out_height / pieces,
+                        d.pieces ? partial + int64_t(piece) * d.channels : nullptr);
+      }
     }
   });
 }

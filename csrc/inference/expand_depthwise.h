@@ -5,7 +5,7 @@
 
 namespace effnet_fast::inference {
 
-// Of one image. Both have their weights packed; expand.y and depthwise.x mean nothing.
+// Of the depthwise convolution's images. Both have their weights packed; expand.y and depthwise.x mean nothing.
 struct ExpandDepthwise {
   pointwise::Params expand;
   depthwise::ForwardParams depthwise;

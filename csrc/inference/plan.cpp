@@ -55,8 +55,28 @@ void start(const pointwise::Params& p) { pointwise::conv_bn_act_cpu(p); }
 void start(const pool::Params& p) { pool::average_cpu(p); }
 void start(const ExpandDepthwise& p) { expand_depthwise_cpu(p); }
 
+// Makes the params of one image those of so many that follow one another.
+void set_images(conv::Params& p, int64_t images) {
+  p.batch = images;
+  p.x_image = p.height * p.x_row;
+}
+void set_images(depthwise::ForwardParams& p, int64_t images) {
+  p.batch = images;
+  p.x_image = p.height * p.x_row;
+}
+void set_images(squeeze_excite::GateParams& p, int64_t images) { p.batch = images; }
+void set_images(pointwise::Params& p, int64_t images) { p.rows = images * p.pixels; }
+void set_images(pool::Params& p, int64_t images) { p.batch = images; }
+void set_images(ExpandDepthwise& p, int64_t images) { p.depthwise.batch = images; }
+
 // The kernel's own packed_bytes, which a member of Plan would hide.
 template <typename P> size_t bytes_to_pack(const P& p) { return packed_bytes(p); }
+
+// Of the weights that a step reads for an image; 0 of those that are few.
+template <typename P> size_t weight_bytes(const P& p) { return packed_bytes(p); }
+size_t weight_bytes(const ExpandDepthwise& p) { return packed_bytes(p.expand); }
+size_t weight_bytes(const squeeze_excite::GateParams&) { return 0; }
+size_t weight_bytes(const pool::Params&) { return 0; }
 
 }  // namespace
 
@@ -155,12 +175,38 @@ void Plan::join() {
   uses_ = std::move(uses);
 }
 
+// The last steps, from the first on of those whose weights are larger than what they make of an image: they read more than they
+// write, and once for several images. What such a step reads or writes lies next to the other images'.
+void Plan::find_together() {
+  together_ = steps_.size();
+  for (size_t i = steps_.size(); i > 0; --i) {
+    const bool reads_image = std::any_of(uses_[i - 1].begin(), uses_[i - 1].end(), [](const Use& use) { return use.value == -1; });
+    const bool few = std::visit(
+        [](auto params) {
+          size_t written = 0;
+          each_pointer(params, [&](auto&, size_t bytes) { written += bytes; });
+          const size_t weights = weight_bytes(params);
+          return weights > 0 && weights < written;
+        },
+        steps_[i - 1].params);
+    if (reads_image || few) break;
+    together_ = i - 1;
+  }
+  for (size_t i = together_; i < steps_.size(); ++i)
+    for (const Use& use : uses_[i])
+      if (use.value >= 0 && values_[use.value].result < 0) values_[use.value].images = kTogether;
+  for (size_t i = 0; i < together_; ++i)  // what waits for the other images' is in use while they are computed
+    for (const Use& use : uses_[i])
+      if (use.value >= 0 && values_[use.value].images > 1) values_[use.value].written = 0;
+}
+
 // First fit, the largest first: each value at the lowest offset where it meets none that is needed at the same time.
 void Plan::place_values() {
   std::vector<Value*> order, placed;
   for (Value& value : values_)
     if (value.result < 0) order.push_back(&value);
-  std::stable_sort(order.begin(), order.end(), [](const Value* a, const Value* b) { return a->bytes > b->bytes; });
+  const auto size = [](const Value* value) { return value->bytes * value->images; };
+  std::stable_sort(order.begin(), order.end(), [&](const Value* a, const Value* b) { return size(a) > size(b); });
   for (Value* value : order) {
     std::vector<const Value*> meets;
     for (const Value* other : placed)
@@ -168,12 +214,12 @@ void Plan::place_values() {
     std::sort(meets.begin(), meets.end(), [](const Value* a, const Value* b) { return a->offset < b->offset; });
     size_t offset = 0;
     for (const Value* other : meets) {
-      if (offset + value->bytes <= other->offset) break;
-      offset = std::max(offset, rounded_up(other->offset + other->bytes, kLine));
+      if (offset + size(value) <= other->offset) break;
+      offset = std::max(offset, rounded_up(other->offset + size(other), kLine));
     }
     value->offset = offset;
     placed.push_back(value);
-    arena_bytes_ = std::max(arena_bytes_, rounded_up(offset + value->bytes, kLine));
+    arena_bytes_ = std::max(arena_bytes_, rounded_up(offset + size(value), kLine));
   }
 }
 
@@ -188,42 +234,48 @@ void Plan::finish(const std::vector<Range>& results) {
     result_bytes_.push_back(results[i].bytes);
   }
   join();
+  find_together();
   place_values();
   for (size_t i = 0; i < steps_.size(); ++i)
     for (size_t k = 0; k < uses_[i].size(); ++k) {
       const Use& use = uses_[i][k];
       Place& place = steps_[i].places[k];
       place.offset = use.offset;
-      if (use.value == -1) place.where = Where::image;
+      if (use.value == -1) {
+        place.where = Where::image;
+        place.stride = image_.bytes;
+      }
       if (use.value < 0) continue;
       const Value& value = values_[use.value];
       place.where = value.result >= 0 ? Where::result : Where::arena;
       place.result = value.result;
+      if (value.result >= 0 || value.images > 1) place.stride = value.bytes;
       place.offset += value.offset;
     }
   uses_.clear();
   values_.clear();
 }
 
-void Plan::run_image(const char* image, char* arena, const std::vector<char*>& results) const {
-  for (const Step& step : steps_)
-    std::visit(
-        [&](auto params) {
-          const Place* place = step.places;
-          each_pointer(params, [&](auto& pointer, size_t) {
-            char* at = nullptr;
-            switch (place->where) {
-              case Where::nowhere: break;
-              case Where::image: at = const_cast<char*>(image) + place->offset; break;
-              case Where::arena: at = arena + place->offset; break;
-              case Where::result: at = results[place->result] + place->offset; break;
-            }
-            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-            ++place;
-          });
-          start(params);
-        },
-        step.params);
+void Plan::run_step(const Step& step, int64_t image, int64_t images, const Memories& memories) const {
+  std::visit(
+      [&](auto params) {
+        const Place* place = step.places;
+        each_pointer(params, [&](auto& pointer, size_t) {
+          char* at = nullptr;
+          switch (place->where) {
+            case Where::nowhere: break;
+            case Where::image: at = const_cast<char*>(memories.image); break;
+            case Where::arena: at = memories.arena; break;
+            case Where::result: at = memories.results[place->result]; break;
+          }
+          if (at) at += place->offset + image * place->stride;
+          pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
+          ++place;
+        });
+        if (images > 1) set_images(params, images);
+        start(params);
+      },
+      step.params);
 }
 
 void Plan::run(int64_t images, Range image, const std::vector<Range>& results) const {
@@ -232,11 +284,15 @@ void Plan::run(int64_t images, Range image, const std::vector<Range>& results) c
   if (!fits || recording == this) throw std::runtime_error("inference plan: images or results are not like those recorded");
   const auto range = [&](int64_t begin, int64_t end) {
     auto arena = store_->acquire(arena_bytes_);
-    std::vector<char*> at(results.size());
-    for (int64_t i = begin; i < end; ++i) {
+    Memories memories{nullptr, arena->data(), std::vector<char*>(results.size())};
+    for (int64_t first = begin, count; first < end; first += count) {
+      count = std::min<int64_t>(kTogether, end - first);
+      memories.image = static_cast<const char*>(image.data) + first * image_.bytes;
       for (size_t k = 0; k < results.size(); ++k)
-        at[k] = static_cast<char*>(const_cast<void*>(results[k].data)) + i * result_bytes_[k];
-      run_image(static_cast<const char*>(image.data) + i * image_.bytes, arena->data(), at);
+        memories.results[k] = static_cast<char*>(const_cast<void*>(results[k].data)) + first * result_bytes_[k];
+      for (int64_t i = 0; i < count; ++i)
+        for (size_t k = 0; k < together_; ++k) run_step(steps_[k], i, 1, memories);
+      for (size_t k = together_; k < steps_.size(); ++k) run_step(steps_[k], 0, count, memories);
     }
     store_->release(std::move(arena));
   };

@@ -3,7 +3,8 @@
 // While a Plan records, the bindings hand it the params of each CPU kernel that they start. It copies and packs the weights. The
 // pointers to what flows through the network it turns into places: in the image, in one of the results, or in an arena, where
 // values that are not needed at the same time share memory. A pointwise convolution and the depthwise one after it become one step.
-// To run, it copies the params, puts pointers in and calls the kernels.
+// To run, it copies the params, puts pointers in and calls the kernels: for image after image, and at the end, where weights are
+// more than what they are multiplied with, for several images at once.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -47,7 +48,7 @@ class Plan {
   void run(int64_t images, Range image, const std::vector<Range>& results) const;
 
   size_t steps() const { return steps_.size(); }
-  size_t arena_bytes() const { return arena_bytes_; }    // of an image that is being computed
+  size_t arena_bytes() const { return arena_bytes_; }    // of the images that a thread computes
   size_t packed_bytes() const { return packed_bytes_; }  // of all weights
   const std::shared_ptr<Store>& store() const { return store_; }
 
@@ -58,9 +59,10 @@ class Plan {
   struct Place {
     Where where = Where::nowhere;
     int result = 0;
-    size_t offset = 0;
+    size_t offset = 0, stride = 0;  // from one image to the next; 0 where the next takes its place
   };
   static constexpr int kMostPointers = 4;
+  static constexpr int kTogether = 4;  // images
   struct Step {
     Params params;
     Place places[kMostPointers];
@@ -72,6 +74,7 @@ class Plan {
     int written, needed;
     int result = -1;
     size_t offset = 0;
+    int images = 1;  // that lie next to one another
   };
   struct Use {
     int value;  // or -1: the image; -2: nothing
@@ -82,15 +85,24 @@ class Plan {
   template <typename P> void add_packed(P p);
   const void* copy(const void* data, size_t bytes);
   Use find(const void* data) const;
+  // Where some images begin, and what becomes of them.
+  struct Memories {
+    const char* image;
+    char* arena;
+    std::vector<char*> results;
+  };
+
   void join();
+  void find_together();
   void place_values();
-  void run_image(const char* image, char* arena, const std::vector<char*>& results) const;
+  void run_step(const Step& step, int64_t image, int64_t images, const Memories& memories) const;
 
   Range image_;
   std::vector<Step> steps_;
   std::vector<Value> values_;
   std::vector<std::vector<Use>> uses_;  // of each step's pointers
   std::vector<size_t> result_bytes_;
+  size_t together_ = 0;  // the steps from here on compute several images at once
   size_t arena_bytes_ = 0, packed_bytes_ = 0;
   const std::shared_ptr<Store> store_;
 };
