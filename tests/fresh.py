@@ -1,4 +1,4 @@
-"""Fresh memory is NaN in every test, also where the compiled module allocates it: what a kernel leaves unwritten shows."""
+"""Fresh memory is NaN in every test, where the compiled module allocates it up to 1 MB: what a kernel leaves unwritten shows."""
 
 from __future__ import annotations
 

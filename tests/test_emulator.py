@@ -326,7 +326,7 @@ NETS = [
     ((24, 41), 4, (24, 10, 63, 5, 33, 17, 1), "relu6", torch.float32),
     ((1, 9), 1, (3, 3, 130, 1, 20, 5, 0), "relu", torch.float32),
     ((20, 27), 7, (18, 12, 49, 6, 50, 13, 1), "silu", torch.bfloat16),
-    ((21, 18), 2, (9, 17, 81, 3, 25, 30, 0), "relu", torch.float16),
+    ((21, 18), 14, (9, 17, 81, 3, 25, 30, 0), "relu", torch.float16),
     ((64, 600), 1, (8, 8, 40, 3, 16, 5, 0), "silu", torch.float32),  # rows of which few fit into the scratch
 ]
 

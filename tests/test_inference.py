@@ -281,6 +281,37 @@ def test_the_number_of_threads_may_change_between_calls():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+class Heads(nn.Module):
+    """What reads a part of what the network gives, or lies in it otherwise than an image after the other."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.net = kind, effnet_fast.efficientnet(depth=0.4, width=0.5, num_classes=0)
+        self.channels = self.net.num_features
+        self.first = nn.Linear(self.channels if kind == "positions" else self.channels // 2, 7)
+        self.second = nn.Linear(self.channels - self.channels // 2, 5)
+
+    def forward(self, x):
+        features = self.net.forward_features(x)
+        if self.kind == "positions":
+            return self.first(features.flatten(2).transpose(1, 2))
+        pooled = features.mean((2, 3))
+        return self.first(pooled[:, : self.channels // 2]), self.second(pooled[:, self.channels // 2 :])
+
+
+@planned
+@pytest.mark.parametrize("kind", ["positions", "halves"])
+def test_steps_that_read_a_part_of_an_image_go_from_image_to_image(kind):
+    """Others at the end compute several images at once, from whole ones that lie next to one another."""
+    torch.manual_seed(0)
+    net = calibrate(Heads(kind).eval(), (96, 64))
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(9, 3, 96, 64)
+    with torch.no_grad():
+        for made, expected in zip(leaves(optimized(x)), leaves(net(x)), strict=True):
+            torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    assert "one native call" in str(optimized)
+
+
 def test_what_cannot_be_planned_runs_block_by_block():
     """And says why."""
     net = small()

@@ -1,3 +1,5 @@
+#include <pthread.h>
+
 #include "../common/memory.h"
 #include "conv.h"
 
@@ -8,7 +10,10 @@ constexpr size_t kRecycled = 1 << 20;  // bytes from which on
 
 // Results may outlive everything else in the process, so it is never destroyed.
 Recycler& recycler() {
-  static Recycler& made = *new Recycler;
+  static Recycler& made = [&]() -> Recycler& {
+    pthread_atfork([] { recycler().lock(); }, [] { recycler().unlock(); }, [] { recycler().unlock(); });
+    return *new Recycler;
+  }();
   return made;
 }
 

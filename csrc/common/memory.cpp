@@ -14,7 +14,7 @@ namespace {
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kPage = kLine;  // every overrun shows
 #else
-constexpr size_t kPage = 4 << 10, kHugePage = 2 << 20;
+constexpr size_t kPage = 64 << 10, kHugePage = 2 << 20;  // the system's page or several
 #endif
 constexpr size_t kPatience = 4096;  // takes that a piece waits for: some steps of the deepest network
 
@@ -47,39 +47,48 @@ void Memory::Free::operator()(char* p) const { munmap(p, bytes); }
 
 void Recycler::drop_oldest() {
   waiting_bytes_ -= waiting_.front().memory.bytes();
+  pieces_.erase(waiting_.front().memory.data());
   waiting_.pop_front();
 }
 
+Memory Recycler::fresh(size_t bytes) {
+  while (!waiting_.empty() && taken_bytes_ + waiting_bytes_ + bytes > most_bytes_) drop_oldest();
+  try {
+    return Memory(bytes);
+  } catch (const std::bad_alloc&) {
+    while (!waiting_.empty()) drop_oldest();
+    return Memory(bytes);
+  }
+}
+
 void* Recycler::take(size_t bytes) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> guard(mutex_);
   const size_t wanted = whole_pages(bytes);
   // The one that was given back last: some of it may still be in a cache.
-  const auto found = std::find_if(waiting_.rbegin(), waiting_.rend(), [&](const Waiting& w) { return w.memory.bytes() == wanted; });
-  Memory memory = [&] {
-    if (found != waiting_.rend()) {
-      Memory kept = std::move(found->memory);
-      waiting_.erase(std::prev(found.base()));
-      waiting_bytes_ -= wanted;
-      return kept;
-    }
-    while (!waiting_.empty() && taken_bytes_ + waiting_bytes_ + wanted > most_bytes_) drop_oldest();
-    return Memory(wanted);
-  }();
+  const auto found = std::find_if(waiting_.rbegin(), waiting_.rend(), [&](const Piece& p) { return p.memory.bytes() == wanted; });
+  if (found != waiting_.rend()) {
+    waiting_bytes_ -= wanted;
+    taken_.splice(taken_.end(), waiting_, std::prev(found.base()));
+  } else {
+    Pieces made;
+    made.push_back({fresh(wanted), 0});
+    pieces_.emplace(made.front().memory.data(), made.begin());
+    taken_.splice(taken_.end(), made);
+  }
   taken_bytes_ += wanted;
   most_bytes_ = std::max(most_bytes_, taken_bytes_);
   ++takes_;
   while (!waiting_.empty() && waiting_.front().since + kPatience < takes_) drop_oldest();
-  void* const data = memory.data();
-  taken_.emplace(data, std::move(memory));
-  return data;
+  return taken_.back().memory.data();
 }
 
-void Recycler::give_back(void* data) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  auto node = taken_.extract(data);
-  taken_bytes_ -= node.mapped().bytes();
-  waiting_bytes_ += node.mapped().bytes();
-  waiting_.push_back({std::move(node.mapped()), takes_});
+void Recycler::give_back(void* data) noexcept {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  const Pieces::iterator piece = pieces_.at(data);
+  taken_bytes_ -= piece->memory.bytes();
+  waiting_bytes_ += piece->memory.bytes();
+  piece->since = takes_;
+  waiting_.splice(waiting_.end(), taken_, piece);
 }
 
 }  // namespace effnet_fast

@@ -2,7 +2,7 @@
 // glibc's takes a larger one each time that an aligned one is asked for again, and cuts it.
 #pragma once
 #include <cstddef>
-#include <deque>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -35,18 +35,22 @@ class Memory {
 class Recycler {
  public:
   void* take(size_t bytes);
-  void give_back(void* data);
+  void give_back(void* data) noexcept;
+  void lock() { mutex_.lock(); }  // around a fork: in the child nobody would unlock it
+  void unlock() { mutex_.unlock(); }
 
  private:
-  struct Waiting {
+  struct Piece {
     Memory memory;
-    size_t since;  // takes_ at that time
+    size_t since;  // takes_ when it was given back
   };
+  using Pieces = std::list<Piece>;
+  Memory fresh(size_t bytes);
   void drop_oldest();
 
   std::mutex mutex_;
-  std::unordered_map<void*, Memory> taken_;
-  std::deque<Waiting> waiting_;  // the oldest first
+  Pieces taken_, waiting_;  // those that wait longest first
+  std::unordered_map<void*, Pieces::iterator> pieces_;
   size_t taken_bytes_ = 0, waiting_bytes_ = 0, most_bytes_ = 0, takes_ = 0;
 };
 

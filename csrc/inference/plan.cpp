@@ -14,38 +14,40 @@ thread_local Plan* recording = nullptr;
 
 namespace {
 
-// Calls f(pointer, bytes) for the pointers of a kernel's params to what flows through the network; bytes of what it writes there,
-// 0 where it reads.
+// Calls f(pointer, bytes, written) for the pointers of a kernel's params to what flows through the network: bytes of what it reads
+// or writes there, of whole images that lie without gaps.
 template <typename F> void each_pointer(conv::Params& p, const F& f) {
-  f(p.x, 0);
-  f(p.residual, 0);
-  f(p.y, p.batch * p.out_height * p.out_width * p.channels * size_of(p.dtype));
+  const int64_t size = size_of(p.dtype), made = p.batch * p.out_height * p.out_width * p.channels * size;
+  f(p.x, p.batch * p.height * p.width * p.in_channels * (p.pixels ? 1 : size), false);
+  f(p.residual, made, false);
+  f(p.y, made, true);
 }
 template <typename F> void each_pointer(depthwise::ForwardParams& p, const F& f) {
-  f(p.x, 0);
-  f(p.y, p.batch * p.out_height * p.out_width * p.channels * size_of(p.dtype));
-  f(p.partial, p.batch * p.pieces * p.channels * sizeof(float));
+  const int64_t size = size_of(p.dtype);
+  f(p.x, p.batch * p.height * p.width * p.channels * size, false);
+  f(p.y, p.batch * p.out_height * p.out_width * p.channels * size, true);
+  f(p.partial, p.batch * p.pieces * p.channels * sizeof(float), true);
 }
 template <typename F> void each_pointer(squeeze_excite::GateParams& p, const F& f) {
-  f(p.partial, 0);
-  f(p.gate, p.batch * p.channels * sizeof(float));
+  f(p.partial, p.batch * p.pieces * p.channels * sizeof(float), false);
+  f(p.gate, p.batch * p.channels * sizeof(float), true);
 }
 template <typename F> void each_pointer(pointwise::Params& p, const F& f) {
-  f(p.x, 0);
-  f(p.gate, 0);
-  f(p.residual, 0);
-  f(p.y, p.rows * p.out_channels * size_of(p.dtype));
+  const int64_t size = size_of(p.dtype), made = p.rows * p.out_channels * size;
+  f(p.x, p.rows * p.in_channels * size, false);
+  f(p.gate, p.rows / p.pixels * p.in_channels * sizeof(float), false);
+  f(p.residual, made, false);
+  f(p.y, made, true);
 }
 template <typename F> void each_pointer(pool::Params& p, const F& f) {
-  f(p.x, 0);
-  f(p.y, p.batch * p.channels * size_of(p.dtype));
+  f(p.x, p.batch * p.pixels * p.channels * size_of(p.dtype), false);
+  f(p.y, p.batch * p.channels * size_of(p.dtype), true);
 }
-
 template <typename F> void each_pointer(ExpandDepthwise& p, const F& f) {
-  f(p.expand.x, 0);
+  f(p.expand.x, p.expand.rows * p.expand.in_channels * size_of(p.expand.dtype), false);
   depthwise::ForwardParams& d = p.depthwise;
-  f(d.y, d.batch * d.out_height * d.out_width * d.channels * size_of(d.dtype));
-  f(d.partial, d.batch * d.pieces * d.channels * sizeof(float));
+  f(d.y, d.batch * d.out_height * d.out_width * d.channels * size_of(d.dtype), true);
+  f(d.partial, d.batch * d.pieces * d.channels * sizeof(float), true);
 }
 
 void start(const conv::Params& p) { conv::conv_cpu(p); }
@@ -55,7 +57,19 @@ void start(const pointwise::Params& p) { pointwise::conv_bn_act_cpu(p); }
 void start(const pool::Params& p) { pool::average_cpu(p); }
 void start(const ExpandDepthwise& p) { expand_depthwise_cpu(p); }
 
-// Makes the params of one image those of so many that follow one another.
+// Whether the params are of one image, whole and without gaps, so that those of several can follow one another; and makes them so
+// many's. The gate rounds its sums in another way for many images: it takes one after the other.
+bool is_one_image(const conv::Params& p) {
+  return p.batch == 1 && p.x_channel == 1 && p.x_pixel == p.in_channels && p.x_row == p.width * p.x_pixel;
+}
+bool is_one_image(const depthwise::ForwardParams& p) {
+  return p.batch == 1 && p.x_pixel == p.channels && p.x_row == p.width * p.x_pixel;
+}
+bool is_one_image(const squeeze_excite::GateParams&) { return false; }
+bool is_one_image(const pointwise::Params& p) { return p.rows == p.pixels; }
+bool is_one_image(const pool::Params& p) { return p.batch == 1; }
+bool is_one_image(const ExpandDepthwise& p) { return p.depthwise.batch == 1; }
+
 void set_images(conv::Params& p, int64_t images) {
   p.batch = images;
   p.x_image = p.height * p.x_row;
@@ -64,7 +78,7 @@ void set_images(depthwise::ForwardParams& p, int64_t images) {
   p.batch = images;
   p.x_image = p.height * p.x_row;
 }
-void set_images(squeeze_excite::GateParams& p, int64_t images) { p.batch = images; }
+void set_images(squeeze_excite::GateParams&, int64_t) {}
 void set_images(pointwise::Params& p, int64_t images) { p.rows = images * p.pixels; }
 void set_images(pool::Params& p, int64_t images) { p.batch = images; }
 void set_images(ExpandDepthwise& p, int64_t images) { p.depthwise.batch = images; }
@@ -72,7 +86,7 @@ void set_images(ExpandDepthwise& p, int64_t images) { p.depthwise.batch = images
 // The kernel's own packed_bytes, which a member of Plan would hide.
 template <typename P> size_t bytes_to_pack(const P& p) { return packed_bytes(p); }
 
-// Of the weights that a step reads for an image; 0 of those that are few.
+// Of the weights that a convolution reads for an image; 0 of what is none.
 template <typename P> size_t weight_bytes(const P& p) { return packed_bytes(p); }
 size_t weight_bytes(const ExpandDepthwise& p) { return packed_bytes(p.expand); }
 size_t weight_bytes(const squeeze_excite::GateParams&) { return 0; }
@@ -135,8 +149,8 @@ template <typename P> void Plan::add_step(P p) {
   const int step = int(steps_.size());
   std::vector<Use> uses;
   std::vector<Value> written;
-  each_pointer(p, [&](auto pointer, size_t bytes) {
-    if (bytes == 0) {
+  each_pointer(p, [&](auto pointer, size_t bytes, bool is_written) {
+    if (!is_written) {
       uses.push_back(find(pointer));
       if (uses.back().value >= 0) values_[uses.back().value].needed = step;
     } else {
@@ -175,22 +189,30 @@ void Plan::join() {
   uses_ = std::move(uses);
 }
 
-// The last steps, from the first on of those whose weights are larger than what they make of an image: they read more than they
-// write, and once for several images. What such a step reads or writes lies next to the other images'.
+// The last steps, from a convolution on whose weights are larger than what it makes of an image, as those of all after it are: they
+// read more than they write, and once for several images. What such a step reads or writes lies next to the other images'. Where
+// that is not a whole value, it goes from image to image.
 void Plan::find_together() {
   together_ = steps_.size();
   for (size_t i = steps_.size(); i > 0; --i) {
-    const bool reads_image = std::any_of(uses_[i - 1].begin(), uses_[i - 1].end(), [](const Use& use) { return use.value == -1; });
-    const bool few = std::visit(
-        [](auto params) {
-          size_t written = 0;
-          each_pointer(params, [&](auto&, size_t bytes) { written += bytes; });
-          const size_t weights = weight_bytes(params);
-          return weights > 0 && weights < written;
+    Step& step = steps_[i - 1];
+    const std::vector<Use>& uses = uses_[i - 1];
+    if (std::any_of(uses.begin(), uses.end(), [](const Use& use) { return use.value == -1; })) break;
+    size_t written = 0, weights = 0;
+    std::visit(
+        [&](auto& params) {
+          step.joint = is_one_image(params);
+          weights = weight_bytes(params);
+          const Use* use = uses.data();
+          each_pointer(params, [&](auto&, size_t bytes, bool is_written) {
+            written += is_written ? bytes : 0;
+            if (use->value >= 0 && (use->offset != 0 || values_[use->value].bytes != bytes)) step.joint = false;
+            ++use;
+          });
         },
-        steps_[i - 1].params);
-    if (reads_image || few) break;
-    together_ = i - 1;
+        step.params);
+    if (weights > 0 && weights < written) break;
+    if (weights > 0) together_ = i - 1;
   }
   for (size_t i = together_; i < steps_.size(); ++i)
     for (const Use& use : uses_[i])
@@ -260,7 +282,7 @@ void Plan::run_step(const Step& step, int64_t image, int64_t images, const Memor
   std::visit(
       [&](auto params) {
         const Place* place = step.places;
-        each_pointer(params, [&](auto& pointer, size_t) {
+        each_pointer(params, [&](auto& pointer, size_t, bool) {
           char* at = nullptr;
           switch (place->where) {
             case Where::nowhere: break;
@@ -292,7 +314,10 @@ void Plan::run(int64_t images, Range image, const std::vector<Range>& results) c
         memories.results[k] = static_cast<char*>(const_cast<void*>(results[k].data)) + first * result_bytes_[k];
       for (int64_t i = 0; i < count; ++i)
         for (size_t k = 0; k < together_; ++k) run_step(steps_[k], i, 1, memories);
-      for (size_t k = together_; k < steps_.size(); ++k) run_step(steps_[k], 0, count, memories);
+      for (size_t k = together_; k < steps_.size(); ++k) {
+        const int64_t at_once = steps_[k].joint ? count : 1;
+        for (int64_t i = 0; i < count; i += at_once) run_step(steps_[k], i, at_once, memories);
+      }
     }
     store_->release(std::move(arena));
   };

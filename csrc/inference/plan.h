@@ -4,7 +4,7 @@
 // pointers to what flows through the network it turns into places: in the image, in one of the results, or in an arena, where
 // values that are not needed at the same time share memory. A pointwise convolution and the depthwise one after it become one step.
 // To run, it copies the params, puts pointers in and calls the kernels: for image after image, and at the end, where weights are
-// more than what they are multiplied with, for several images at once.
+// larger than what they make of an image, for several at once.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -66,6 +66,7 @@ class Plan {
   struct Step {
     Params params;
     Place places[kMostPointers];
+    bool joint = false;  // from together_ on: computes several images at once
   };
   // What a kernel wrote: its bytes while recording, and from which step to which it is needed.
   struct Value {
@@ -102,7 +103,7 @@ class Plan {
   std::vector<Value> values_;
   std::vector<std::vector<Use>> uses_;  // of each step's pointers
   std::vector<size_t> result_bytes_;
-  size_t together_ = 0;  // the steps from here on compute several images at once
+  size_t together_ = 0;  // the steps from here on go on with several images
   size_t arena_bytes_ = 0, packed_bytes_ = 0;
   const std::shared_ptr<Store> store_;
 };

@@ -23,7 +23,8 @@ _OPS = torch.ops.effnet_fast
 
 
 class Size(NamedTuple):
-    """Of a plan: kernels that it calls, bytes of what flows between them for one image, bytes of the packed weights."""
+    """Of a plan: kernels that it calls, bytes of what flows between them at once (for one image, at the end for four),
+    bytes of the packed weights."""
 
     steps: int
     arena_bytes: int
@@ -68,7 +69,7 @@ class NativePlan:
 
     def __str__(self) -> str:
         steps, arena, packed = self.size
-        return f"one native call of {steps} kernels; {arena / 1e6:.1f} MB an image at work, {packed / 1e6:.1f} MB of weights"
+        return f"one native call of {steps} kernels; {arena / 1e6:.1f} MB at work a thread, {packed / 1e6:.1f} MB of weights"
 
     def __call__(self, images: Tensor) -> Any:
         """What the model gives for ``images``, which lie as the recorded one did."""
