@@ -58,8 +58,42 @@ print((max(used[12:]) - max(used[4:8])) >> 20)
 """
 
 
+FORKS = """
+import os
+import threading
+import torch
+import effnet_fast.ops.pointwise
+
+torch.set_num_threads(1)
+x, one = torch.ones(1, 4, 32, 256).to(memory_format=torch.channels_last), torch.ones(256)
+
+def result():
+    return torch.ops.effnet_fast.pointwise_conv_bn_act.native(
+        x, torch.ones(256, 4, 1, 1), one, one, one, one, 1e-3, None, None, "identity"
+    )
+
+def work():
+    while not done:
+        result()
+
+done, held = False, result()
+thread = threading.Thread(target=work)
+thread.start()
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        del held
+        result()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+done = True
+thread.join()
+print("forked")
+"""
+
+
 def run(code):
-    done = subprocess.run([sys.executable, "-c", IN_USE + code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", IN_USE + code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -111,3 +145,8 @@ def test_sizes_that_change_take_no_more_than_the_largest():
 def test_training_steps_do_not_grow():
     """What malloc keeps did, by some MB a step, to four times what is in use."""
     assert int(run(STEPS)) <= 16
+
+
+def test_a_fork_finds_nothing_locked():
+    """While another thread takes and gives back, as under a loader of data."""
+    assert run(FORKS) == "forked"

@@ -499,6 +499,20 @@ def test_large_activations_stay_finite_under_autocast(dtype):
 
 
 @TRAINED
+def test_a_norm_that_stands_twice_is_tracked_twice():
+    block = block_of(MBConv, PLAIN_MBCONV[1])
+    block.bn2 = block.bn1
+    fused, x = copy.deepcopy(block), torch.randn(4, 24, 9, 9)
+    with effnet_fast.backend("native"):
+        assert is_fused(fused, x)
+        fused(x)
+    block.forward_children(x)
+    assert fused.bn1.num_batches_tracked == block.bn1.num_batches_tracked == 2
+    torch.testing.assert_close(fused.bn1.running_mean, block.bn1.running_mean)
+    torch.testing.assert_close(fused.bn1.running_var, block.bn1.running_var)
+
+
+@TRAINED
 def test_where_no_kernel_is_the_children_run():
     block = block_of(MBConv, PLAIN_MBCONV[0]).double()
     (reason,) = seen(block, torch.randn(2, 24, 9, 9, dtype=torch.float64))

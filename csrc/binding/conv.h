@@ -42,8 +42,8 @@ inline ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weigh
   return {weight.size(0), int(kernel), out_size(x.size(2), padding[0], padding[1]), out_size(x.size(3), padding[2], padding[3])};
 }
 
-// [N, K, H', W'], channels_last, on x's device. On the CPU large ones take turns in memory that the
-// module keeps; the storage of such a one cannot be resized.
+// [N, K, H', W'], channels_last, on x's device. On the CPU large ones take turns in memory that the module keeps; the storage of
+// such a one cannot be resized.
 Tensor empty_output(const Tensor& x, const ConvShape& s, ScalarType dtype);
 
 // Whether [N, C, H, W] lies in memory as [N, H, W, C] without gaps; strides of dimensions of size 1 mean nothing.

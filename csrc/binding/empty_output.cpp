@@ -10,7 +10,7 @@ constexpr size_t kRecycled = 1 << 20;  // bytes from which on
 
 // Results may outlive everything else in the process, so it is never destroyed.
 Recycler& recycler() {
-  static Recycler& made = [&]() -> Recycler& {
+  static Recycler& made = []() -> Recycler& {
     pthread_atfork([] { recycler().lock(); }, [] { recycler().unlock(); }, [] { recycler().unlock(); });
     return *new Recycler;
   }();

@@ -1,10 +1,11 @@
 // The expanded image, the largest of a block, is never stored: a thread computes a few channels of some of its rows into scratch
 // that stays in L2, and convolves them there.
 //
-// A thread owns a range of the squeeze's pieces, all channels of it, as it does in the pointwise convolutions around: what it reads
-// it has mostly written itself. Where rows are few, so that those which two ranges need would be too many, a thread owns panels of
-// channels of all rows. It goes through its rows panel by panel; rows that the next ones need again stay in the scratch. x is read
-// once for each panel. What it costs is that of the two kernels without the traffic of what is between them.
+// A thread owns a range of the squeeze's pieces, all channels of it, as it does in the pointwise convolutions around: what it
+// reads it has mostly written itself. Where rows are few, so that those which two ranges need would be too many, a thread owns
+// panels of channels of all rows. It goes through its rows panel by panel; rows that the next ones need again stay in the scratch.
+// x is read once for each panel. A panel's weights, once in L1 and L2, serve all images. What it costs is that of the two kernels
+// without the traffic of what is between them.
 #include "expand_depthwise.h"
 
 #include <algorithm>

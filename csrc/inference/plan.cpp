@@ -153,6 +153,8 @@ template <typename P> void Plan::add_step(P p) {
     if (!is_written) {
       uses.push_back(find(pointer));
       if (uses.back().value >= 0) values_[uses.back().value].needed = step;
+    } else if (bytes == 0) {  // sums that are not asked for
+      uses.push_back({-2, 0});
     } else {
       uses.push_back({int(values_.size() + written.size()), 0});
       written.push_back({reinterpret_cast<const char*>(pointer), bytes, step, step});
