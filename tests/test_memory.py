@@ -65,29 +65,30 @@ import torch
 import effnet_fast.ops.pointwise
 
 torch.set_num_threads(1)
-x, one = torch.ones(1, 4, 32, 256).to(memory_format=torch.channels_last), torch.ones(256)
+one, weight = torch.ones(256), torch.ones(256, 1, 1, 1)
+inputs = [torch.ones(1, 1, rows, 256).to(memory_format=torch.channels_last) for rows in range(4, 12)]  # a MB and more
 
-def result():
-    return torch.ops.effnet_fast.pointwise_conv_bn_act.native(
-        x, torch.ones(256, 4, 1, 1), one, one, one, one, 1e-3, None, None, "identity"
-    )
+def result(x):
+    return torch.ops.effnet_fast.pointwise_conv_bn_act.native(x, weight, one, one, one, one, 1e-3, None, None, "identity")
 
 def work():
     while not done:
-        result()
+        for x in inputs:  # one waits too long for the next, of another size: memory is mapped and unmapped
+            result(x)
 
-done, held = False, result()
-thread = threading.Thread(target=work)
-thread.start()
-for _ in range(100):
+done, held = False, result(inputs[0])
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(200):
     child = os.fork()
     if child == 0:
         del held
-        result()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 done = True
-thread.join()
+for thread in threads:
+    thread.join()
 print("forked")
 """
 
