@@ -39,10 +39,10 @@ TARGETS = {
         Target(False, "eager channels_last", 2.0, "depthwise_conv_bn_act"),
     ),
     ("kernels", "cuda"): (Target(False, "the bound", 0.75),),
-    ("model", "cpu"): (
-        Target(True, "the fastest peer", 1.0, "b0"),
-        Target(False, "the fastest peer", 1.1, "b0"),
-        Target(True, "the fastest peer", 1.0, "b5"),
+    ("model", "cpu"): tuple(
+        Target(single, "the fastest peer", least, group)
+        for single, group, steps in ((True, "b0", (1.0, 1.2)), (False, "b0", (1.1, 1.3)), (True, "b5", (1.0, 1.2)))
+        for least in steps
     ),
     ("model", "cuda"): (Target(False, "compile max-autotune", 2.5),),
     ("train", "cpu"): (Target(False, "timm channels_last", 1.5, "b0"),),

@@ -31,7 +31,8 @@ class Memory {
 
 // Hands the memory of what is gone to what comes next and is as large: a fresh page costs more to fault in and to clear than a
 // convolution takes to fill it. What waits to be taken, and what is in use, never come to more than was once in use together; what
-// waits for many others is given back to the system. Any number of threads may use it at the same time.
+// still waits when many others were taken goes back to the system, and the rest when the process ends. Any number of threads may
+// use it at the same time.
 class Recycler {
  public:
   void* take(size_t bytes);
