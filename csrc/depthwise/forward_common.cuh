@@ -1,6 +1,7 @@
 // What both depthwise kernels share: their parameters and the activation.
 #pragma once
 #include "../common/epilogue.cuh"
+#include "../common/launch.h"
 #include "../common/sliding.cuh"
 #include "params.h"
 
