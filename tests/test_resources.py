@@ -154,21 +154,3 @@ def test_the_models_counts_are_the_compilers(compiled):
                 outputs = columns * width * live
                 assert counts["rows"]["fp32"] == k * k * outputs and "weight" in counts
             assert counts["finish"]["special"] == 2 * outputs
-
-
-GLOBAL = {"LDG", "STG", "LDGSTS", "LD", "ST", "ATOM", "ATOMG", "RED", "REDG", "UBLKCP", "UTMALDG", "UTMASTG"}
-
-
-@needs_cuobjdump
-def test_every_kernel_waits_for_the_one_before(compiled):
-    """From sm_90 on, where it may start early: nothing of global memory is touched before the wait, nobody is let start before it."""
-    for (source, arch), (cubin, resources) in compiled.items():
-        codes = sass.read_sass(cubin)
-        assert set(codes) == set(resources)
-        for name, code in codes.items():
-            wait, lets = ([i.at for i in code if i.base == base] for base in ("ACQBULK", "PREEXIT"))
-            if arch < 90:
-                assert not wait and not lets, (source, name)
-                continue
-            touched = min(i.at for i in code if i.base in GLOBAL)
-            assert len(wait) == len(lets) == 1 and wait[0] < min(lets[0], touched), (source, arch, name, wait, lets, touched)

@@ -8,18 +8,17 @@
 
 namespace effnet_fast {
 
-// First in every thread of every kernel, before it touches global memory: all that stands before in the stream has ended and what
-// it wrote is there. As every kernel waits so, nothing is overtaken. Without a kernel ahead that lets this one start, no wait.
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// Then: the kernel behind may start once every block has come so far. Called before the wait it would let the next but one start
-// too, and so on: several then stood in each other's way.
+// Every thread of every kernel calls both, and touches global memory only after the second: all that stands before in the stream
+// has then ended and what it wrote is there. The kernel behind may start once every block has called the first; as it too waits
+// for this one to end, and this one for those before, nothing is overtaken. Without a kernel ahead that lets it, they do nothing.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

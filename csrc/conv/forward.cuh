@@ -178,6 +178,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ste
   using T = typename Tr::T;
   constexpr int kPairs = Tr::kPairs;
   EFFNET_DYNAMIC_SHARED(char, shared);
+  let_next_start();
   const Shared input = shared_address(shared);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -187,7 +188,6 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ste
   T* const weights = reinterpret_cast<T*>(shared + kInBytes);
   Affine* const folded = reinterpret_cast<Affine*>(shared + Tr::kNormOffset);
   wait_for_previous();
-  let_next_start();
   switch (p.weight_dtype) {
     case DType::fp32: put_weights<Tr, float>(p, weights, first_channel); break;
     case DType::bf16: put_weights<Tr, bf16>(p, weights, first_channel); break;

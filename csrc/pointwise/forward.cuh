@@ -96,6 +96,7 @@ template <class Tr> __device__ __noinline__ void convert_weight(const void* weig
 template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
   using T = typename Tr::T;
   EFFNET_DYNAMIC_SHARED(char, shared);
+  let_next_start();
   const Shared ring = shared_address(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int g = lane / 4, q = lane % 4;  // mma's names: rows (pixels) g and g + 8, columns (channels) 2q and 2q + 1
@@ -152,7 +153,6 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   };
 
   wait_for_previous();
-  let_next_start();
   if (resident)
     for (int step = 0; step < steps; ++step) bring_weight(step, weight_at + step * Tr::kWeightBytes);
   for (int s = 0; s < p.stages - 1; ++s) load_next();

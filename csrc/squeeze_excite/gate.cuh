@@ -254,9 +254,9 @@ template <typename T, int G> __global__ void __launch_bounds__(kThreads, 2) gate
   };
   const auto bias_at = [&](int row) { return staged ? biases[row] : to_float(raw_bias(row)); };
 
+  let_next_start();
   if (slices > 1) cluster_arrive_relaxed();  // this block has started
   wait_for_previous();
-  let_next_start();
   // Whatever needs nothing of this image sets out first: its trip to memory is then not a link of the chain.
   T early[kEarly] = {};
 #pragma unroll

@@ -26,8 +26,8 @@ def begin(OVERLAPS: tl.constexpr):
     """First in every kernel. ``OVERLAPS``: a GPU that starts it before the one ahead of it in the stream has ended (programmatic
     dependent launch, compute capability 9.0): the next one may start likewise, and all that stands before has ended."""
     if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
         tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
