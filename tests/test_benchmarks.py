@@ -252,17 +252,16 @@ def test_the_model_gives_the_figures_of_the_depthwise_kernels_note():
 GATE_PLANS = r"""
 #include <cstdio>
 #include "common/cluster.h"
-#include "common/launch.h"
 namespace effnet_fast {
 template <int G, typename P, typename Plan>
-void tell(int slices, dim3 grid, dim3, long bytes, void*, const P& p, const Plan& plan) {
+void tell(unsigned blocks, int, int slices, long bytes, void*, const P& p, const Plan& plan) {
   std::printf("%d %d %d %d ", G, slices, plan.units, plan.channels);
   std::printf("%d %d %d ", plan.squeeze_shift, plan.reduce_shift, plan.expand_shift);
   std::printf("%d %ld\n", plan.reduce_elements > 0, bytes);
-  if (grid.x != (p.batch + G - 1) / G * slices || 1 << plan.slices_shift != slices) std::printf("a grid of %u blocks\n", grid.x);
+  if (blocks != (p.batch + G - 1) / G * slices || 1 << plan.slices_shift != slices) std::printf("a grid of %u blocks\n", blocks);
 }
 }
-#define launch_clusters(slices, kernel_of_type, and_images, ...) tell<G>(slices, __VA_ARGS__)
+#define launch_cluster(kernel_of_type, and_images, ...) tell<G>(__VA_ARGS__)
 #include "squeeze_excite/gate.cuh"
 int main() {
   effnet_fast::squeeze_excite::GateParams p{};

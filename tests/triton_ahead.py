@@ -145,14 +145,12 @@ def name_of(kernel: Any) -> str:
 def compile_ahead(launch: Launch, arch: int) -> dict[str, Any]:
     """The launch's kernel for ``sm_<arch>``, and what ``cuobjdump -res-usage`` says of it."""
     kernel, signature, constants, num_warps, num_stages, maxnreg = launch
-    early = arch >= 90  # as gpu.starts_early
-    constants += (("OVERLAPS", early),)
     types = dict.fromkeys(kernel.arg_names, "constexpr") | dict(signature)
     positions = {name: position for position, name in enumerate(kernel.arg_names)}
     # torch allocates at multiples of 16 bytes, and a launch on others compiles a kernel of its own.
     aligned = {(positions[name],): [["tt.divisibility", 16]] for name, kind in signature if kind.startswith("*")}
     source = ASTSource(kernel, types, {(positions[name],): value for name, value in constants}, aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "enable_fp_fusion": True, "launch_pdl": early}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -15,6 +15,8 @@
 #include <stdexcept>
 #include <string>
 
+#define EFFNET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define EFFNET_DYNAMIC_SHARED(type, name)                          \
   extern __shared__ __align__(128) unsigned char name##_storage[]; \
   type* name = reinterpret_cast<type*>(name##_storage)

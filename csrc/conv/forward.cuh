@@ -25,7 +25,6 @@
 // tensor cores truncate fp32 sums, far below the precision of half storage.
 #pragma once
 #include "../common/epilogue.cuh"
-#include "../common/launch.h"
 #include "../common/tensor_core.h"
 #include "params.h"
 
@@ -178,7 +177,6 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ste
   using T = typename Tr::T;
   constexpr int kPairs = Tr::kPairs;
   EFFNET_DYNAMIC_SHARED(char, shared);
-  let_next_start();
   const Shared input = shared_address(shared);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -187,7 +185,6 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ste
 
   T* const weights = reinterpret_cast<T*>(shared + kInBytes);
   Affine* const folded = reinterpret_cast<Affine*>(shared + Tr::kNormOffset);
-  wait_for_previous();
   switch (p.weight_dtype) {
     case DType::fp32: put_weights<Tr, float>(p, weights, first_channel); break;
     case DType::bf16: put_weights<Tr, bf16>(p, weights, first_channel); break;
@@ -301,7 +298,7 @@ template <class Tr> void launch_stem(KernelParams p, int multiprocessors, void* 
     p.batch = min(batch - done, kMaxTiles / image_tiles);
     p.tiles = int(p.batch * image_tiles);
     const dim3 grid(unsigned(min(p.tiles, max(1, multiprocessors * Tr::kBlocks / groups))), unsigned(groups));
-    launch(stem_kernel<Tr>, grid, dim3(kThreads), Tr::kSharedBytes, stream, p);
+    EFFNET_LAUNCH((stem_kernel<Tr>), grid, dim3(kThreads), Tr::kSharedBytes, stream, p);
     p.x = static_cast<const char*>(p.x) + p.batch * x_bytes;
     p.y = static_cast<char*>(p.y) + p.batch * y_bytes;
     if (p.residual) p.residual = static_cast<const char*>(p.residual) + p.batch * y_bytes;

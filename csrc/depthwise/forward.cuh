@@ -97,7 +97,7 @@ template <class Tr> void launch_tensor(KernelParams p, int multiprocessors, void
   EFFNET_ALLOW_SHARED(tensor_kernel<Tr>, Tr::kSharedBytes);
   launch_in_chunks<typename Tr::T>(p, kGridSide * Tr::kStrips, [&](const KernelParams& chunk) {
     const dim3 grid(unsigned(tiles), unsigned(rows), unsigned(ceil_div(chunk.batch, Tr::kStrips)));
-    launch(tensor_kernel<Tr>, grid, dim3(Tr::kThreads), Tr::kSharedBytes, stream, chunk);
+    EFFNET_LAUNCH((tensor_kernel<Tr>), grid, dim3(Tr::kThreads), Tr::kSharedBytes, stream, chunk);
   });
 }
 
@@ -112,7 +112,7 @@ template <class Tr> void launch_direct(KernelParams p, int multiprocessors, void
   EFFNET_ALLOW_SHARED(direct_kernel<Tr>, Tr::kSharedBytes);
   launch_in_chunks<typename Tr::T>(p, images_a_grid, [&](const KernelParams& chunk) {
     const dim3 grid(unsigned(ceil_div(chunk.batch * threads_an_image, Tr::kThreads)), unsigned(segments));
-    launch(direct_kernel<Tr>, grid, dim3(Tr::kThreads), Tr::kSharedBytes, stream, chunk);
+    EFFNET_LAUNCH((direct_kernel<Tr>), grid, dim3(Tr::kThreads), Tr::kSharedBytes, stream, chunk);
   });
 }
 

@@ -1,7 +1,6 @@
 // What both depthwise kernels share: their parameters and the activation.
 #pragma once
 #include "../common/epilogue.cuh"
-#include "../common/launch.h"
 #include "../common/sliding.cuh"
 #include "params.h"
 

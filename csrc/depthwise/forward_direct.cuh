@@ -24,12 +24,10 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, 2) direct_ke
   constexpr int K = Tr::kKernel, S = Tr::kStride, V = Tr::kVector, TW = Tr::kColumns;
   using X = Vec<T, V>;
   EFFNET_DYNAMIC_SHARED(float, taps);
-  let_next_start();
   const unsigned vectors = p.channels / V, strips = ceil_div(p.out_width, TW);
   const unsigned first = blockIdx.x * unsigned(Tr::kThreads), id = first + threadIdx.x, rest = id / vectors;
   const int vector = id % vectors, c = vector * V, strip = rest % strips, n = rest / strips;
 
-  wait_for_previous();
   // The block's channels follow each other, from the last to the first: so do their weights, which go through shared memory
   // because a thread's own are a whole k * k apart from its neighbour's.
   {

@@ -161,7 +161,6 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
 #endif
   constexpr int kHalfPixels = Tr::kStripColumns == 8 ? Tr::kInColumns : 8;
   EFFNET_DYNAMIC_SHARED(char, shared);
-  let_next_start();
   const Shared ring = shared_address(shared);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp % Tr::kGroups, tile = warp / Tr::kGroups;
@@ -173,7 +172,6 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   const int first_in = first_out * S - p.pad_top, rows_in = (rows_out - 1) * S + K;
   const int first_real = max(0, -first_in), real_rows = max(0, min(rows_in, p.height - first_in) - first_real);
 
-  wait_for_previous();
   const Weights<Tr> weights(p, block_channel);
   Affine folded{};
   if (threadIdx.x < Tr::kChannels && block_channel + int(threadIdx.x) < p.channels)

@@ -18,7 +18,6 @@
 // 16 to 96 channels of 112x112 from 286 to 270 us.
 #pragma once
 #include "../common/epilogue.cuh"
-#include "../common/launch.h"
 #include "../common/tensor_core.h"
 #include "params.h"
 
@@ -96,7 +95,6 @@ template <class Tr> __device__ __noinline__ void convert_weight(const void* weig
 template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
   using T = typename Tr::T;
   EFFNET_DYNAMIC_SHARED(char, shared);
-  let_next_start();
   const Shared ring = shared_address(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int g = lane / 4, q = lane % 4;  // mma's names: rows (pixels) g and g + 8, columns (channels) 2q and 2q + 1
@@ -152,7 +150,6 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
     if (++write_slot == p.stages) write_slot = 0;
   };
 
-  wait_for_previous();
   if (resident)
     for (int step = 0; step < steps; ++step) bring_weight(step, weight_at + step * Tr::kWeightBytes);
   for (int s = 0; s < p.stages - 1; ++s) load_next();
@@ -303,7 +300,7 @@ template <class Tr> void launch_tensor(KernelParams p, const Gpu& gpu, void* str
   // Blocks that share a tile of channels deal the tiles of pixels out evenly.
   const int most = min(max(gpu.multiprocessors * blocks / across, 1), p.tiles), rounds = ceil_div(p.tiles, most);
   const dim3 grid(unsigned(across) * unsigned(ceil_div(p.tiles, rounds)));
-  launch(tensor_kernel<Tr>, grid, dim3(Tr::kThreads), bytes, stream, p);
+  EFFNET_LAUNCH((tensor_kernel<Tr>), grid, dim3(Tr::kThreads), bytes, stream, p);
 }
 
 // 96 divides nearly all expanded widths; 128 where that saves a tile, so that x is read less often. Small blocks keep weights of

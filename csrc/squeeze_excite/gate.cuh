@@ -23,7 +23,6 @@
 // multiply-add: tensor cores would take the images of a group together.
 #pragma once
 #include "../common/cluster.h"
-#include "../common/launch.h"
 #include "../common/tensor_core.h"
 #include "params.h"
 
@@ -254,9 +253,7 @@ template <typename T, int G> __global__ void __launch_bounds__(kThreads, 2) gate
   };
   const auto bias_at = [&](int row) { return staged ? biases[row] : to_float(raw_bias(row)); };
 
-  let_next_start();
   if (slices > 1) cluster_arrive_relaxed();  // this block has started
-  wait_for_previous();
   // Whatever needs nothing of this image sets out first: its trip to memory is then not a link of the chain.
   T early[kEarly] = {};
 #pragma unroll
@@ -360,7 +357,7 @@ template <typename T, int G> void launch_group(const GateParams& p, int slices, 
   if (blocks >= int64_t(1) << 31) throw std::runtime_error("squeeze_excite_gate: there are too many images for one launch");
   // The same limit whatever this call needs: another thread may be between asking for its own and its launch.
   if (bytes > 48 << 10) EFFNET_ALLOW_SHARED((gate_kernel<T, G>), kSharedBytes);
-  launch_clusters(slices, gate_kernel<T, G>, dim3(unsigned(blocks)), dim3(kThreads), bytes, stream, p, plan);
+  launch_cluster(gate_kernel<T, G>, unsigned(blocks), kThreads, slices, bytes, stream, p, plan);
 }
 
 // Starts the kernel for p.batch > 0 images on a GPU of that many multiprocessors and blocks a cluster (1 where it has none).

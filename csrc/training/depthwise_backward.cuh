@@ -54,7 +54,6 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
   constexpr unsigned kAll = (1u << C) - 1;
   constexpr int kFlushBodies = 4;  // sums leave registers then: no sum of floats is long
   EFFNET_DYNAMIC_SHARED(char, shared);
-  let_next_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / Tr::kLanes, in_tile = lane % Tr::kLanes * V;
   const int c = blockIdx.x * kTile + in_tile, near = c < p.channels ? c : 0;
   float* const all_taps = reinterpret_cast<float*>(shared);
@@ -63,7 +62,6 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
   T* const rings = reinterpret_cast<T*>(shared + Tr::kTapBytes + Tr::kSumBytes);
   const Place<Tr> place(rings + warp * Tr::kRing, lane);
   const int mine = pin(warp * Tr::kRing + group * kTile + in_tile);  // in the rings
-  wait_for_previous();
   load_taps<Tr>(p, all_taps);
 #pragma unroll
   for (int number = 0; number < Tr::kNumbers; ++number) store(sums + number * Tr::kGroups * kTile, Vec<float, V>{});

@@ -12,7 +12,6 @@
 #include <cmath>
 #include <limits>
 
-#include "../common/launch.h"
 #include "../common/sliding.cuh"
 #include "../common/tensor_core.h"
 #include "params.h"
@@ -303,8 +302,6 @@ template <typename S> __device__ __forceinline__ void add_rows(S* shared, S& min
 __global__ void __launch_bounds__(kFinishChannels* kRows)
     finish_stats_kernel(const float* partial, int pieces, int channels, float* mean, float* var) {
   EFFNET_DYNAMIC_SHARED(Moments, shared);
-  let_next_start();
-  wait_for_previous();
   const int lane = threadIdx.x % kFinishChannels, row = threadIdx.x / kFinishChannels, c = blockIdx.x * kFinishChannels + lane;
   Moments moments{};
 #pragma unroll 8
@@ -329,8 +326,6 @@ struct Sum {
 __global__ void __launch_bounds__(kFinishChannels* kRows)
     finish_sums_kernel(const float* partial, int pieces, int channels, float* sums, float* grad_weight) {
   EFFNET_DYNAMIC_SHARED(Sum, shared);
-  let_next_start();
-  wait_for_previous();
   const int lane = threadIdx.x % kFinishChannels, row = threadIdx.x / kFinishChannels, c = blockIdx.x * kFinishChannels + lane;
   const int number = blockIdx.y, numbers = gridDim.y;
   float* const to = number < 2 ? sums : grad_weight;

@@ -28,12 +28,12 @@ void launch_stats(const Depthwise& p, const Stats& made, const Allocate& allocat
     using Tr = StatsTraits<decltype(instance)>;
     const Cut cut = cut_of(p, p.out_width, p.out_height, Tr::kColumns, Tr::kVector, Tr::kLive, multiprocessors);
     float* const partial = allocate(int64_t(cut.pieces) * 3 * p.channels);
-    const StatsLaunch given{p, cut, range, made.y, partial};
+    const StatsLaunch launch{p, cut, range, made.y, partial};
     EFFNET_ALLOW_SHARED(depthwise_stats_kernel<Tr>, Tr::kSharedBytes);
-    launch(depthwise_stats_kernel<Tr>, dim3(unsigned(ceil_div(p.channels, kTile)), unsigned(cut.pieces)), dim3(kThreads),
-           Tr::kSharedBytes, stream, given);
-    launch(finish_stats_kernel, dim3(unsigned(ceil_div(p.channels, kFinishChannels))), dim3(kFinishChannels * kRows),
-           kFinishChannels * kRows * sizeof(Moments), stream, partial, cut.pieces, p.channels, made.mean, made.var);
+    EFFNET_LAUNCH((depthwise_stats_kernel<Tr>), dim3(unsigned(ceil_div(p.channels, kTile)), unsigned(cut.pieces)), dim3(kThreads),
+                  Tr::kSharedBytes, stream, launch);
+    EFFNET_LAUNCH(finish_stats_kernel, dim3(unsigned(ceil_div(p.channels, kFinishChannels))), dim3(kFinishChannels * kRows),
+                  kFinishChannels * kRows * sizeof(Moments), stream, partial, cut.pieces, p.channels, made.mean, made.var);
   });
 }
 
@@ -46,13 +46,13 @@ void launch_backward(const Depthwise& p, const Gradients& made, const Allocate& 
         const int width = p.width + p.pad_left - Tr::origin(p.pad_left), height = p.height + p.pad_top - Tr::origin(p.pad_top);
         const Cut cut = cut_of(p, width, height, Tr::kColumns, Tr::kVector, Tr::kBodyRows, multiprocessors);
         float* const partial = allocate(int64_t(cut.pieces) * Tr::kNumbers * p.channels);
-        const BackwardLaunch given{p, cut, range, y_range, made.of_y, made.residual, made.grad_x, partial};
+        const BackwardLaunch launch{p, cut, range, y_range, made.of_y, made.residual, made.grad_x, partial};
         EFFNET_ALLOW_SHARED(depthwise_backward_kernel<Tr>, Tr::kSharedBytes);
-        launch(depthwise_backward_kernel<Tr>, dim3(unsigned(ceil_div(p.channels, kTile)), unsigned(cut.pieces)), dim3(kThreads),
-               Tr::kSharedBytes, stream, given);
-        launch(finish_sums_kernel, dim3(unsigned(ceil_div(p.channels, kFinishChannels)), unsigned(Tr::kNumbers)),
-               dim3(kFinishChannels * kRows), kFinishChannels * kRows * sizeof(Sum), stream, partial, cut.pieces, p.channels,
-               made.sums, made.grad_weight);
+        EFFNET_LAUNCH((depthwise_backward_kernel<Tr>), dim3(unsigned(ceil_div(p.channels, kTile)), unsigned(cut.pieces)),
+                      dim3(kThreads), Tr::kSharedBytes, stream, launch);
+        EFFNET_LAUNCH(finish_sums_kernel, dim3(unsigned(ceil_div(p.channels, kFinishChannels)), unsigned(Tr::kNumbers)),
+                      dim3(kFinishChannels * kRows), kFinishChannels * kRows * sizeof(Sum), stream, partial, cut.pieces, p.channels,
+                      made.sums, made.grad_weight);
       });
 }
 

@@ -38,14 +38,12 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
   using Exact = std::conditional_t<sizeof(T) == 4, double, float>;  // in floats the differences of halves are
   constexpr int K = Tr::kKernel, S = Tr::kStride, C = Tr::kColumns, L = Tr::kLive, V = Tr::kVector;
   EFFNET_DYNAMIC_SHARED(char, shared);
-  let_next_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / Tr::kLanes, in_tile = lane % Tr::kLanes * V;
   const int c = blockIdx.x * kTile + in_tile, near = c < p.channels ? c : 0;
   float* const all_taps = reinterpret_cast<float*>(shared);
   T* const rings = reinterpret_cast<T*>(shared + Tr::kTapBytes);
   const Place<Tr> place(rings + warp * Tr::kRing, lane);
   const int mine = pin(warp * Tr::kRing + group * kTile + in_tile);  // in the rings
-  wait_for_previous();
   load_taps<Tr>(p, all_taps);
   __syncthreads();  // the taps are there
   Vec<float, V> taps[Tr::kTaps];

@@ -10,7 +10,6 @@ import torch
 from effnet_fast.ops.common import constant
 
 TRITON_MINIMUM = (8, 0)  # bfloat16
-EARLY_MINIMUM = (9, 0)  # programmatic dependent launch
 
 
 @functools.cache
@@ -47,11 +46,6 @@ def why_no_triton(index: int | None) -> str | None:
     if capability is None or capability >= TRITON_MINIMUM:
         return None
     return f"this GPU is {_name(capability)}; the Triton kernels need {_name(TRITON_MINIMUM)}"
-
-
-def starts_early(device: torch.device) -> bool:
-    """Whether a kernel there may start before the one ahead of it has ended, and wait for it itself."""
-    return device.type == "cuda" and (_capability_of(device.index) or (0, 0)) >= EARLY_MINIMUM
 
 
 def _name(capability: tuple[int, int]) -> str:

@@ -15,19 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from effnet_fast.ops import gpu
 from effnet_fast.ops.common import check_tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def begin(OVERLAPS: tl.constexpr):
-    """First in every kernel. ``OVERLAPS``: a GPU that starts it before the one ahead of it in the stream has ended (programmatic
-    dependent launch, compute capability 9.0): the next one may start likewise, and all that stands before has ended."""
-    if OVERLAPS:
-        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -194,10 +184,7 @@ def run(
     From the second launch on what was compiled is launched itself: Triton takes several times as long to find it, longer than small
     kernels run. Settings of Triton that change what it compiles (``triton.knobs``) are those of the first launch.
     """
-    overlaps = gpu.starts_early(args[0].device)
-    constants.update(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg, enable_fp_fusion=True, OVERLAPS=overlaps)
-    if overlaps:
-        constants["launch_pdl"] = True
+    constants.update(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg, enable_fp_fusion=True)
     key = specialization(kernel, args, constants)
     with torch.cuda.device_of(args[0]):
         if key in _COMPILED:

@@ -62,10 +62,9 @@ struct Fiber {
   Wait wait = Wait::none;
   const void* site = nullptr;  // where it parked: lanes parked at different places are a bug
   unsigned mask = 0;
-  int arrivals = 0, waits = 0;        // at the cluster's barrier
-  bool lets = false, waited = false;  // the next kernel start, for the one before to end
-  uint64_t slot = 0;                  // the value it offers to a shuffle
-  char* rows[2] = {};                 // that it names for matrices; a lane that is ahead names the next one already
+  int arrivals = 0, waits = 0;  // at the cluster's barrier
+  uint64_t slot = 0;            // the value it offers to a shuffle
+  char* rows[2] = {};           // that it names for matrices; a lane that is ahead names the next one already
   unsigned named = 0;
   float a[8] = {}, b[4] = {};                // its part of an mma's A and B
   std::vector<std::vector<Copy>> groups{1};  // of asynchronous copies; the last is being filled
@@ -209,7 +208,6 @@ inline void run_cluster() {
     prepare_context(f.context, f.stack.get(), kStack, enter);
     f.groups.assign(1, {});
     f.arrivals = f.waits = 0;
-    f.lets = f.waited = false;
     f.wait = Wait::none;
     ready.push_back(f.rank);
   }
@@ -223,7 +221,6 @@ inline void run_cluster() {
     for (const unsigned i : now) {
       resume(fibers[i]);
       if (fibers[i].wait != Wait::done) continue;
-      if (!fibers[i].lets || !fibers[i].waited) fail("a thread ends and has not waited for the kernel before, or lets none start");
       --left;
       if (--running[fibers[i].block] == 0) s.blocks[fibers[i].block].shared.reset();
     }
@@ -323,7 +320,7 @@ template <typename T, int K> __attribute__((noinline)) void mma(float* c, const 
 
 }  // namespace emu
 
-// The host twins of common/'s cuda.h, launch.h, cluster.h and tensor_core.h.
+// The host twins of common/cuda.h and common/tensor_core.h.
 namespace effnet_fast {
 
 inline float exp2_fast(float v) { return std::exp2(v); }
@@ -374,25 +371,16 @@ inline float* cluster_peer(float* shared, int rank) {
   }
   return shared;
 }
-
-inline void let_next_start() { emu::state().current->lets = true; }
-inline void wait_for_previous() { emu::state().current->waited = true; }
-template <typename... Parameters, typename... Arguments> void launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid,
-                                                                              dim3 block, size_t shared_bytes, void*,
-                                                                              const Arguments&... arguments) {
-  emu::launch([=] { kernel(arguments...); }, grid, block, shared_bytes, size);
-}
-template <typename... Parameters, typename... Arguments> void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                                                                     size_t shared_bytes, void* stream,
-                                                                     const Arguments&... arguments) {
-  launch_clusters(1, kernel, grid, block, shared_bytes, stream, arguments...);
+template <typename... Parameters, typename... Arguments> void launch_cluster(void (*kernel)(Parameters...), unsigned blocks,
+                                                                             unsigned threads, int size, size_t shared_bytes, void*,
+                                                                             const Arguments&... arguments) {
+  emu::launch([=] { kernel(arguments...); }, dim3(blocks), dim3(threads), shared_bytes, size);
 }
 
 using Shared = char*;
 inline Shared shared_address(void* p) { return static_cast<char*>(p); }
 inline void copy_async(Shared to, const void* from, int bytes) {
   emu::check_shared_16(to, "copy_async's destination");
-  if (!emu::state().current->waited) emu::fail("copy_async before the kernel before has ended");
   if (bytes && reinterpret_cast<uintptr_t>(from) % 16) emu::fail("copy_async's source: misaligned");
   std::memset(to, 0xff, 16);
   emu::state().current->groups.back().push_back({to, from, bytes != 0});
@@ -443,5 +431,7 @@ void mma_k8(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0, std::source
 using std::max;
 using std::min;
 
+#define EFFNET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  (static_cast<void>(stream), emu::launch([=] { kernel(__VA_ARGS__); }, grid, block, shared_bytes))
 #define EFFNET_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emu::block_now().shared.get())
 #define EFFNET_ALLOW_SHARED(kernel, bytes)

@@ -16,7 +16,6 @@ from effnet_fast.ops.conv import is_stem
 from effnet_fast.ops.triton_common import (
     activate,
     alignment,
-    begin,
     cdiv,
     channels_last,
     check_output,
@@ -68,9 +67,7 @@ def _kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
-    begin(OVERLAPS)
     outputs, out_pixels = output_groups * ALIGN_K, out_height * out_width
     tiles_n, tiles_p = tl.cdiv(outputs, BLOCK_N), tl.cdiv(out_pixels, BLOCK_P)
     tile_n, owner = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n

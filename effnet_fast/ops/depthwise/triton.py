@@ -20,7 +20,6 @@ from effnet_fast.ops.depthwise import KERNELS, STRIDES, triton_pieces
 from effnet_fast.ops.triton_common import (
     activate,
     alignment,
-    begin,
     cdiv,
     channels_last,
     check_output,
@@ -61,9 +60,7 @@ def _kernel(
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
-    begin(OVERLAPS)
     channels = channel_groups * ALIGN_C
     blocks = tl.cdiv(channels, BLOCK_C)
     block, owner = tl.program_id(0) % blocks, tl.program_id(0) // blocks

@@ -25,7 +25,6 @@ from effnet_fast.ops.triton_common import (
     INTERPRETED,
     activate,
     alignment,
-    begin,
     cdiv,
     channels_last,
     check_output,
@@ -104,9 +103,7 @@ def _kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
-    begin(OVERLAPS)
     channels, outputs = channel_groups * ALIGN_C, output_groups * ALIGN_K
     tiles_n, tiles_m = tl.cdiv(outputs, BLOCK_N), tl.cdiv(rows, BLOCK_M)
     tile_n, owner = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effnet_fast.ops.common import check_tensor
-from effnet_fast.ops.triton_common import activate, begin, cdiv, next_power_of_2, processors, run
+from effnet_fast.ops.triton_common import activate, cdiv, next_power_of_2, processors, run
 
 
 @triton.jit
@@ -86,9 +86,7 @@ def _one_launch(
     ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
-    begin(OVERLAPS)
     image, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     r = tl.arange(0, BLOCK_R)
     sums = partial + image * pieces * channels
@@ -112,9 +110,7 @@ def _reduce(
     ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
-    begin(OVERLAPS)
     blocks = tl.cdiv(reduced, BLOCK_R)
     image, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -124,8 +120,7 @@ def _reduce(
 
 
 @triton.jit(do_not_specialize=["channels", "reduced"])
-def _expand(hidden, weight, bias, gate, channels, reduced, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAPS: tl.constexpr):
-    begin(OVERLAPS)
+def _expand(hidden, weight, bias, gate, channels, reduced, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     blocks = tl.cdiv(channels, BLOCK_C)
     image, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     c, r = block * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
@@ -148,10 +143,8 @@ def _of_images(
     IMAGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
     """activation(weight . sum_p x / count + bias), [images, rows], for x [images, pieces, inner]: one FC of many images."""
-    begin(OVERLAPS)
     blocks = tl.cdiv(rows, BLOCK_ROWS)
     group, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     row, image = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), group * IMAGES + tl.arange(0, IMAGES)

@@ -20,17 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.ops.triton_common import (
-    INTERPRETED,
-    alignment,
-    begin,
-    cdiv,
-    channels_last,
-    next_power_of_2,
-    processors,
-    run,
-    stored,
-)
+from effnet_fast.ops.triton_common import INTERPRETED, alignment, cdiv, channels_last, next_power_of_2, processors, run, stored
 
 WARPS: tl.constexpr = tl.constexpr(4)  # of a program
 # 1 / (1 + 2^(-u log2(e))): exponential and reciprocal as the special function unit has them, within 3 ulp; subnormals are zero.
@@ -136,10 +126,8 @@ def _elements(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
     """``share`` tiles a piece, ``pieces`` an image; WHAT is the name of the op."""
-    begin(OVERLAPS)
     channels = channel_groups * ALIGN_C
     blocks = tl.cdiv(channels, BLOCK_C)
     block, owner = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -212,9 +200,8 @@ def _elements(
 
 
 @triton.jit(do_not_specialize=["pieces", "width"])
-def _add_up(partial, out, pieces, width, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, OVERLAPS: tl.constexpr):
+def _add_up(partial, out, pieces, width, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
     """out [groups, width], the sum over the pieces of partial [groups, pieces, width]."""
-    begin(OVERLAPS)
     blocks = tl.cdiv(width, BLOCK_W)
     group, w = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
     piece, inside = tl.arange(0, BLOCK_P), w < width

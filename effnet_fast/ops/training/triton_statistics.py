@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effnet_fast.ops.training.triton import MOST_REGISTERS, add_rows, choose_config, pieces_of, sum_of_rows, wide
-from effnet_fast.ops.triton_common import alignment, begin, cdiv, channels_last, processors, run, stored
+from effnet_fast.ops.triton_common import alignment, cdiv, channels_last, processors, run, stored
 
 
 @triton.jit(do_not_specialize=["rows", "share", "channel_groups"])
@@ -31,10 +31,8 @@ def _of_pieces(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
     """partial [pieces, 2, C] in fp64: of ``share`` tiles of rows each, their mean and the sum of squared differences from it."""
-    begin(OVERLAPS)
     channels = channel_groups * ALIGN_C
     blocks = tl.cdiv(channels, BLOCK_C)
     block, piece = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -66,12 +64,9 @@ def _of_pieces(
 
 
 @triton.jit(do_not_specialize=["rows", "piece_rows", "pieces", "channels"])
-def _finish(
-    partial, mean, var, rows, piece_rows, pieces, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAPS: tl.constexpr
-):
+def _finish(partial, mean, var, rows, piece_rows, pieces, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Of ``rows``, from their ``pieces`` each of ``piece_rows`` but the last. In fp64, which few numbers take: differences are from
     the first piece's mean, which costs the variance a few of its many digits and saves reading the pieces twice."""
-    begin(OVERLAPS)
     c, p = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     c_inside = c < channels
     near = tl.load(partial + c, mask=c_inside, other=0.0)

@@ -7,14 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from effnet_fast.ops.training.triton import of_channels
-from effnet_fast.ops.triton_common import begin, cdiv, run, vectors
+from effnet_fast.ops.triton_common import cdiv, run, vectors
 
 BLOCK_C = 128
 
 
 @triton.jit(do_not_specialize=["channels"])
-def _norm_vectors(mean, var, weight, bias, norm, inverse, eps, channels, BLOCK_C: tl.constexpr, OVERLAPS: tl.constexpr):
-    begin(OVERLAPS)
+def _norm_vectors(mean, var, weight, bias, norm, inverse, eps, channels, BLOCK_C: tl.constexpr):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     root = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var + c, mask=inside, other=1.0) + eps))
@@ -31,18 +30,8 @@ def _norm_vectors(mean, var, weight, bias, norm, inverse, eps, channels, BLOCK_C
 
 @triton.jit(do_not_specialize=["values", "channels"])
 def _norm_coefficients(
-    sums,
-    norm,
-    inverse,
-    coefficients,
-    grad_weight,
-    values,
-    channels,
-    FROZEN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    sums, norm, inverse, coefficients, grad_weight, values, channels, FROZEN: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    begin(OVERLAPS)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     _, scale, _ = of_channels(norm, channels, c, inside)
