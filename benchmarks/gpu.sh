@@ -8,7 +8,7 @@
 # (without the build: Triton's kernels and the peers). The parts stand in order of worth: a training step and the nets, B0 first,
 # beside eager peers and torch.compile; the kernels on five shapes of each op of B0, B5 and B7 at a batch that fills the chip; the
 # ceilings; and last B0 against its max-autotune, of which an H200 with 16 cores did not finish one in 112 s, nor beside other work
-# in 250 s.
+# in 527 s.
 #
 # Max-autotune of other nets, with one image and in training does not fit: it compiles each anew. Nor do the kernels against
 # torch.compile. Where a machine is to be had for longer, they are (of each the other nets with --nets):

@@ -14,7 +14,7 @@ SUITES = ("kernels", "model", "train")
 # Images that fill the chip, for nets; for kernels, halved until a call moves no more than MOST_BYTES.
 LARGE = {
     "cpu": {"b0": 16, "b4": 8, "b5": 4, "b7": 2},
-    "cuda": {"b0": 256, "b4": 128, "b5": 64, "b7": 32},
+    "cuda": {"b0": 256, "b4": 128, "b5": 64, "b7": 64},
 }
 TRAIN = {"cpu": {"b0": 16, "b5": 4}, "cuda": {"b0": 128, "b5": 32, "b4": 64, "b7": 8}}
 KERNEL_LARGE = {"cpu": 16, "cuda": 128}

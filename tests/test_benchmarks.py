@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -11,16 +12,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_ops import OF_INFERENCE
+from torch import nn
 
 from benchmarks import findings, kernels, parity, registry, report, run, training
 from effnet_fast import ops
-from effnet_fast.benchmark import calibrate, images, kernel_time, machine, nets
+from effnet_fast.benchmark import calibrate, images, kernel_time, machine, nets, timing
 from effnet_fast.benchmark.case import Entrant
 from effnet_fast.benchmark.roofline import H200, LEVELS, Launch, bound, launches, op_launches
 from effnet_fast.benchmark.timing import EventTimer, Lane, Refused, Replayed, copies, summarize
@@ -539,6 +542,16 @@ def test_a_graph_is_replayed_on_each_input():
     replayed = Replayed(lambda x: 2 * x, sets[0])
     assert [replayed(x).tolist() for x in sets] == [[2.0 * i] * 4 for i in range(3)]
     assert len(EventTimer(lambda i: replayed(sets[i]), 3).burst(0.0)) == 3
+
+
+def test_a_graph_keeps_the_net_whose_weights_it_reads(monkeypatch):
+    """Which a CUDA graph itself does not: without the net they were freed, and a replay met an illegal address."""
+    monkeypatch.setattr(timing, "captured", lambda call: (None, call()))
+    net = nn.Linear(4, 4)
+    kept, replayed = weakref.ref(net), Replayed(net, torch.zeros(1, 4))
+    del net
+    gc.collect()
+    assert kept() is not None and replayed.result.shape == (1, 4)
 
 
 def test_a_lane_that_hangs_is_replaced(tmp_path):

@@ -15,6 +15,9 @@
 #include <stdexcept>
 #include <string>
 
+// Programmatic dependent launch (sm_90), with which a kernel comes to its place before the one ahead has ended and waits there, was
+// tried on an H200 and taken back: one image of B0 gained 1.5 % and lost 19 % where more than one kernel was let wait, B5 lost 2 to
+// 7 % in the better form (benchmarks/results/model-trials-cuda.json).
 #define EFFNET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define EFFNET_DYNAMIC_SHARED(type, name)                          \

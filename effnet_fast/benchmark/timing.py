@@ -137,7 +137,7 @@ class Replayed:
     """``run`` as one CUDA graph, replayed on a copy of what it is called with: what torch.compile's reduce-overhead does too."""
 
     def __init__(self, run: Callable[[torch.Tensor], Any], x: torch.Tensor) -> None:
-        self.x = x.clone(memory_format=torch.preserve_format)
+        self.x, self.run = x.clone(memory_format=torch.preserve_format), run  # whose weights the graph reads, and does not keep
         self.graph, self.result = captured(lambda: run(self.x))
 
     def __call__(self, x: torch.Tensor) -> Any:
