@@ -30,6 +30,8 @@ from effnet_fast.training import PRESETS, Batches, Recipe, Stopped, distributed,
 from effnet_fast.training.data import DATASETS, Images, check_classes, held_out_transform, mixing, open_dataset, training_transform
 from effnet_fast.weights import Preprocessing, preprocessing_of, save_checkpoint
 
+_SHORT = {"batch_size": ("-b",)}  # timm's
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="directory of the data set")
@@ -63,17 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_setting(group: Any, name: str, default: Any, metadata: Any) -> None:
-    option = "--" + name.replace("_", "-")
+    options = [*_SHORT.get(name, ()), "--" + name.replace("_", "-")]
     common = {"dest": f"recipe_{name}", "default": None, "help": metadata["help"]}
     if isinstance(default, bool):
-        group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        group.add_argument(*options, action=argparse.BooleanOptionalAction, **common)
     elif metadata["choices"]:
-        group.add_argument(option, choices=metadata["choices"], **common)
-    elif isinstance(default, tuple):
-        group.add_argument(option, nargs=len(default), type=float, metavar="X", **common)
+        group.add_argument(*options, choices=metadata["choices"], **common)
+    elif metadata["values"] > 1:
+        group.add_argument(*options, nargs=metadata["values"], type=float, metavar="X", **common)
     else:
-        kind = int if isinstance(default, int) else float
-        group.add_argument(option, type=kind, metavar="N" if kind is int else "X", **common)
+        kind = type(default) if isinstance(default, int | str) else float
+        group.add_argument(*options, type=kind, metavar={int: "N", str: "NAME", float: "X"}[kind], **common)
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:

@@ -3,7 +3,7 @@
 from effnet_fast.training.batches import Batches
 from effnet_fast.training.distillation import distillation_loss
 from effnet_fast.training.loop import Scores, Trainer, evaluate
-from effnet_fast.training.optimizer import build_optimizer, layers, parameter_groups, schedule
+from effnet_fast.training.optimizer import RMSpropTF, build_optimizer, layers, parameter_groups, schedule
 from effnet_fast.training.recipes import PRESETS, Recipe
 from effnet_fast.training.run import Stopped, train
 from effnet_fast.training.transfer import freeze, freeze_batch_norm, head_of, unfreeze
@@ -12,6 +12,7 @@ from effnet_fast.training.trial import Trial
 __all__ = [
     "PRESETS",
     "Batches",
+    "RMSpropTF",
     "Recipe",
     "Scores",
     "Stopped",
