@@ -36,7 +36,8 @@ from effnet_fast.weights import Preprocessing, read, save_checkpoint
 
 SMALL = ["--model", "efficientnet_b0", "--img-size", "32", "--epochs", "2", "--warmup-epochs", "0", "--lr", "0.01"]
 EVERYTHING = shlex.split(
-    "--batch-size 4 --mixup 0.2 --cutmix 1 --aa randaugment --reprob 0.5 --model-ema --model-ema-decay 0.5 --opt adamw"
+    "--batch-size 4 --mixup 0.2 --cutmix 1 --mixup-prob 0.8 --aa rand-m9-mstd0.5-inc1 --vflip 0.5 --reprob 0.5 --model-ema"
+    " --model-ema-decay 0.5 --opt adamw"
 )
 
 
@@ -107,7 +108,7 @@ def test_a_run_that_sigterm_stopped_goes_on_to_the_same_weights(folder: Path, un
 
 @pytest.mark.parametrize("crashes_in", [1, 2])
 def test_a_run_that_crashed_goes_on_from_its_last_epoch(crashes_in: int, tmp_path: Path) -> None:
-    recipe = replace(PLAIN, epochs=3, opt="rmsprop", opt_eps=1e-3, lr=1e-3, freeze_epochs=1, model_ema=True, grad_accum_steps=2)
+    recipe = replace(PLAIN, epochs=3, opt="rmsproptf", opt_eps=1e-3, lr=1e-3, freeze_epochs=1, model_ema=True, grad_accum_steps=2)
     held_out = Batches(images(5), 4, training=False)
     whole, again = net(drop=0.3), net(drop=0.3)
     expected = train(whole, batches(recipe, 16), recipe, validation=held_out)
@@ -321,6 +322,20 @@ BAD = [
     ("train data --model efficientnet_b0 --opt adam", "invalid choice: 'adam'"),
     ("train data --model efficientnet_b0 --recipe best", "invalid choice: 'best'"),
     ("train data --model efficientnet_b0 --epochs 2 --warmup-epochs 3", "warmup_epochs is 3 of 2 epochs"),
+    ("train data --model efficientnet_b0 --aa v0", "aa is 'v0', which torchvision has not; none, autoaugment, original, "),
+    ("train data --model efficientnet_b0 --crop-pct 0", "crop_pct is 0.0; a share above 0 and up to 1 would do"),
+    ("train data --model efficientnet_b0 --std 1 1 0", "std is (1.0, 1.0, 0.0)"),
+    ("train data --model efficientnet_b0 --val-split dev", "data has no directory dev, of one directory of images for each class"),
+    (
+        "train data --model efficientnet_b0 --dataset cifar10 --train-split train",
+        "the split is 'train', and cifar10",
+    ),
+    ("train data --model efficientnet_b0 --teacher-path three.pth", "--teacher-path is three.pth, and there is no teacher"),
+    ("train data --model efficientnet_b0 --teacher three.pth --teacher-path three.pth", "needs no --teacher-path; one of them"),
+    (
+        "train data --model efficientnet_b0 --teacher torchvision:resnet19",
+        "torchvision has not; 'torchvision:resnet18' would",
+    ),
     ("train data --model efficientnet_b0 --distill 0.3", "--distill is 0.3, and there is no teacher; with --teacher it would do"),
     ("train data --model efficientnet_b0 --temperature 3", "--temperature is 3, and there is no teacher"),
     ("train data --model efficientnet_b0 --num-classes 2", "--num-classes is 2, and data has 3 classes"),

@@ -23,17 +23,25 @@ import torch
 from torch import nn
 
 from effnet_fast.cli import say
-from effnet_fast.cli.model import device_of, is_path, load_saved
+from effnet_fast.cli.model import device_of, is_path, load_into, load_saved
 from effnet_fast.cli.options import LOADERS, count, index
-from effnet_fast.models import Classifier, create_model
-from effnet_fast.training import PRESETS, Batches, Recipe, Stopped, distributed, train
+from effnet_fast.models import Classifier, config_of, create_model
+from effnet_fast.training import PRESETS, Batches, Recipe, Stopped, distributed, load_teacher, train
 from effnet_fast.training.data import DATASETS, Images, check_classes, held_out_transform, mixing, open_dataset, training_transform
+from effnet_fast.training.teachers import LIBRARIES, Teacher
 from effnet_fast.weights import Preprocessing, preprocessing_of, save_checkpoint
+from effnet_fast.weights.preprocessing import INTERPOLATIONS
+
+_SHORT = {"batch_size": ("-b",)}  # timm's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="directory of the data set")
     parser.add_argument("--dataset", choices=DATASETS, default="folder", help="what DATA is (default: folder)")
+    parser.add_argument("--train-split", metavar="NAME", help="the folder in DATA to train on (default: train)")
+    parser.add_argument(
+        "--val-split", metavar="NAME", help="the folder in DATA of held-out images (default: val, validation or test)"
+    )
     parser.add_argument("--dataset-download", action="store_true", help="fetch the data set into DATA where it is not there")
     parser.add_argument("--model", required=True, metavar="NAME", help="the network, or NAME.TAG for one set of pretrained weights")
     weights_from = parser.add_mutually_exclusive_group()
@@ -43,18 +51,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-classes", type=count, metavar="N", help="at least the data set's, which is the default")
     parser.add_argument("--img-size", type=count, metavar="PIXELS", help="side of the network's input (default: the weights')")
+    parser.add_argument(
+        "--crop-pct", type=float, metavar="X", help="share of a held-out image's side that it is given (default: the weights')"
+    )
+    parser.add_argument("--mean", nargs=3, type=float, metavar="X", help="of the colours, from 0 to 1 (default: the weights')")
+    parser.add_argument("--std", nargs=3, type=float, metavar="X", help="deviation of the colours (default: the weights')")
+    parser.add_argument("--interpolation", choices=INTERPOLATIONS, help="how images are resized (default: the weights')")
     parser.add_argument("--drop", type=float, metavar="P", help="dropout (default: the network's)")
     parser.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth of the last block (default: the network's)")
     parser.add_argument(
-        "--teacher", metavar="MODEL", help="distil from it: a checkpoint of effnet-fast's, or NAME with its weights"
+        "--teacher",
+        metavar="MODEL",
+        help="distil from it: a checkpoint of effnet-fast's, or NAME, timm:NAME or torchvision:NAME with its pretrained weights",
     )
+    parser.add_argument("--teacher-path", metavar="FILE", help="the teacher's weights: a checkpoint of the library it is of")
     parser.add_argument(
         "--recipe", choices=sorted(PRESETS), help="settings to begin with (default: finetune for pretrained weights, else cosine)"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="(default: the folder of --resume, else output)")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a last.pth; the other options as before")
     parser.add_argument(
-        "--workers", type=index, default=LOADERS, metavar="N", help=f"processes that load images (default {LOADERS})"
+        "-vb", "--validation-batch-size", type=count, metavar="N", help="held-out images at a time (default: the batch size)"
+    )
+    parser.add_argument(
+        "--log-interval", type=index, default=0, metavar="N", help="steps between lines that tell the loss (default: an epoch's)"
+    )
+    parser.add_argument(
+        "-j", "--workers", type=index, default=LOADERS, metavar="N", help=f"processes that load images (default {LOADERS})"
     )
     parser.add_argument("--device", default="auto", help="as in predict (default: auto)")
     group = parser.add_argument_group("settings (in place of the recipe's)")
@@ -63,17 +86,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_setting(group: Any, name: str, default: Any, metadata: Any) -> None:
-    option = "--" + name.replace("_", "-")
+    options = [*_SHORT.get(name, ()), "--" + name.replace("_", "-")]
     common = {"dest": f"recipe_{name}", "default": None, "help": metadata["help"]}
     if isinstance(default, bool):
-        group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        group.add_argument(*options, action=argparse.BooleanOptionalAction, **common)
     elif metadata["choices"]:
-        group.add_argument(option, choices=metadata["choices"], **common)
-    elif isinstance(default, tuple):
-        group.add_argument(option, nargs=len(default), type=float, metavar="X", **common)
+        group.add_argument(*options, choices=metadata["choices"], **common)
+    elif metadata["values"] > 1:
+        group.add_argument(*options, nargs=metadata["values"], type=float, metavar="X", **common)
     else:
-        kind = int if isinstance(default, int) else float
-        group.add_argument(option, type=kind, metavar="N" if kind is int else "X", **common)
+        kind = type(default) if isinstance(default, int | str) else float
+        group.add_argument(*options, type=kind, metavar={int: "N", str: "NAME", float: "X"}[kind], **common)
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
@@ -87,6 +110,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     for name in ("distill", "temperature"):
         if name in changed and not arguments.teacher:
             raise ValueError(f"--{name} is {changed[name]:g}, and there is no teacher; with --teacher it would do")
+    if arguments.teacher_path and not arguments.teacher:
+        raise ValueError(f"--teacher-path is {arguments.teacher_path}, and there is no teacher; with --teacher it would do")
     return recipe
 
 
@@ -104,16 +129,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) -> int:
     if arguments.dataset_download and distributed.processes() > 1:
         raise ValueError("--dataset-download with several processes, which would all fetch it; one process, first, would do")
-    opening = {"kind": arguments.dataset, "download": arguments.dataset_download}
-    seen, held_out = (open_dataset(arguments.data, training=training, **opening) for training in (True, False))
+    seen, held_out = (
+        open_dataset(arguments.data, training=training, kind=arguments.dataset, split=split, download=arguments.dataset_download)
+        for training, split in ((True, arguments.train_split), (False, arguments.val_split))
+    )
     check_classes(seen.classes, held_out.classes)
     torch.manual_seed(recipe.seed)
     model = _model(arguments, len(seen.classes))
-    preprocessing = preprocessing_of(model)
-    if arguments.img_size:
-        resize = max(arguments.img_size, int(arguments.img_size / preprocessing.crop_pct))
-        preprocessing = replace(preprocessing, crop=arguments.img_size, resize=resize)
-    teacher = _teacher(arguments.teacher, model, preprocessing) if arguments.teacher else None
+    preprocessing = _preprocessing(arguments, preprocessing_of(model))
+    teacher = _teacher(arguments.teacher, arguments.teacher_path, model, preprocessing) if arguments.teacher else None
     settings = {"seed": recipe.seed, "workers": arguments.workers}
     folder = _folder(arguments)
     best = _Best(folder, _named(seen.classes, model.num_classes), preprocessing)
@@ -121,14 +145,25 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
         model,
         Batches(Images(seen, training_transform(recipe, preprocessing)), recipe.batch_size, training=True, **settings),
         recipe,
-        validation=Batches(Images(held_out, held_out_transform(preprocessing)), recipe.batch_size, training=False, **settings),
+        validation=Batches(
+            Images(held_out, held_out_transform(preprocessing)),
+            arguments.validation_batch_size or recipe.batch_size,
+            training=False,
+            **settings,
+        ),
         augment=mixing(recipe, model.num_classes),
         teacher=teacher,
         device=device,
         out=folder,
         resume=arguments.resume,
-        same={"preprocessing": preprocessing.to_dict(), "teacher": arguments.teacher, "classes": list(seen.classes)},
+        same={
+            "preprocessing": preprocessing.to_dict(),
+            "teacher": arguments.teacher,
+            "teacher_path": arguments.teacher_path,
+            "classes": list(seen.classes),
+        },
         after_epoch=best.save,
+        log_interval=arguments.log_interval,
     )
     if distributed.rank() == 0:
         top = max(history, key=lambda row: row["top1"])
@@ -174,11 +209,41 @@ def _model(arguments: argparse.Namespace, classes: int) -> Classifier:
     return create_model(arguments.model, arguments.pretrained_path or arguments.pretrained, **sizes)  # type: ignore[return-value]
 
 
-def _teacher(name: str, model: Classifier, preprocessing: Preprocessing) -> Classifier:
-    teacher: Any = load_saved(name)[0] if is_path(name) else create_model(name, pretrained=True)
+def _preprocessing(arguments: argparse.Namespace, weights: Preprocessing) -> Preprocessing:
+    """That of the weights but for what the options say."""
+    crop = arguments.img_size or weights.crop
+    share = weights.crop_pct if arguments.crop_pct is None else arguments.crop_pct
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in ("mean", "std", "interpolation")}
+    changed: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
+    }
+    return replace(weights, crop=crop, resize=Preprocessing.of(crop, share).resize, **changed)
+
+
+def _teacher(name: str, path: str | None, model: Classifier, preprocessing: Preprocessing) -> nn.Module:
+    """What --teacher and --teacher-path say, shown to answer the student's question of the student's images."""
+    teacher = _teacher_of(name, path, model.num_classes)
     if teacher.num_classes != model.num_classes:
         raise ValueError(f"--teacher {name} has {teacher.num_classes} classes; {model.num_classes}, as the student, would do")
-    theirs = preprocessing_of(teacher)
-    if (theirs.mean, theirs.std) != (preprocessing.mean, preprocessing.std):
-        raise ValueError(f"--teacher {name} wants images of mean {theirs.mean} and deviation {theirs.std}; the student's would do")
-    return teacher
+    if (teacher.mean, teacher.std) != (preprocessing.mean, preprocessing.std):
+        raise ValueError(
+            f"--teacher {name} wants images of mean {teacher.mean} and deviation {teacher.std}; --mean and --std of these, or a "
+            "teacher of the student's, would do"
+        )
+    return teacher.model
+
+
+def _teacher_of(name: str, path: str | None, num_classes: int) -> Teacher:
+    if name.partition(":")[0] in LIBRARIES:
+        return load_teacher(name, path, num_classes)
+    if path is not None and is_path(name):
+        raise ValueError(f"--teacher is the checkpoint {name}, which needs no --teacher-path; one of them would do")
+    net: Any
+    if is_path(name):
+        net = load_saved(name)[0]
+    elif path is not None:
+        net = load_into(config_of(name), path, ema=False)[0]
+    else:
+        net = create_model(name, pretrained=True)
+    wanted = preprocessing_of(net)
+    return Teacher(net, net.num_classes, wanted.mean, wanted.std)

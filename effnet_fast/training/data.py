@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_fast.inference.images import EXTENSIONS, prepare, read_image
 from effnet_fast.training.loop import Augment
+from effnet_fast.training.policies import policy
 from effnet_fast.training.recipes import Recipe
 from effnet_fast.weights.preprocessing import Preprocessing
 
@@ -45,25 +47,30 @@ class Images:
         return self.transform(image), label
 
 
-def open_dataset(path: str | os.PathLike[str], *, training: bool, kind: str = "folder", download: bool = False) -> Any:
+def open_dataset(
+    path: str | os.PathLike[str], *, training: bool, kind: str = "folder", split: str | None = None, download: bool = False
+) -> Any:
     """One split of a data set on the disk, as torchvision's object: items (RGB image, label), and ``classes``, their names.
 
     path      "folder": a directory with ``train`` and ``val`` (or ``validation``, ``test``) of one directory of images a class;
               held out may be that directory itself. Else what torchvision calls root
     kind      one of ``DATASETS``
+    split     of a "folder": the directory in it, in place of those
     download  fetch it where it is not there, as torchvision does (not Stanford Cars, whose server is gone)
 
     Raises FileNotFoundError or ValueError that says what is missing.
     """
     if kind not in DATASETS:
         raise ValueError(f"dataset is {kind!r}; one of {', '.join(DATASETS)} would do")
+    if split is not None and kind != "folder":
+        raise ValueError(f"the split is {split!r}, and {kind} has torchvision's own; None, or a dataset 'folder', would do")
     root = Path(path)
     if not root.is_dir() and not download:
         raise FileNotFoundError(f"{root} is no directory; one that holds the data set would do")
     from torchvision import datasets
 
     if kind == "folder":
-        folder = _split(root, training)
+        folder = _split(root, training, split)
         try:
             return datasets.ImageFolder(folder, loader=read_image, is_valid_file=_is_image)
         except FileNotFoundError as error:
@@ -75,13 +82,13 @@ def open_dataset(path: str | os.PathLike[str], *, training: bool, kind: str = "f
         raise ValueError(f"{root} does not hold {kind} as torchvision's {name} wants it: {error}") from error
 
 
-def _split(root: Path, training: bool) -> Path:
-    for name in TRAIN_FOLDERS if training else HELD_OUT_FOLDERS:
+def _split(root: Path, training: bool, split: str | None) -> Path:
+    names = (split,) if split else TRAIN_FOLDERS if training else HELD_OUT_FOLDERS
+    for name in names:
         if (root / name).is_dir():
             return root / name
-    if training or any((root / name).is_dir() for name in TRAIN_FOLDERS):
-        wanted = " or ".join(TRAIN_FOLDERS if training else HELD_OUT_FOLDERS)
-        raise FileNotFoundError(f"{root} has no directory {wanted}, of one directory of images for each class")
+    if split or training or any((root / name).is_dir() for name in TRAIN_FOLDERS):
+        raise FileNotFoundError(f"{root} has no directory {' or '.join(names)}, of one directory of images for each class")
     return root
 
 
@@ -106,18 +113,16 @@ def training_transform(recipe: Recipe, preprocessing: Preprocessing) -> Transfor
     from torchvision.transforms import v2
 
     interpolation = v2.InterpolationMode(preprocessing.interpolation)
-    fill = [round(255 * mean) for mean in preprocessing.mean]
-    policies = {
-        "autoaugment": lambda: v2.AutoAugment(fill=fill),
-        "randaugment": lambda: v2.RandAugment(num_ops=2, magnitude=9, fill=fill),
-    }
+    jitter = recipe.color_jitter
     steps = [
-        v2.RandomResizedCrop(preprocessing.crop, recipe.scale, interpolation=interpolation),
+        v2.RandomResizedCrop(preprocessing.crop, recipe.scale, recipe.ratio, interpolation=interpolation),
         v2.RandomHorizontalFlip(recipe.hflip),
     ]
-    steps += [policies[recipe.aa]()] if recipe.aa in policies else []
+    steps += [v2.RandomVerticalFlip(recipe.vflip)] if recipe.vflip else []
+    steps += policy(recipe.aa, [round(255 * mean) for mean in preprocessing.mean], interpolation)
+    steps += [v2.ColorJitter(jitter, jitter, jitter)] if jitter else []
     steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocessing.mean, preprocessing.std)]
-    steps += [v2.RandomErasing(recipe.reprob, value="random")] if recipe.reprob else []
+    steps += [v2.RandomErasing(recipe.reprob, value="random" if recipe.remode == "pixel" else 0)] if recipe.reprob else []
     return v2.Compose(steps)
 
 
@@ -129,7 +134,14 @@ def mixing(recipe: Recipe, classes: int) -> Augment | None:
 
     kinds: list[Any] = [v2.MixUp(alpha=recipe.mixup, num_classes=classes)] if recipe.mixup else []
     kinds += [v2.CutMix(alpha=recipe.cutmix, num_classes=classes)] if recipe.cutmix else []
-    return v2.RandomChoice(kinds)
+    mixed = v2.RandomChoice(kinds, [1 - recipe.mixup_switch_prob, recipe.mixup_switch_prob] if len(kinds) == 2 else None)
+    if recipe.mixup_prob == 1:
+        return mixed
+
+    def by_chance(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return mixed(x, y) if float(torch.rand(())) < recipe.mixup_prob else (x, F.one_hot(y, classes).float())
+
+    return by_chance
 
 
 def check_classes(classes: Sequence[str], others: Sequence[str]) -> None:

@@ -44,7 +44,8 @@ class Trainer:
     model    any classifier x [N, C, H, W] -> logits [N, K]; it is changed in place
     batches  what it learns from, of this process
     device   that the model is moved to (default: where it is)
-    augment  of a batch on that device, such as MixUp: (x, labels [N]) -> (x, labels [N] or their shares [N, K])
+    augment  of a batch on that device, such as MixUp: (x, labels [N]) -> (x, labels [N] or their shares [N, K]); a recipe with
+             ``mixup_off_epoch`` ends it after so many epochs
     teacher  see :class:`effnet_fast.training.distillation.Loss`
 
     torch's generators are seeded at every step from (seed, epoch, step, rank), so that dropout and ``augment`` follow from those.
@@ -167,7 +168,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=not self.recipe.cuda_graph)
         for number, (x, y) in enumerate(batches, start=1):
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            if self.augment is not None:
+            if self.augment is not None and not 0 < self.recipe.mixup_off_epoch <= self.epoch:
                 x, y = self.augment(x, y)
             with self._context(shares=number == len(batches)):
                 self.total += self._pass(x, y) if self.graph is None else self.graph(self._pass, x, y)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from effnet_fast.training.recipes import Recipe
@@ -62,39 +62,84 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_dec
     return list(groups.values())
 
 
+class RMSpropTF(Optimizer):
+    """TensorFlow's RMSProp: eps stands under the root, the mean square starts at one, and the momentum holds steps, not gradients.
+
+    lr            of the steps to come: those that the momentum holds keep what they were taken with
+    alpha         decay of the mean square
+    momentum      decay of the steps
+    weight_decay  share of a parameter that is added to its gradient
+
+    Parameters without a gradient stay as they are.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, alpha: float = 0.9, momentum: float = 0.9, eps: float = 1e-3, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "alpha": alpha, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Take a step; returns what ``closure`` does, which is called first with gradients enabled."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter] = {
+                        "square_avg": torch.ones_like(parameter),
+                        "momentum_buffer": torch.zeros_like(parameter),
+                    }
+            squares, steps = (
+                [self.state[parameter][name] for parameter in parameters] for name in ("square_avg", "momentum_buffer")
+            )
+            gradients: Any = [parameter.grad for parameter in parameters]
+            if group["weight_decay"]:
+                gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+            torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - group["alpha"])
+            roots = torch._foreach_add(squares, group["eps"])
+            torch._foreach_sqrt_(roots)
+            torch._foreach_mul_(steps, group["momentum"])
+            torch._foreach_addcdiv_(steps, gradients, roots, group["lr"])
+            torch._foreach_sub_(parameters, steps)
+        return loss
+
+
 def build_optimizer(model: nn.Module, recipe: Recipe, processes: int = 1) -> Optimizer:
-    """torch's optimizer as the recipe says; rmsprop's mean square starts at one, as TensorFlow's does, and not at zero."""
+    """torch's optimizer as the recipe says, or TensorFlow's RMSProp."""
     lr = recipe.learning_rate(processes)
     groups = parameter_groups(model, lr, recipe.weight_decay, recipe.layer_decay)
     if recipe.opt == "sgd":
         return torch.optim.SGD(groups, lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     if recipe.opt == "adamw":
-        return torch.optim.AdamW(groups, lr, betas=(recipe.momentum, 0.999), eps=recipe.opt_eps)
-    # TensorFlow's eps stands under the root, torch's beside it: with its root a step is at most TensorFlow's, at least 0.7 of it.
-    optimizer = torch.optim.RMSprop(groups, lr, alpha=0.9, momentum=recipe.momentum, eps=math.sqrt(recipe.opt_eps))
-    for parameter in model.parameters():
-        ones, zeros = (make(parameter, requires_grad=False) for make in (torch.ones_like, torch.zeros_like))
-        optimizer.state[parameter] = {"step": torch.zeros(()), "square_avg": ones, "momentum_buffer": zeros}
-    return optimizer
+        return torch.optim.AdamW(groups, lr, betas=recipe.opt_betas or (recipe.momentum, 0.999), eps=recipe.opt_eps)
+    kind = RMSpropTF if recipe.opt == "rmsproptf" else torch.optim.RMSprop
+    return kind(groups, lr, alpha=0.9, momentum=recipe.momentum, eps=recipe.opt_eps)
 
 
 def schedule(recipe: Recipe, steps: int, processes: int = 1) -> Callable[[int], float]:
     """step -> factor of the learning rate, with ``steps`` in an epoch.
 
-    A line from 0 over the warm-up's steps (the first step takes 1 / steps of the way, so that it moves), then a cosine from there
-    to ``min_lr`` at the end, or ``decay_rate`` for every full ``decay_epochs`` since the beginning.
+    A line from ``warmup_lr`` over the warm-up's steps (the first step takes 1 / steps of the way, so that it moves), then a cosine
+    from there to ``min_lr`` at the end, or ``decay_rate`` for every full ``decay_epochs`` since the beginning.
 
-    Raises ValueError for a ``min_lr`` above the learning rate.
+    Raises ValueError for a ``warmup_lr`` or ``min_lr`` above the learning rate.
     """
     warmup, total = recipe.warmup_epochs * steps, recipe.epochs * steps
     highest = recipe.learning_rate(processes)
-    if recipe.min_lr > highest:
-        raise ValueError(f"min_lr is {recipe.min_lr:g}, above the learning rate {highest:g}; that at most would do")
-    least = recipe.min_lr / highest
+    for name in ("warmup_lr", "min_lr"):
+        if getattr(recipe, name) > highest:
+            raise ValueError(f"{name} is {getattr(recipe, name):g}, above the learning rate {highest:g}; that at most would do")
+    first, least = recipe.warmup_lr / highest, recipe.min_lr / highest
 
     def factor(step: int) -> float:
         if step < warmup:
-            return min(1.0, (step + 1) / warmup)
+            return first + (1 - first) * min(1.0, (step + 1) / warmup)
         if recipe.sched == "step":
             return recipe.decay_rate ** math.floor(step / (recipe.decay_epochs * steps))
         way = (step - warmup) / max(1.0, total - warmup)

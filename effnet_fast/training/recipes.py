@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from effnet_fast.scaling.config import is_real, is_whole
+from effnet_fast.training.policies import options_of
 
 Check = tuple[Callable[[Any], bool], str]  # whether a value is good, and what would be
 
@@ -33,17 +34,22 @@ def _one_of(*words: str) -> Check:
     return lambda value: value in words, " or ".join(map(repr, words))
 
 
-def _setting(default: Any, text: str, check: Check | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A field whose metadata says what it means and what is good for it; the command line is made from them."""
+def _two(good: Callable[[float, float], bool], wanted: str) -> Check:
+    """A tuple of two numbers that are good together."""
+    return (
+        lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(is_real, value)) and good(*value),
+        wanted,
+    )
+
+
+def _setting(default: Any, text: str, check: Check | None = None, choices: tuple[str, ...] | None = None, values: int = 1) -> Any:
+    """A field whose metadata says what it means, what is good for it and of how many values; the command line is made from it."""
     check = _one_of(*choices) if choices else check
-    return field(default=default, metadata={"help": text, "check": check, "choices": choices})
+    return field(default=default, metadata={"help": text, "check": check, "choices": choices, "values": values})
 
 
 _FLAG: Check = (lambda value: isinstance(value, bool), "True or False")
-_SCALE: Check = (
-    lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(is_real, value)) and 0 < value[0] <= value[1] <= 1,
-    "two shares, 0 < low <= high <= 1,",
-)
+_TEXT: Check = (lambda value: isinstance(value, str), "a name")
 
 
 @dataclass(frozen=True)
@@ -53,29 +59,60 @@ class Recipe:
     epochs: int = _setting(30, "passes over the training images", _whole(1))
     batch_size: int = _setting(64, "images of one process at a time", _whole(1))
     grad_accum_steps: int = _setting(1, "batches whose gradients make one step", _whole(1))
-    opt: str = _setting("adamw", "optimizer", choices=("sgd", "adamw", "rmsprop"))
+    opt: str = _setting(
+        "adamw", "optimizer; rmsproptf is TensorFlow's, rmsprop PyTorch's", choices=("sgd", "adamw", "rmsproptf", "rmsprop")
+    )
     lr: float | None = _setting(
         None, "learning rate (default: lr-base for each lr-base-size images of a step)", _real(0, open_low=True)
     )
     lr_base: float = _setting(1e-3, "learning rate of a step of lr-base-size images; scaled linearly", _real(0, open_low=True))
     lr_base_size: int = _setting(256, "images that lr-base is for", _whole(1))
     momentum: float = _setting(0.9, "of sgd (Nesterov's) and rmsprop; adamw's first beta", _real(0, 1, open_high=True))
-    opt_eps: float = _setting(1e-8, "of adamw and rmsprop (TensorFlow's, under the root)", _real(0, open_low=True))
+    opt_eps: float = _setting(1e-8, "of adamw and rmsprop; rmsproptf's stands under the root", _real(0, open_low=True))
+    opt_betas: tuple[float, float] | None = _setting(
+        None,
+        "adamw's two (default: momentum and 0.999)",
+        _two(lambda first, second: 0 <= first < 1 and 0 <= second < 1, "two numbers from 0 and below 1"),
+        values=2,
+    )
     weight_decay: float = _setting(0.05, "of weights; norms and biases have none", _real(0))
     layer_decay: float = _setting(1.0, "factor of the learning rate from a layer to the one before it", _real(0, 1, open_low=True))
     sched: str = _setting("cosine", "the learning rate's way down: once, or by decay-rate in steps", choices=("cosine", "step"))
     warmup_epochs: float = _setting(0.0, "in which the learning rate rises linearly", _real(0))
+    warmup_lr: float = _setting(0.0, "learning rate that it rises from", _real(0))
     min_lr: float = _setting(0.0, "learning rate at the end of the cosine", _real(0))
     decay_epochs: float = _setting(2.4, "between steps of sched step", _real(0, open_low=True))
     decay_rate: float = _setting(0.97, "factor of such a step", _real(0, 1, open_low=True))
     clip_grad: float | None = _setting(None, "largest norm of the gradient", _real(0, open_low=True))
     smoothing: float = _setting(0.0, "label smoothing", _real(0, 1, open_high=True))
-    aa: str = _setting("none", "torchvision's augmentation of colours and shapes", choices=("none", "autoaugment", "randaugment"))
-    scale: tuple[float, float] = _setting((0.08, 1.0), "share of an image that a random crop keeps", _SCALE)
+    aa: str = _setting(
+        "none",
+        "torchvision's augmentation of colours and shapes: none, autoaugment (or original), randaugment, trivialaugment, or timm's "
+        "rand-m9-mstd0.5-inc1 (n, p) and augmix-m3-w3 (d)",
+        _TEXT,
+    )
+    color_jitter: float = _setting(0.0, "largest change of brightness, contrast and saturation; without aa", _real(0))
+    scale: tuple[float, float] = _setting(
+        (0.08, 1.0),
+        "share of an image that a random crop keeps",
+        _two(lambda low, high: 0 < low <= high <= 1, "two shares, 0 < low <= high <= 1,"),
+        values=2,
+    )
+    ratio: tuple[float, float] = _setting(
+        (3 / 4, 4 / 3),
+        "width by height of a random crop",
+        _two(lambda low, high: 0 < low <= high, "two numbers, 0 < low <= high,"),
+        values=2,
+    )
     hflip: float = _setting(0.5, "probability of a mirrored image", _real(0, 1))
+    vflip: float = _setting(0.0, "probability of an image upside down", _real(0, 1))
     reprob: float = _setting(0.0, "probability of an erased rectangle", _real(0, 1))
+    remode: str = _setting("pixel", "what is in it: noise, or the mean colour", choices=("pixel", "const"))
     mixup: float = _setting(0.0, "alpha of MixUp; 0: none", _real(0))
     cutmix: float = _setting(0.0, "alpha of CutMix; 0: none; with MixUp either, by chance", _real(0))
+    mixup_prob: float = _setting(1.0, "probability that a batch is mixed by either", _real(0, 1))
+    mixup_switch_prob: float = _setting(0.5, "probability of CutMix where there are both", _real(0, 1))
+    mixup_off_epoch: int = _setting(0, "epochs after which no batch is mixed; 0: all are", _whole(0))
     bn_momentum: float | None = _setting(None, "of batch norm's statistics, as PyTorch counts (default: the net's)", _real(0, 1))
     model_ema: bool = _setting(False, "average the weights, and judge and save the average", _FLAG)
     model_ema_decay: float = _setting(0.9999, "of that average, and less in the first steps", _real(0, 1, open_high=True))
@@ -98,6 +135,13 @@ class Recipe:
             good, wanted = setting.metadata["check"]
             if not (value is None and setting.default is None) and not good(value):
                 raise ValueError(f"{setting.name} is {value!r}; {wanted} would do")
+        options_of(self.aa)  # raises: torchvision cannot do it
+        if self.color_jitter and self.aa != "none":
+            raise ValueError(
+                f"color_jitter is {self.color_jitter:g}, and aa {self.aa!r} changes colours itself; either alone would do"
+            )
+        if self.opt_betas is not None and self.opt != "adamw":
+            raise ValueError(f"opt_betas is {self.opt_betas!r}, and opt {self.opt!r} has none; opt 'adamw' would do")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs} epochs; fewer would do")
         if self.freeze_bn and self.sync_bn:
@@ -114,7 +158,7 @@ PRESETS = {
     # arXiv 1905.11946, section 5.2; epochs, eps, the average, warm-up, label smoothing and batch are of the code published with it.
     "paper": Recipe(
         epochs=350,
-        opt="rmsprop",
+        opt="rmsproptf",
         lr_base=0.256,
         lr_base_size=4096,
         momentum=0.9,
@@ -134,7 +178,7 @@ PRESETS = {
     "randaugment": Recipe(
         epochs=450,
         batch_size=128,
-        opt="rmsprop",
+        opt="rmsproptf",
         lr_base=0.016,
         lr_base_size=256,
         momentum=0.9,
@@ -142,10 +186,11 @@ PRESETS = {
         weight_decay=1e-5,
         sched="step",
         warmup_epochs=3,
+        warmup_lr=1e-6,
         decay_epochs=2.4,
         decay_rate=0.97,
         smoothing=0.1,
-        aa="randaugment",
+        aa="rand-m9-mstd0.5",
         reprob=0.2,
         model_ema=True,
         model_ema_decay=0.9999,

@@ -49,6 +49,7 @@ def train(
     resume: str | os.PathLike[str] | None = None,
     same: Mapping[str, Any] | None = None,
     after_epoch: Callable[[nn.Module, History], None] | None = None,
+    log_interval: int = 0,
 ) -> History:
     """Train a classifier in place; returns for each epoch its number, learning rate, losses, accuracies (shares) and seconds.
 
@@ -60,6 +61,7 @@ def train(
     resume       a ``last.pth``: go on where it stopped, also within an epoch: on a CPU as if it had not, to the last bit
     same         what else a resumed run must have in common, as plain values by name
     after_epoch  called in the first process with the model that is judged (the average where there is one) and the history
+    log_interval  steps of an epoch between lines on stderr with its mean loss so far; 0: one line an epoch
 
     With ``torchrun`` and a process group every process calls this with batches of its own; the first writes. Progress is told on
     stderr. Raises ValueError for a loss that is not finite, an ``out`` that holds another run, and what resuming finds wrong.
@@ -86,6 +88,10 @@ def train(
                 bar.update()
                 if trainer.step % _ASK_EVERY == 0:
                     trainer.finite_total()
+                if log_interval and trainer.step % log_interval == 0:
+                    mean = trainer.finite_total() / (trainer.step * distributed.processes())
+                    if first:
+                        bar.write(_step_line(trainer, mean), file=sys.stderr)
                 if folder is not None and trainer.step < trainer.steps and (number := _agreed(caught, trainer.step)):
                     checkpoint.save(folder / LAST, trainer, history, same)
                     raise Stopped(number, folder / LAST)
@@ -166,6 +172,11 @@ def _agreed(caught: list[int], step: int = 0) -> int:
     number = torch.tensor(caught[0] if caught else 0, device=device)
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
     return int(number)
+
+
+def _step_line(trainer: Trainer, mean: float) -> str:
+    place = f"epoch {trainer.epoch + 1} of {trainer.recipe.epochs}, step {trainer.step} of {trainer.steps}"
+    return f"{place}: training loss {mean:.3f}, learning rate {trainer.lr:.3g}"
 
 
 def _line(row: dict[str, float], epochs: int) -> str:
