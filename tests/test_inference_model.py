@@ -109,6 +109,18 @@ def test_warm_up_makes_the_plans(optimized):
     assert "3 plans" in str(optimized)
 
 
+@planned
+@pytest.mark.parametrize("images", [1, 7])
+def test_a_call_allocates_its_result_and_nothing_else(optimized, images):
+    x = torch.randn(images, 3, 40, 40)
+    optimized(x)
+    before = optimized.memory()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = optimized(x)
+    told = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert told == [result.nbytes] and optimized.memory() == before
+
+
 @pytest.mark.parametrize(
     ("shapes", "says"),
     [
