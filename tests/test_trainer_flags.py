@@ -17,6 +17,7 @@ from picture_folders import image_folder
 from test_trainer import PLAIN, batches, images, net
 from torch import nn
 
+import effnet_fast
 from effnet_fast.cli import main
 from effnet_fast.cli import train as command
 from effnet_fast.inference.images import read_image
@@ -41,11 +42,11 @@ def arguments_of(line: str) -> argparse.Namespace:
 
 
 def test_a_command_of_timms_is_its_recipe() -> None:
-    """EfficientNet-B2 with RandAugment, as timm's documentation trains it."""
+    """EfficientNet-B2 with RandAugment, as timm's documentation trains it, but that every operation is stronger with m."""
     given = arguments_of(
         "/imagenet --model efficientnet_b2 -b 128 -vb 256 --sched step --epochs 450 --decay-epochs 2.4 --decay-rate .97"
         " --opt rmsproptf --opt-eps .001 -j 8 --warmup-lr 1e-6 --weight-decay 1e-5 --drop 0.3 --drop-path 0.2 --model-ema "
-        "--model-ema-decay 0.9999 --aa rand-m9-mstd0.5 --remode pixel --reprob 0.2 --amp --lr .016 --warmup-epochs 3 --mixup 0"
+        "--model-ema-decay 0.9999 --aa rand-m9-mstd0.5-inc1 --remode pixel --reprob 0.2 --amp --lr .016 --warmup-epochs 3 --mixup 0"
     )
     assert (given.workers, given.validation_batch_size, given.drop, given.drop_path) == (8, 256, 0.3, 0.2)
     preset = PRESETS["randaugment"]
@@ -63,14 +64,14 @@ def test_a_command_of_timms_is_its_recipe() -> None:
         ({"aa": "original"}, v2.AutoAugment, "AutoAugmentPolicy.IMAGENET"),
         ({"aa": "trivialaugment"}, v2.TrivialAugmentWide, "num_magnitude_bins=31"),
         ({"aa": "augmix-m5-w4-d2"}, v2.AugMix, "severity=5, mixture_width=4, chain_depth=2"),
-        ({"aa": "rand-m7-n3-p0.9"}, v2.RandomApply, ""),
+        ({"aa": "rand-m7-n3-p0.9-inc1"}, v2.RandomApply, "'p': 0.9"),
     ],
     ids=str,
 )
 def test_each_setting_is_a_transform(changed: dict[str, Any], kind: type, told: str, folder: Path) -> None:
     plain, transform = (training_transform(recipe, SMALL) for recipe in (PLAIN, replace(PLAIN, **changed)))
     made = [step for step in transform.transforms if isinstance(step, kind)]
-    assert told in repr(made[0]) and len(made) == options_of(changed.get("aa", "none")).get("n", 1)
+    assert told in f"{made[0]} {vars(made[0])}" and len(made) == options_of(changed.get("aa", "none")).get("n", 1)
     image, differ = read_image(folder / "train" / "red" / "0.png"), 0
     for seed in range(8):
         drawn = []
@@ -90,6 +91,7 @@ def test_each_setting_is_a_transform(changed: dict[str, Any], kind: type, told: 
         ("rand-m11", "has no 'm11'"),
         ("rand-m9.5", "has no 'm9.5'"),
         ("rand-m9-inc0", "has no 'inc0'"),
+        ("rand-m9-mstd0.5", "some operations are weaker for a larger m, and torchvision's are not; rand-m9-mstd0.5-inc1 would do"),
         ("rand-tweights", "has no 'tweights'"),
         ("augmix-m3-b1", "torchvision's augmix has no 'b1'; m1 to 10, w1 to 100, d1 to 100 would do"),
         ("original-mstd0.5", "aa is 'original-mstd0.5', which torchvision has not"),
@@ -105,7 +107,7 @@ def test_strengths_are_timms() -> None:
     timm = pytest.importorskip("timm.data.auto_augment")
     assert options_of("rand-n3-mstd0.5-inc1") == {"m": 10, "n": 3, "p": 0.5, "mstd": 0.5, "inc": 1}
     image = v2.ToPILImage()(torch.rand(3, 20, 20))
-    (layer,) = policy("rand-m9-n1-p1", [0, 0, 0], v2.InterpolationMode.BILINEAR)
+    (layer,) = policy("rand-m9-n1-p1-inc1", [0, 0, 0], v2.InterpolationMode.BILINEAR)
     (operation,) = layer.transforms
     layer(image)
     increasing = {"Rotate": "Rotate", "ShearX": "ShearX", "Solarize": "SolarizeIncreasing", "Color": "ColorIncreasing"}
@@ -114,7 +116,7 @@ def test_strengths_are_timms() -> None:
         value = float(strength[operation.augment.magnitude]) * (255 if ours == "Solarize" else 1)
         told = timm.LEVEL_TO_ARG[theirs](9, {})[0]
         assert value == pytest.approx(abs(told - 1) if ours == "Color" else abs(told), rel=0.05), ours
-    (noisy,) = policy("rand-m9-n1-p1-mstd2", [0, 0, 0], v2.InterpolationMode.BILINEAR)
+    (noisy,) = policy("rand-m9-n1-p1-mstd2-inc1", [0, 0, 0], v2.InterpolationMode.BILINEAR)
     drawn = set()
     for _ in range(200):
         noisy(image)
@@ -222,10 +224,17 @@ def test_options_reach_the_data_and_the_checkpoint(folder: Path, tmp_path: Path,
     assert image.shape == (5, 3, 40, 40) and float(image.min()) >= -0.3 / 0.4 - 1e-6 and float(image.max()) <= 0.9 / 0.4
 
 
-@pytest.mark.parametrize(("name", "student"), [("timm:test_resnet", "0.5 0.5 0.5"), ("torchvision:shufflenet_v2_x0_5", "")])
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [("timm:test_resnet", [0.5] * 3, [0.5] * 3), ("torchvision:shufflenet_v2_x0_5", IMAGENET_MEAN, IMAGENET_STD)],
+)
 def test_a_teacher_of_a_peer_teaches(
-    name: str, student: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, mean: list[float], std: list[float], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On images that the student's mean and deviation normalised."""
     library, _, of = name.partition(":")
     peers = pytest.importorskip(library)
     torch.manual_seed(0)
@@ -239,14 +248,54 @@ def test_a_teacher_of_a_peer_teaches(
 
     monkeypatch.setattr(command, "train", trained)
     line = f"train {folder} --model efficientnet_b0 -b 4 -j 0 --teacher {name} --teacher-path {tmp_path / 'peer.pth'}"
-    if student:
-        assert main(line.split()) == 2  # it wants other images
-        line += f" --mean {student} --std {student}"
     assert main(line.split()) == 0
-    x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(called["teacher"].eval()(x), peer(x)) and called["same"]["teacher_path"].endswith("peer.pth")
+    pixels = torch.rand(2, 3, 64, 64)
+    x, theirs = (v2.functional.normalize(pixels, *of) for of in ((IMAGENET_MEAN, IMAGENET_STD), (mean, std)))
+    torch.testing.assert_close(called["teacher"](x), peer(theirs), rtol=1e-4, atol=1e-5)
+    assert called["same"]["teacher_path"].endswith("peer.pth") and not called["teacher"].training
     with pytest.raises(ValueError, match=f"peer.pth is no checkpoint of {name} with 4 classes: "):
         load_teacher(name, tmp_path / "peer.pth", 4)
+
+
+def test_checkpoints_of_peers_are_read_as_they_are(tmp_path: Path) -> None:
+    """Wrapped by DataParallel, from before norms counted their batches, with tables of whole numbers, averaged beside the raw."""
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    for name in ("resnet18", "swin_t"):
+        peer = models.get_model(name, num_classes=3)
+        state = {f"module.{key}": value for key, value in peer.state_dict().items() if not key.endswith("num_batches_tracked")}
+        raw = {key: torch.zeros_like(value) for key, value in state.items()}
+        torch.save({"state_dict": raw, "state_dict_ema": state}, tmp_path / "peer.pth")
+        loaded = load_teacher(f"torchvision:{name}", tmp_path / "peer.pth", 3).model.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in peer.state_dict().items())
+
+
+def test_a_teacher_that_takes_other_images_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "peer.pth")
+    line = (
+        f"train {folder} --model efficientnet_b0 -b 4 -j 0 --img-size 40 --teacher timm:test_vit --teacher-path {tmp_path}/peer.pth"
+    )
+    assert main(line.split()) == 2
+    assert "--teacher timm:test_vit takes no images of 40 x 40: " in capsys.readouterr().err
+
+
+def test_ours_by_name_with_a_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = effnet_fast.create_model("efficientnet_b0", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "ours.pth")
+    called: dict[str, Any] = {}
+    monkeypatch.setattr(command, "train", lambda *_, **settings: called.update(settings) or [{"top1": 1.0}])
+    line = f"train {folder} --model efficientnet_b0 -b 4 --img-size 32 --teacher efficientnet_b0 --teacher-path {tmp_path}/ours.pth"
+    assert main(line.split()) == 0
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(called["teacher"](x), model.eval()(x))
+
+
+def test_rmsprop_is_pytorchs() -> None:
+    optimizer = build_optimizer(nn.Linear(2, 1), replace(PLAIN, opt="rmsprop", lr=0.1, opt_eps=1e-3, momentum=0.8))
+    assert type(optimizer) is torch.optim.RMSprop
+    assert all((group["alpha"], group["eps"], group["momentum"]) == (0.9, 1e-3, 0.8) for group in optimizer.param_groups)
 
 
 def test_a_teacher_of_a_peer_has_its_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,9 +304,9 @@ def test_a_teacher_of_a_peer_has_its_pretrained_weights(monkeypatch: pytest.Monk
     create, get = timm.create_model, torchvision.models.get_model
     asked = []
 
-    def of_timm(name: str, pretrained: bool = False) -> nn.Module:
+    def of_timm(name: str, pretrained: bool = False, num_classes: int = 1000) -> nn.Module:
         asked.append((name, pretrained))
-        return create(name)
+        return create(name, num_classes=num_classes)
 
     def of_torchvision(name: str, weights: Any = None) -> nn.Module:
         asked.append((name, weights is not None))
@@ -279,6 +328,9 @@ def test_a_teacher_that_cannot_be_had_is_one_clear_error(monkeypatch: pytest.Mon
     ):
         with pytest.raises(ValueError, match=piece):
             load_teacher(name)
+    for name in ("timm:resnet18", "torchvision:resnet18"):
+        with pytest.raises(ValueError, match=f"{name}'s pretrained weights have 1000 classes, not 10; a checkpoint with these"):
+            load_teacher(name, num_classes=10)
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no network\nat all")))
     with pytest.raises(PretrainedUnavailable, match=r"teacher timm:resnet18 cannot be had \(no network\); a checkpoint of it"):
         load_teacher("timm:resnet18")

@@ -525,7 +525,7 @@ def fifty_steps(name: str, dtype: torch.dtype | None) -> list[float]:
 )
 @TRAINED
 def test_large_activations_stay_finite(name, dtype):
-    assert min(fifty_steps(name, dtype)[-10:]) < math.log(4) / 2  # half of chance
+    assert min(fifty_steps(name, dtype)[-10:]) < (0.5 if name == "b0" else math.log(4) / 2)  # half of chance
 
 
 @TRAINED

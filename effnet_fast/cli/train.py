@@ -221,16 +221,19 @@ def _preprocessing(arguments: argparse.Namespace, weights: Preprocessing) -> Pre
 
 
 def _teacher(name: str, path: str | None, model: Classifier, preprocessing: Preprocessing) -> nn.Module:
-    """What --teacher and --teacher-path say, shown to answer the student's question of the student's images."""
+    """What --teacher and --teacher-path say, for the student's images, of which it is shown one."""
     teacher = _teacher_of(name, path, model.num_classes)
     if teacher.num_classes != model.num_classes:
         raise ValueError(f"--teacher {name} has {teacher.num_classes} classes; {model.num_classes}, as the student, would do")
-    if (teacher.mean, teacher.std) != (preprocessing.mean, preprocessing.std):
-        raise ValueError(
-            f"--teacher {name} wants images of mean {teacher.mean} and deviation {teacher.std}; --mean and --std of these, or a "
-            "teacher of the student's, would do"
-        )
-    return teacher.model
+    made = teacher.for_images(preprocessing.mean, preprocessing.std).eval()
+    try:
+        with torch.no_grad():
+            shape = made(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop)).shape
+    except Exception as error:  # a peer's net may refuse a size in any way
+        raise ValueError(f"--teacher {name} takes no images of {preprocessing.crop} x {preprocessing.crop}: {error}") from error
+    if shape != (1, model.num_classes):
+        raise ValueError(f"--teacher {name} answers with {tuple(shape)}; logits {(1, model.num_classes)} would do")
+    return made
 
 
 def _teacher_of(name: str, path: str | None, num_classes: int) -> Teacher:

@@ -84,7 +84,9 @@ class Trainer:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         _configure(model, recipe)
-        self.loss = Loss(recipe, None if teacher is None else teacher.to(self.device))
+        if teacher is not None:
+            teacher.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loss = Loss(recipe, teacher)
         self.forward = distributed.parallel(model, self.device, recipe.sync_bn, changing=recipe.freeze_epochs > 0)
         self.ema = AveragedModel(model, use_buffers=True) if recipe.model_ema else None
         self.optimizer = build_optimizer(model, recipe, distributed.processes())

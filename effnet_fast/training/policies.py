@@ -10,7 +10,7 @@ import torch
 NAMES = ("none", "autoaugment", "original", "randaugment", "trivialaugment")
 # What torchvision can do of timm's strings: an option's value where it is not given, the least and the most; a whole one is whole.
 _OPTIONS: dict[str, dict[str, tuple[float, float, float]]] = {
-    "rand": {"m": (10, 0, 10), "n": (2, 1, 100), "p": (0.5, 0, 1), "mstd": (0.0, 0, 100), "inc": (1, 1, 1)},
+    "rand": {"m": (10, 0, 10), "n": (2, 1, 100), "p": (0.5, 0, 1), "mstd": (0.0, 0, 100), "inc": (0, 1, 1)},
     "augmix": {"m": (3, 1, 10), "w": (3, 1, 100), "d": (-1, 1, 100)},
 }
 _FINE = 100  # strengths from one of timm's ten to the next
@@ -19,7 +19,8 @@ _FINE = 100  # strengths from one of timm's ten to the next
 def options_of(aa: str) -> dict[str, Any]:
     """The options of one of timm's strings, those that it leaves out too; none of a plain name.
 
-    rand    m strength (0 to 10), n operations, each with probability p, mstd deviation of the strength of each, inc1
+    rand    m strength (0 to 10), n operations, each with probability p, mstd deviation of the strength of each; inc1 (stronger
+            with m, every operation), which must be given: without it timm has some that are weaker
     augmix  m severity (1 to 10), w chains, d operations of each
 
     Raises ValueError for what torchvision has no policy for.
@@ -41,6 +42,10 @@ def options_of(aa: str) -> dict[str, Any]:
             ranges = ", ".join(f"{name}{low:g}" + (f" to {high:g}" if high > low else "") for name, (_, low, high) in known.items())
             raise ValueError(f"aa is {aa!r}, and torchvision's {kind} has no {section!r}; {ranges} would do")
         options[found[1]] = value
+    if kind == "rand" and not options["inc"]:
+        raise ValueError(
+            f"aa is {aa!r}, in which some operations are weaker for a larger m, and torchvision's are not; {aa}-inc1 would do"
+        )
     return options
 
 
@@ -50,7 +55,7 @@ def policy(aa: str, fill: list[int], interpolation: Any) -> list[Any]:
     fill           colour of what an image is moved away from, 0 to 255
     interpolation  torchvision's, of rotated and sheared images under timm's string for RandAugment
 
-    The operations are torchvision's: timm's strings have Invert and SolarizeAdd besides, and posterize more.
+    The operations are torchvision's: timm's strings have Invert and SolarizeAdd besides, no Identity, and posterize more.
     """
     from torchvision.transforms import v2
 

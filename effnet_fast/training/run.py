@@ -86,12 +86,11 @@ def train(
             started = time.perf_counter()
             for _ in trainer.run_epoch():
                 bar.update()
-                if trainer.step % _ASK_EVERY == 0:
-                    trainer.finite_total()
-                if log_interval and trainer.step % log_interval == 0:
-                    mean = trainer.finite_total() / (trainer.step * distributed.processes())
-                    if first:
-                        bar.write(_step_line(trainer, mean), file=sys.stderr)
+                told = log_interval > 0 and trainer.step % log_interval == 0
+                if told or trainer.step % _ASK_EVERY == 0:
+                    total = trainer.finite_total()
+                    if told and first:
+                        bar.write(_step_line(trainer, total / (trainer.step * distributed.processes())), file=sys.stderr)
                 if folder is not None and trainer.step < trainer.steps and (number := _agreed(caught, trainer.step)):
                     checkpoint.save(folder / LAST, trainer, history, same)
                     raise Stopped(number, folder / LAST)

@@ -114,6 +114,21 @@ def read(path: str | os.PathLike[str], ema: bool = False) -> Checkpoint:
     return chosen
 
 
+def read_any(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of any net, under their own names but for a leading ``module.``, running no code that is in it.
+
+    Wrapping dicts are opened; averaged weights are taken where there are any. Raises as :func:`read` for what is no such file.
+    """
+    path = locate(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; a state dict would do")
+    found = _inside(content, _EMA_NAMES) or _inside(content, ())
+    if found is None:
+        raise ValueError(f"{path} holds no tensors; its entries are {few(map(str, content), 6) or 'none'}")
+    return {str(key).removeprefix("module."): value for key, value in found.items() if isinstance(value, Tensor)}
+
+
 def write(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write .safetensors, or .pth, .pt, .bin by ``torch.save`` as a plain state dict, which is what each library's loader reads.
 
