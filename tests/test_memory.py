@@ -22,7 +22,7 @@ def in_use():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
 """
 
-SIZES = """
+RESULT = """
 import torch
 import effnet_fast.ops.pointwise
 
@@ -33,6 +33,9 @@ def result(rows):  # rows * 1 MB
     assert y.numel() * 4 == rows << 20 and y[0, 0, 0, 0] == 4
     return y
 
+"""
+
+CHANGES = """
 kept = result(160)
 before = in_use()
 del kept
@@ -42,6 +45,17 @@ for rows in range(100, 164):
 two = result(40), result(40)
 assert in_use() < before + (40 << 20)
 print("bounded")
+"""
+
+REST = """
+import time
+
+kept = result(160)
+before = in_use()
+del kept
+time.sleep(5.2)
+two = result(2)
+print((before - in_use()) >> 20)
 """
 
 STEPS = """
@@ -142,7 +156,11 @@ def test_results_of_many_threads_are_apart():
 
 
 def test_sizes_that_change_take_no_more_than_the_largest():
-    assert run(SIZES) == "bounded"
+    assert run(RESULT + CHANGES) == "bounded"
+
+
+def test_what_nobody_takes_goes_back_after_some_seconds():
+    assert int(run(RESULT + REST)) > 120
 
 
 def test_training_steps_do_not_grow():

@@ -17,6 +17,7 @@ constexpr size_t kPage = kLine;  // every overrun shows
 constexpr size_t kPage = 64 << 10, kHugePage = 2 << 20;  // the system's page or several
 #endif
 constexpr size_t kPatience = 4096;  // takes that a piece waits for: some steps of the deepest network
+constexpr std::chrono::seconds kLongest{5};
 
 size_t whole_pages(size_t bytes) { return rounded_up(std::max<size_t>(bytes, 1), kPage); }
 
@@ -51,6 +52,11 @@ void Recycler::drop_oldest() {
   waiting_.pop_front();
 }
 
+void Recycler::drop_old() {
+  const auto now = std::chrono::steady_clock::now();
+  while (!waiting_.empty() && (waiting_.front().since + kPatience < takes_ || waiting_.front().at + kLongest < now)) drop_oldest();
+}
+
 Memory Recycler::fresh(size_t bytes) {
   while (!waiting_.empty() && taken_bytes_ + waiting_bytes_ + bytes > most_bytes_) drop_oldest();
   try {
@@ -71,14 +77,14 @@ void* Recycler::take(size_t bytes) {
     taken_.splice(taken_.end(), waiting_, std::prev(found.base()));
   } else {
     Pieces made;
-    made.push_back({fresh(wanted), 0});
+    made.push_back({fresh(wanted), 0, {}});
     pieces_.emplace(made.front().memory.data(), made.begin());
     taken_.splice(taken_.end(), made);
   }
   taken_bytes_ += wanted;
   most_bytes_ = std::max(most_bytes_, taken_bytes_);
   ++takes_;
-  while (!waiting_.empty() && waiting_.front().since + kPatience < takes_) drop_oldest();
+  drop_old();
   return taken_.back().memory.data();
 }
 
@@ -88,7 +94,9 @@ void Recycler::give_back(void* data) noexcept {
   taken_bytes_ -= piece->memory.bytes();
   waiting_bytes_ += piece->memory.bytes();
   piece->since = takes_;
+  piece->at = std::chrono::steady_clock::now();
   waiting_.splice(waiting_.end(), taken_, piece);
+  drop_old();
 }
 
 }  // namespace effnet_fast

@@ -1,6 +1,7 @@
 // Memory that is mapped and not malloc's. What malloc keeps of large pieces that come and go grows to several times what is in use:
 // glibc's takes a larger one each time that an aligned one is asked for again, and cuts it.
 #pragma once
+#include <chrono>
 #include <cstddef>
 #include <list>
 #include <memory>
@@ -31,8 +32,8 @@ class Memory {
 
 // Hands the memory of what is gone to what comes next and is as large: a fresh page costs more to fault in and to clear than a
 // convolution takes to fill it. What waits to be taken, and what is in use, never come to more than was once in use together; what
-// still waits when many others were taken goes back to the system, and the rest when the process ends. Any number of threads may
-// use it at the same time.
+// still waits when many others were taken, or after some seconds, goes back to the system when the next is taken or given back.
+// Any number of threads may use it at the same time.
 class Recycler {
  public:
   void* take(size_t bytes);
@@ -43,11 +44,13 @@ class Recycler {
  private:
   struct Piece {
     Memory memory;
-    size_t since;  // takes_ when it was given back
+    size_t since;                              // takes_ when it was given back
+    std::chrono::steady_clock::time_point at;  // likewise
   };
   using Pieces = std::list<Piece>;
   Memory fresh(size_t bytes);
   void drop_oldest();
+  void drop_old();
 
   std::mutex mutex_;
   Pieces taken_, waiting_;  // those that wait longest first
