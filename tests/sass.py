@@ -61,6 +61,26 @@ def compile_kernels(source: Path, arch: int, cubin: Path) -> dict[str, Resources
     return {name: Resources(int(registers), int(stack), int(spilled)) for name, stack, spilled, registers in found}
 
 
+def installed_kernels(arch: int, directory: Path) -> dict[str, tuple[Path, dict[str, Resources]]]:
+    """Of each .cu file the cubin in the installed module, taken out into ``directory``, and its kernels' resources, of which what
+    spills is part of the stack; nothing where the module has none for ``arch`` or is older than a source."""
+    module = ROOT / "effnet_fast" / "_C.abi3.so"
+    changed = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".cu", ".cuh", ".h"))
+    if cuobjdump() is None or not module.exists() or module.stat().st_mtime < changed:
+        return {}
+    tool, found = str(cuobjdump()), {}
+    subprocess.run([tool, "-xelf", "all", str(module)], capture_output=True, cwd=directory)
+    for cubin in sorted(directory.glob(f"*.sm_{arch}.cubin")):
+        told = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+        kernels = {
+            name: Resources(int(registers), int(stack), 0)
+            for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", told)
+        }
+        folder = re.match(r"_ZN11effnet_fast\d+([a-z_]+?)\d", min(kernels))
+        found[f"{folder[1]}.cu"] = (cubin, kernels)  # type: ignore[index]
+    return found
+
+
 class Instruction(NamedTuple):
     at: int
     operation: str  # with its suffixes
