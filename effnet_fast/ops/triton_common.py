@@ -49,18 +49,33 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def folded_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, channels, mask):
-    """(scale, shift) of the batch norm at ``channels``, fp32. A Newton step mends the 2 ulp of rsqrt. Every thread does this for
-    all of its channels: a correctly rounded root and quotient would cost more than the product itself."""
+def load_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, channels, mask):
+    """(variance, with eps; weight; mean; bias) of the batch norm at ``channels``, fp32: nothing waits for them yet."""
     variance = tl.load(norm_var + channels, mask=mask, other=1.0).to(tl.float32) + norm_eps
+    mean = tl.load(norm_mean + channels, mask=mask, other=0.0).to(tl.float32)
+    weight, bias = tl.full(mean.shape, 1.0, tl.float32), tl.zeros(mean.shape, tl.float32)
+    if norm_weight is not None:
+        weight = tl.load(norm_weight + channels, mask=mask, other=1.0).to(tl.float32)
+    if norm_bias is not None:
+        bias = tl.load(norm_bias + channels, mask=mask, other=0.0).to(tl.float32)
+    return variance, weight, mean, bias
+
+
+@triton.jit
+def fold_norm(variance, weight, mean, bias):
+    """(scale, shift) of what load_norm loaded. A Newton step mends the 2 ulp of rsqrt. Every thread does this for all of its
+    channels: a correctly rounded root and quotient would cost more than the product itself."""
     scale = tl.rsqrt(variance)
     scale *= 1.5 - 0.5 * variance * scale * scale
-    if norm_weight is not None:
-        scale *= tl.load(norm_weight + channels, mask=mask, other=1.0).to(tl.float32)
-    shift = -tl.load(norm_mean + channels, mask=mask, other=0.0).to(tl.float32) * scale
-    if norm_bias is not None:
-        shift += tl.load(norm_bias + channels, mask=mask, other=0.0).to(tl.float32)
-    return scale, shift
+    scale *= weight
+    return scale, bias - mean * scale
+
+
+@triton.jit
+def folded_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, channels, mask):
+    """(scale, shift) of the batch norm at ``channels``, fp32."""
+    variance, weight, mean, bias = load_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, channels, mask)
+    return fold_norm(variance, weight, mean, bias)
 
 
 # SiLU of two values at once: the reciprocal of (1 + e^-a)(1 + e^-b) serves both, so that they take three uses of the special

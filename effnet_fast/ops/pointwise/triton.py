@@ -30,7 +30,8 @@ from effnet_fast.ops.triton_common import (
     check_output,
     converted,
     dot,
-    folded_norm,
+    fold_norm,
+    load_norm,
     matmul_precision,
     next_power_of_2,
     processors,
@@ -62,13 +63,10 @@ def _product(a, gate):
 
 
 @triton.jit
-def _tile_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, start, outputs, BLOCK_N: tl.constexpr, SPREAD: tl.constexpr):
-    """The folded norm of BLOCK_N columns from ``start``, each made by one thread and passed on to those that want it. Triton would
-    have all of them made by every thread where there are fewer than threads; so there are SPREAD times as many, zeros."""
-    column = tl.arange(0, SPREAD * BLOCK_N)
-    inside = (column < BLOCK_N) & (start + column < outputs)
-    at = tl.minimum(start + column % BLOCK_N, outputs - 1)
-    scale, shift = folded_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, at, inside)
+def _tile_norm(variance, norm_weight, mean, norm_bias, inside, BLOCK_N: tl.constexpr, SPREAD: tl.constexpr):
+    """The folded norm of BLOCK_N columns, each made by one thread and passed on to those that want it. Triton would have all of
+    them made by every thread where there are fewer than threads; so there are SPREAD times as many, zeros where not ``inside``."""
+    scale, shift = fold_norm(variance, norm_weight, mean, norm_bias)
     if SPREAD > 1:
         scale = tl.sum(tl.reshape(tl.where(inside, scale, 0.0), [SPREAD, BLOCK_N]), 0)
         shift = tl.sum(tl.reshape(tl.where(inside, shift, 0.0), [SPREAD, BLOCK_N]), 0)
@@ -114,14 +112,19 @@ def _kernel(
     # Rows and columns beyond the end repeat the last one: only the walk over C needs a mask.
     n_inside = tl.minimum(n, outputs - 1)
     weight_columns = weight + (n_inside * channels)[None, :]
+    # The norm sets out before all else and is waited for last: its trip to L2 is then no link of the chain.
+    column = tl.arange(0, SPREAD * BLOCK_N)
+    of_norm = (column < BLOCK_N) & (tile_n * BLOCK_N + column < outputs)
+    at = tl.minimum(tile_n * BLOCK_N + column % BLOCK_N, outputs - 1)
+    variance, factor, mean, bias = load_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, at, of_norm)
     if ONE_STEP:
-        scale, shift = _tile_norm(norm_weight, norm_bias, norm_mean, norm_var, norm_eps, tile_n * BLOCK_N, outputs, BLOCK_N, SPREAD)
         b = tl.load(weight_columns + k[:, None], mask=(k < channels)[:, None], other=0.0)
         if gate is not None:
             g = tl.load(gate + group * channels + k, mask=k < channels, other=0.0)
             b = stored(b.to(tl.float32) * g[:, None], x.dtype.element_ty)
         else:
             b = converted(b, x.dtype.element_ty)
+        scale, shift = _tile_norm(variance, factor, mean, bias, of_norm, BLOCK_N, SPREAD)
     for tile in tl.range(first, tl.minimum(first + tiles, tiles_m), num_stages=OUTER_STAGES):
         # The tile's first row carries the 64 bits; offsets within the tile fit in 32.
         row = tl.cast(tile, tl.int64) * BLOCK_M
@@ -136,6 +139,8 @@ def _kernel(
             a = tl.load(x_rows + k[None, :], mask=(k < channels)[None, :], other=0.0)
             sums = dot(a, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         else:
+            if residual is not None and BLOCK_M * BLOCK_N <= 512:  # as far as registers allow
+                rest = tl.load(residual + row * outputs + offsets, mask=mask, other=0.0)
             sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for start in range(0, channels, BLOCK_K):
                 inside = start + k < channels
@@ -151,10 +156,8 @@ def _kernel(
                         g = tl.load(gates + (start + k)[None, :], mask=inside[None, :], other=0.0)
                         a = _product(a, g)
                 sums = dot(a, b, sums, PRECISION)
-            scale, shift = _tile_norm(
-                norm_weight, norm_bias, norm_mean, norm_var, norm_eps, tile_n * BLOCK_N, outputs, BLOCK_N, SPREAD
-            )
-            if residual is not None:
+            scale, shift = _tile_norm(variance, factor, mean, bias, of_norm, BLOCK_N, SPREAD)
+            if residual is not None and BLOCK_M * BLOCK_N > 512:
                 rest = tl.load(residual + row * outputs + offsets, mask=mask, other=0.0)
         out = activate(sums * scale[None, :] + shift[None, :], ACTIVATION, True)
         if residual is not None:
