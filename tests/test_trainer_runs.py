@@ -344,7 +344,6 @@ BAD = [
     ("train data --model efficientnet_b0 --drop 1.5", "drop_rate is 1.5"),
     ("train data --model efficientnet_b0 --pretrained-path nowhere.pth", "nowhere.pth"),
     ("train data --model efficientnet_b0 --teacher two.pth", "--teacher two.pth has 2 classes; 3, as the student"),
-    ("train data --model efficientnet_lite0 --teacher three.pth", "--teacher three.pth wants images of mean"),
     ("train data --model efficientnet_b0 --batch-size 8 --resume three.pth", "three.pth holds no run to go on with"),
     ("train data --model efficientnet_b0 --batch-size 8 --resume nowhere.pth", "nowhere.pth does not exist"),
     (
