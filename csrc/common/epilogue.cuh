@@ -9,22 +9,12 @@ namespace effnet_fast {
 struct Affine {
   float scale, shift;
 };
-// The batch norm of channel c, of parameters that carry its four vectors, in two halves: what needs nothing of it can be asked for
-// in between.
-struct NormAt {
-  float weight, bias, mean, variance;
-  __device__ __forceinline__ Affine fold(float eps) const {
-    const float scale = weight / sqrtf(variance + eps);
-    return {scale, bias - mean * scale};
-  }
-};
-template <typename Params> __device__ __forceinline__ NormAt load_norm(const Params& p, int c) {
-  return {p.norm_weight ? load_float(p.norm_weight, p.norm_dtype, c) : 1.f,
-          p.norm_bias ? load_float(p.norm_bias, p.norm_dtype, c) : 0.f, load_float(p.norm_mean, p.norm_dtype, c),
-          load_float(p.norm_var, p.norm_dtype, c)};
-}
+// The batch norm of channel c, of parameters that carry its four vectors.
 template <typename Params> __device__ __forceinline__ Affine fold_norm(const Params& p, int c) {
-  return load_norm(p, c).fold(p.eps);
+  const float weight = p.norm_weight ? load_float(p.norm_weight, p.norm_dtype, c) : 1.f;
+  const float bias = p.norm_bias ? load_float(p.norm_bias, p.norm_dtype, c) : 0.f;
+  const float scale = weight / sqrtf(load_float(p.norm_var, p.norm_dtype, c) + p.eps);
+  return {scale, bias - load_float(p.norm_mean, p.norm_dtype, c) * scale};
 }
 
 // SiLU of two values by one reciprocal, that of (1 + e^-a)(1 + e^-b): three uses of the special function unit in place of four. The

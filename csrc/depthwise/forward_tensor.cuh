@@ -108,7 +108,8 @@ template <class Tr> struct Loader {
   }
 };
 
-// The block's weights, [channel][tap] of any type in memory, on their way to rows [tap][channel] of T in shared memory.
+// The block's weights, [channel][tap] of any type in memory, on their way to rows [tap][channel] of T in shared memory. They are
+// asked for before the input rows and put down after, so that the two waits are one.
 template <class Tr> struct Weights {
   static constexpr int kVectors = Tr::kTaps * Tr::kChannels / 4, kPasses = ceil_div(kVectors, Tr::kThreads);
   float held[kPasses][4] = {};
@@ -171,18 +172,18 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   const int first_in = first_out * S - p.pad_top, rows_in = (rows_out - 1) * S + K;
   const int first_real = max(0, -first_in), real_rows = max(0, min(rows_in, p.height - first_in) - first_real);
 
+  const Weights<Tr> weights(p, block_channel);
+  Affine folded{};
+  if (threadIdx.x < Tr::kChannels && block_channel + int(threadIdx.x) < p.channels)
+    folded = fold_norm(p, block_channel + threadIdx.x);
   Loader<Tr> loader(p, first_image, first_column, block_channel, first_in, first_real, real_rows);
 #pragma unroll
   for (int s = 0; s < Tr::kStages - 1; ++s) {  // rows past the segment are not real, so stages past it copy nothing
     loader.stage(s * Tr::kStageRows, ring + s * Tr::kStageBytes);
     copy_async_commit();
   }
-  // A block of few rows waits once for all that comes from L2: the rows, the norm and the weights.
-  NormAt norm_here{0.f, 0.f, 0.f, 1.f};
-  if (threadIdx.x < Tr::kChannels && block_channel + int(threadIdx.x) < p.channels)
-    norm_here = load_norm(p, block_channel + threadIdx.x);
-  Weights<Tr>(p, block_channel).store(shared + Tr::kWeightOffset);
-  if (threadIdx.x < Tr::kChannels) reinterpret_cast<Affine*>(shared + Tr::kNormOffset)[threadIdx.x] = norm_here.fold(p.eps);
+  weights.store(shared + Tr::kWeightOffset);
+  if (threadIdx.x < Tr::kChannels) reinterpret_cast<Affine*>(shared + Tr::kNormOffset)[threadIdx.x] = folded;
 
   // Half 0 of a fragment is its rows 0..7, half 1 its rows 8..15: neighbours in one strip, or the same columns of two images.
   auto image_of = [&](int half) {
