@@ -19,9 +19,10 @@ from torch import Tensor
 from effnet_fast import ops
 from effnet_fast.benchmark.case import DTYPES, PEER_FACTOR, Case
 from effnet_fast.benchmark.machine import last_level_cache
+from effnet_fast.benchmark.roofline import EXPAND_DEPTHWISE
 from effnet_fast.benchmark.timing import GraphTimer, HostTimer, Refused, Skipped, Timer, copies
 from effnet_fast.benchmark.tolerance import why_wrong
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, native
 
 NUMBERS = 4096  # that a check wants: the largest error of a few is luck
 _BACKEND = contextlib.ExitStack()  # what this process has asked for
@@ -46,8 +47,25 @@ def ours(case: Case, backend: str) -> Timer:
     return timer
 
 
+def ours_in_two(case: Case) -> Timer:
+    """One op after the other in place of the one that makes both, on whatever backends they choose."""
+    reason = native.REASON or native.why_no_cuda(torch.device(case.device))
+    if reason is not None:
+        raise Skipped(reason)
+    _BACKEND.close()
+
+    def call(a: Arguments) -> tuple[Tensor, Tensor]:
+        h = ops.pointwise_conv_bn_act(a["x"], a["expand_weight"], a["expand_norm"], activation=a["activation"])
+        rest = {name: a[name] for name in ("stride", "padding", "activation", "squeeze")}
+        return ops.depthwise_conv_bn_act(h, a["weight"], a["norm"], **rest)
+
+    return checked(case, call, make(case))
+
+
 def pieces_of(case: Case, backend: str) -> int:
     """Partial sums of an image that the depthwise kernel of ``backend`` makes, or hands to the gate; 0 where there are none."""
+    if case.group == EXPAND_DEPTHWISE:  # it says itself how many
+        return 0
     d, kernel = case.shape, next((k for k in backends.kernels("depthwise_conv_bn_act") if k.backend == backend), None)
     if kernel is None or kernel.pieces is None or not (case.group == "squeeze_excite_gate" or d.get("squeeze")):
         return 0
@@ -127,16 +145,22 @@ def make(case: Case, layout: str = "channels_last", pieces: int = 1) -> Argument
             "expand_bias": draw(channels),
             "activation": "silu",
         }
-    depthwise = case.group == "depthwise_conv_bn_act"
-    outputs, kernel = (channels if depthwise else d["k"]), d.get("kernel", 1)
+    depthwise = case.group in ("depthwise_conv_bn_act", EXPAND_DEPTHWISE)
+    outputs, kernel = d.get("k", channels), d.get("kernel", 1)
     inputs = 1 if depthwise else channels
-    vectors = [draw(outputs, dtype=torch.float32) for _ in range(4)]
+
+    def norm() -> ops.Norm:
+        vectors = [draw(outputs, dtype=torch.float32) for _ in range(4)]
+        return ops.Norm(1 + 0.2 * vectors[0], 0.5 * vectors[1], 0.1 * vectors[2], 0.5 + vectors[3].abs(), 1e-5)
+
     arguments: Arguments = {
         "x": draw(case.batch, channels, d["h"], d["w"]),
         "weight": draw(outputs, inputs, kernel, kernel) / (inputs * kernel**2) ** 0.5,
-        "norm": ops.Norm(1 + 0.2 * vectors[0], 0.5 * vectors[1], 0.1 * vectors[2], 0.5 + vectors[3].abs(), 1e-5),
+        "norm": norm(),
         "activation": "silu" if d["act"] else "identity",
     }
+    if case.group == EXPAND_DEPTHWISE:
+        arguments |= {"expand_weight": draw(outputs, channels, 1, 1) / channels**0.5, "expand_norm": norm()}
     if kernel > 1:
         arguments["stride"], arguments["padding"] = d["stride"], (kernel // 2,) * 4
     if depthwise:
@@ -169,6 +193,11 @@ def plain_arguments(arguments: Arguments) -> Arguments:
     return arguments
 
 
+def _eager_expand_depthwise(a: Arguments) -> tuple[Tensor, Tensor]:
+    expand = {"x": a["x"], "weight": a["expand_weight"], "norm": a["expand_norm"], "activation": a["activation"]}
+    return _eager_depthwise({**a, "x": _eager_conv(expand)})
+
+
 def _eager_conv(a: Arguments) -> Tensor:
     groups = a["x"].shape[1] // a["weight"].shape[1]
     x = a["x"] * a["gate"] if "gate" in a else a["x"]
@@ -193,6 +222,7 @@ def _eager_gate(a: Arguments) -> Tensor:
 _EAGER: dict[str, Callable[[Arguments], Any]] = {
     "conv_bn_act": _eager_conv,
     "depthwise_conv_bn_act": _eager_depthwise,
+    EXPAND_DEPTHWISE: _eager_expand_depthwise,
     "squeeze_excite_gate": _eager_gate,
     "pointwise_conv_bn_act": _eager_conv,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks import kernels, training
 from effnet_fast.benchmark import nets as whole_nets
 from effnet_fast.benchmark.case import Case, Entrant
-from effnet_fast.benchmark.roofline import Launch, op_launches
+from effnet_fast.benchmark.roofline import EXPAND_DEPTHWISE, Launch, expand_depthwise_launches, op_launches
 from effnet_fast.models import FAMILY
 from effnet_fast.ops.backends import BACKENDS
 
@@ -42,7 +42,8 @@ def cases(
     # By what a kernel sees; a gate's images are of the size that they have in the first net which has it.
     shapes: dict[str, tuple[Launch, list[str]]] = {}
     for net in nets:
-        for launch in _chosen(op_launches(FAMILY[f"efficientnet_{net}"]), most):
+        config = FAMILY[f"efficientnet_{net}"]
+        for launch in _chosen(op_launches(config) + (expand_depthwise_launches(config) if device == "cuda" else ()), most):
             _, having = shapes.setdefault(_name(launch), (launch, []))
             if net not in having:
                 having.append(net)
@@ -63,6 +64,7 @@ BASELINE = {"kernels": "eager channels_last", "model": "timm channels_last", "tr
 _ENTRANTS = {
     "kernels": [
         *(Entrant(f"ours {backend}", kernels.ours, (backend,), beside=True) for backend in BACKENDS if backend != "reference"),
+        Entrant("ours, two kernels", kernels.ours_in_two, beside=True, groups=(EXPAND_DEPTHWISE,)),
         Entrant("eager channels_last", kernels.eager, ("channels_last",)),
         Entrant("eager nchw", kernels.eager, ("nchw",)),
     ],
@@ -129,7 +131,7 @@ def _fills(launch: Launch, device: str, dtype: str) -> int:
 
 def _name(launch: Launch) -> str:
     d = dict(launch.shape)
-    op = launch.op.split("_")[0]
+    op = "expand+depthwise" if launch.op == EXPAND_DEPTHWISE else launch.op.split("_")[0]
     if op == "squeeze":
         return f"gate c{d['c']} r{d['reduced']}"
     outputs = f"-{d['k']}" if "k" in d else ""

@@ -4,6 +4,9 @@
 // The schemas that the bindings were written for, as effnet_fast/ops defines them. torch gives a kernel its arguments by place and
 // checks no type: where Python has another schema by now, effnet_fast/ops/native.py does not use this module.
 #define NORM "Tensor? norm_weight, Tensor? norm_bias, Tensor norm_mean, Tensor norm_var, float norm_eps"
+#define EXPAND_NORM                                                                                               \
+  "Tensor? expand_norm_weight, Tensor? expand_norm_bias, Tensor expand_norm_mean, Tensor expand_norm_var, float " \
+  "expand_norm_eps"
 #define STATS                                                                                                                      \
   "Tensor x, Tensor weight, Tensor? norm, str activation, Tensor? gate, int stride, SymInt[] padding) -> (Tensor y, Tensor mean, " \
   "Tensor var)\n"
@@ -15,6 +18,8 @@ static const char kSchemas[] =
     "conv_bn_act(Tensor x, Tensor weight, " NORM
     ", Tensor? residual, int stride, SymInt[] padding, str activation, Tensor? pixels) -> (Tensor y)\n"
     "depthwise_conv_bn_act(Tensor x, Tensor weight, " NORM
+    ", int stride, SymInt[] padding, str activation, SymInt pieces) -> (Tensor y, Tensor partial)\n"
+    "expand_depthwise_conv_bn_act(Tensor x, Tensor expand_weight, " EXPAND_NORM ", Tensor weight, " NORM
     ", int stride, SymInt[] padding, str activation, SymInt pieces) -> (Tensor y, Tensor partial)\n"
     "pointwise_conv_bn_act(Tensor x, Tensor weight, " NORM
     ", Tensor? gate, Tensor? residual, str activation) -> (Tensor y)\n"

@@ -57,6 +57,21 @@ def shared_directory(tmp_path_factory) -> Callable[[str], AbstractContextManager
     return directory
 
 
+@pytest.fixture
+def on_gpu() -> Iterator[None]:
+    """For native CUDA kernels, or a skip; PyTorch's own convolutions are then held to fp32."""
+    import torch
+
+    from effnet_fast.ops import native
+
+    if (reason := native.REASON or native.why_no_cuda(torch.device("cuda"))) is not None:
+        pytest.skip(reason)
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
 @pytest.fixture(scope="module")
 def b0() -> torch.nn.Module:
     """EfficientNet-B0 of five classes, for tests that leave it as it is."""

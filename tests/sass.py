@@ -76,7 +76,8 @@ def installed_kernels(arch: int, directory: Path) -> dict[str, tuple[Path, dict[
             name: Resources(int(registers), int(stack), 0)
             for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", told)
         }
-        folder = re.match(r"_ZN11effnet_fast\d+([a-z_]+?)\d", min(kernels))
+        name = min(kernels)  # of depthwise's kernel with the rows that expand_depthwise has for it
+        folder = re.search(r"NS_\d+([a-z_]+?)\d+Expander", name) or re.match(r"_ZN11effnet_fast\d+([a-z_]+?)\d", name)
         found[f"{folder[1]}.cu"] = (cubin, kernels)  # type: ignore[index]
     return found
 
@@ -173,11 +174,15 @@ def tally(path: Iterable[Instruction]) -> dict[str, int]:
     return dict(counts)
 
 
-def depthwise_instance(name: str) -> tuple[str, list[int], str]:
-    """Of a depthwise kernel's mangled name: "tensor" or "direct", its numbers from k and stride on, and its type."""
-    found = re.search(r"(tensor|direct)_kernelI.*?TraitsI(?:f|\w*?(?P<half>bf16|fp16)E)(?P<numbers>(?:Li\d+E)+)", name)
+def depthwise_instance(name: str) -> tuple[str, list[int], str, bool]:
+    """Of a depthwise kernel's mangled name: "tensor" or "direct", its numbers from k and stride on, its type, and whether SiLU is
+    compiled in."""
+    found = re.search(
+        r"(tensor|direct)_kernelI.*?TraitsI(?:f|\w*?(?P<half>bf16|fp16)E)(?P<numbers>(?:Li\d+E)+)(?P<silu>Lb1E)?", name
+    )
     assert found, name
-    return found[1], [int(n) for n in re.findall(r"Li(\d+)E", found["numbers"])], found["half"] or "fp32"
+    numbers = [int(n) for n in re.findall(r"Li(\d+)E", found["numbers"])]
+    return found[1], numbers, found["half"] or "fp32", found["silu"] is not None
 
 
 def depthwise_parts(code: list[Instruction], tensor: bool, live: int, taps: int, outputs: int) -> dict[str, dict[str, int]]:
@@ -269,10 +274,10 @@ def model_counts(cubins: dict[str, Path], resources: dict[str, Resources]) -> di
     """What benchmarks/instructions.json holds, from the cubins of depthwise.cu and squeeze_excite.cu for COUNTED_ARCH."""
     counted: dict[str, Any] = {}
     for name, code in read_sass(cubins["depthwise.cu"]).items():
-        kind, (k, s, *tile), dtype = depthwise_instance(name)
+        kind, (k, s, *tile), dtype, silu = depthwise_instance(name)
         tensor = kind == "tensor"
         # Those that EfficientNets run: SiLU, and two channels a thread.
-        if "Lb0E" in name or dtype == "fp16" or (not tensor and (dtype, tile) != ("fp32", [2])):
+        if (tensor and not silu) or dtype == "fp16" or (not tensor and (dtype, tile) != ("fp32", [2])):
             continue
         live = -(-k // s)
         columns, width = (tile[0], 16 * tile[1]) if tensor else (4, tile[0])

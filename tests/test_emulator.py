@@ -279,7 +279,7 @@ class Convolution:
             pixels = raw(plain.pixels(c.channels)) if self.uint8 else None
             return "conv", (*tensors, window, activation, pixels, None, [dtype, 0, 0], 0, 0, self.misalign)
         tensors = x, raw(weight[:, 0]), [raw(v) for v in norm[:4]]
-        return "depthwise", (*tensors, norm.eps, window, activation, self.pieces, [dtype, 0, 0], 0, 0, self.misalign)
+        return "depthwise", (*tensors, norm.eps, window, activation, self.pieces, [dtype, 0, 0], 0, 0, self.misalign, [], 0)
 
     def check(self, result) -> None:
         y = from_raw(result if self.out else result[0], self.dtype).permute(0, 3, 1, 2)

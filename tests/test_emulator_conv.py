@@ -183,16 +183,18 @@ def test_non_finite_input(by_channel, modules):
     assert torch.equal(y[~spoils], before[~spoils])
 
 
-def test_silu_of_values_without_bound(modules):
-    """Far down it is zero, also of what overflows, and far up the value; neither is NaN, nor is its neighbour."""
-    run = Run(Stem(1, 3, 9, 9, 8), torch.bfloat16)
+@pytest.mark.parametrize(("dtype", "of_minus_infinity"), [(torch.bfloat16, float("nan")), (torch.float16, 0.0)], ids=str)
+def test_silu_of_values_without_bound(dtype, of_minus_infinity, modules):
+    """Far down it is zero, also of what overflows, and far up the value; neither is NaN, nor is its neighbour. That of -infinity is
+    NaN, as PyTorch has it, in bfloat16."""
+    run = Run(Stem(1, 3, 9, 9, 8), dtype)
     name, arguments = run.call()
     shift = torch.tensor([-float("inf"), 1.0, -3e38, -1e4, 1e4, 3e38, float("nan"), -60.0])
     norm = [None, raw(shift), raw(torch.zeros(8)), raw(torch.ones(8))]
     weight = torch.zeros(8, 3, 3, 3)
     (out,) = emulator.run(modules["sound"], [(name, (*arguments[:2], raw(weight), norm, *arguments[4:]))])
     y = run.result(out)[0, :, 0, 0].float()
-    expected = torch.tensor([0, 0.73, 0, 0, 1e4, 3e38, float("nan"), 0])
+    expected = torch.tensor([of_minus_infinity, 0.73, 0, 0, 1e4, 3e38, float("nan"), 0]).to(dtype).float()
     torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-9, equal_nan=True)
 
 

@@ -88,7 +88,7 @@ class Run:
         types = [DTYPES[self.dtype], DTYPES[self.weight_dtype], DTYPES[self.norm_dtype]]
         arrays = raw(x), raw(weight[:, 0]), [None if v is None else raw(v) for v in norm[:4]]
         options = (ACTIVATIONS[self.activation], pieces, types, self.multiprocessors, seed, self.misalign)
-        return "depthwise", (*arrays, norm.eps, window, *options)
+        return "depthwise", (*arrays, norm.eps, window, *options, [], 0)
 
     def result(self, out: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         return from_raw(out[0], self.dtype).permute(0, 3, 1, 2), torch.from_numpy(out[1])
@@ -190,11 +190,12 @@ SEEDS = range(2)  # orders of threads
 def test_every_kernel_is_covered(modules):
     """By the module's own symbols."""
     symbols = subprocess.run(["nm", modules["sound"]], capture_output=True, text=True, check=True).stdout.split()
-    kernels = [name for name in symbols if "depthwise" in name and name.endswith("KernelParamsE") and "_kernelI" in name]
+    kernels = [name for name in symbols if "9depthwise" in name and name.endswith("ParamsE") and "_kernelI" in name]
     compiled = set()
     for name in kernels:
-        kind, numbers, dtype = depthwise_instance(name)
-        compiled.add((kind, tuple(numbers), dtype, "Lb1E" in name))
+        kind, numbers, dtype, silu = depthwise_instance(name)
+        if "Expander" not in name:
+            compiled.add((kind, tuple(numbers), dtype, silu))
     assert {run.instance() for run in COVERING} == compiled
 
 

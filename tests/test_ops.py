@@ -157,6 +157,9 @@ def example(op: str, dtype: torch.dtype, images: int) -> tuple:
         return (x,)
     if op == "depthwise_conv_bn_act":
         return x, torch.randn(16, 1, 5, 5).to(parameters), *n, 2, [1, 2, 2, 2], "silu", 1
+    if op == "expand_depthwise_conv_bn_act":
+        wide_norm, expand = norm(24, parameters), torch.randn(24, 16, 1, 1).to(parameters)
+        return x, expand, *wide_norm, torch.randn(24, 1, 3, 3).to(parameters), *wide_norm, 1, [1, 1, 0, 1], "relu6", 1
     if op == "pointwise_conv_bn_act":
         gate = torch.rand(images, 16, dtype=parameters)
         return x, torch.randn(16, 16, 1, 1).to(parameters), *n, gate, x.clone(), "identity"
@@ -189,8 +192,8 @@ def outputs(result) -> tuple[torch.Tensor, ...]:
 def in_double(op: str, args: tuple, norms: bool) -> list:
     """The weights and biases in float64, and the norm's vectors where asked for; the values stay the same."""
     names = [argument.name for argument in getattr(OPS, op).reference._schema.arguments]
-    chosen = [name.endswith(("weight", "bias")) and not name.startswith("norm_") for name in names]
-    chosen = [one or (norms and name.startswith("norm_")) for one, name in zip(chosen, names, strict=True)]
+    chosen = [name.endswith(("weight", "bias")) and "norm_" not in name for name in names]
+    chosen = [one or (norms and "norm_" in name) for one, name in zip(chosen, names, strict=True)]
     return [wide(value) if one else value for one, value in zip(chosen, args, strict=True)]
 
 
@@ -208,7 +211,7 @@ def test_parameters_in_double_beside_another_x(op, dtype):
     torch.manual_seed(0)
     args = example(op, dtype, 2)
     # The processor may be one on which another backend is faster, but not one that the native kernel cannot run on.
-    for backend in ["reference"] if native.REASON is not None else ["native", "reference"]:
+    for backend in ["reference"] if native.REASON is not None or op == "expand_depthwise_conv_bn_act" else ["native", "reference"]:
         check_parameters_in_double(op, backend, args)
 
 
@@ -217,6 +220,7 @@ def test_flop_formulas():
 
     expected = {
         "depthwise_conv_bn_act": 2 * 2 * 4 * 4 * 16 * 25,
+        "expand_depthwise_conv_bn_act": 2 * 2 * (9 * 7 * 24 * 16 + 9 * 6 * 24 * 9),
         "pointwise_conv_bn_act": 2 * 2 * 9 * 7 * 16 * 16,
         "conv_bn_act": 2 * 2 * 4 * 4 * 16 * 16 * 9,
         "squeeze_excite_gate": 2 * 2 * 2 * 16 * 4,
@@ -232,6 +236,7 @@ def good(op: str, device: str = "cpu") -> dict:
     """Arguments that every kernel of the op takes, by their names in its schema."""
     sizes = {
         "depthwise_conv_bn_act": {"x": (2, 16, 8, 8), "weight": (16, 1, 3, 3)},
+        "expand_depthwise_conv_bn_act": {"x": (2, 16, 8, 8), "expand_weight": (16, 16, 1, 1), "weight": (16, 1, 3, 3)},
         "pointwise_conv_bn_act": {"x": (2, 16, 8, 8), "weight": (16, 16, 1, 1), "gate": (2, 16), "residual": (2, 16, 8, 8)},
         "global_average_pool": {"x": (2, 16, 8, 8)},
         "conv_bn_act": {"x": (2, 3, 8, 8), "weight": (16, 3, 3, 3), "residual": (2, 16, 4, 4)},
@@ -241,6 +246,7 @@ def good(op: str, device: str = "cpu") -> dict:
     others = {
         "activation": "silu",
         "norm_eps": 1e-3,
+        "expand_norm_eps": 1e-3,
         "stride": 2,
         "padding": [1, 1, 1, 1],
         "pieces": 1,
@@ -254,8 +260,9 @@ def good(op: str, device: str = "cpu") -> dict:
 def public(op: str, args: dict):
     """The op's public function, called with the arguments of its schema."""
     args = dict(args)
-    if "norm_eps" in args:
-        args["norm"] = ops.Norm(*(args.pop(f"norm_{name}") for name in ("weight", "bias", "mean", "var", "eps")))
+    for norm in ("norm", "expand_norm"):
+        if f"{norm}_eps" in args:
+            args[norm] = ops.Norm(*(args.pop(f"{norm}_{name}") for name in ("weight", "bias", "mean", "var", "eps")))
     if "pieces" in args:
         args["squeeze"] = args.pop("pieces") > 0
     return getattr(ops, op)(**args)
@@ -291,7 +298,7 @@ def check_every_tensor(op: str, backend: str, device: str) -> None:
             if op == "global_average_pool" and how in ("longer", "on another device"):
                 continue  # as good as before: there is no other tensor
             named = name.replace("norm_", "norm.")
-            if name == "weight" and how == "longer":
+            if name in ("weight", "expand_weight") and "norm_eps" in args and how == "longer":
                 named = "norm|weight"
             elif name == "reduce_weight" and how == "longer":
                 named = "reduce_bias"
@@ -341,6 +348,16 @@ BAD = {
         ("x", (2, 8, 8, 8), ValueError, r"weight is \(16, 1, 3, 3\); \(8, 1, 3, 3\) would do"),
         ("weight", (32, 1, 3, 3), ValueError, r"weight is \(32, 1, 3, 3\); \(16, 1, 3, 3\) would do"),
         ("weight", (16, 1, 11, 11), ValueError, r"kernel 11x11 is larger than the padded x, 8x8 and \(1, 1, 1, 1\)"),
+        ("pieces", -1, ValueError, "pieces is -1; an integer >= 0 would do"),
+    ],
+    "expand_depthwise_conv_bn_act": [
+        *CONV,
+        *WINDOW,
+        ("x", (2, 8, 8, 8), ValueError, r"expand_weight is \(16, 16, 1, 1\); \(16, 8, 1, 1\) would do"),
+        ("expand_weight", (24, 16, 1, 1), ValueError, r"expand_norm.weight is \(16,\); \(24,\) would do"),
+        ("expand_weight", (16, 16, 3, 3), ValueError, r"expand_weight is \(16, 16, 3, 3\); \(16, 16, 1, 1\) would do"),
+        ("weight", (24, 1, 3, 3), ValueError, r"weight is \(24, 1, 3, 3\); \(16, 1, 3, 3\) would do"),
+        ("expand_norm_mean", (8,), ValueError, r"expand_norm.mean is \(8,\); \(16,\) would do"),
         ("pieces", -1, ValueError, "pieces is -1; an integer >= 0 would do"),
     ],
     "pointwise_conv_bn_act": [

@@ -13,20 +13,10 @@ from plain import misaligned, norm, wide
 from tolerance import assert_2x
 
 from effnet_fast import ops
-from effnet_fast.ops import native, pointwise
+from effnet_fast.ops import pointwise
 
 OP = torch.ops.effnet_fast.pointwise_conv_bn_act
 HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def on_gpu():
-    if (reason := native.REASON or native.why_no_cuda(torch.device("cuda"))) is not None:
-        pytest.skip(reason)
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def check(shape, out, dtype, gated, added, activation, weight_dtype=None):

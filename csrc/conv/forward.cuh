@@ -16,10 +16,12 @@
 // of 1.98 GHz K = 32 leaves 21 lane-instructions an output, 48 and 64 leave 19. From the SASS of sm_90 the products and what
 // follows them take, with SiLU (tests/test_resources.py holds them to this):
 //                             32 channels   48     64
-//   16 pixels                     13.4     12.7   12.2    registers 80, 96, 119: 24, 20 or 16 warps an SM
+//   16 pixels, bf16                7.4      6.7    6.2    registers 80, 96, 119: 24, 20 or 16 warps an SM
+//              fp16               13.4     12.7   12.2
 //   input, channels_last           2.0      1.9    1.0    of B0, B5 and B7; each thread 25 for two columns of a row, NCHW 37
 // On an H200, bf16, it runs at 59 to 62 % of the rate that HBM alone allows (B0's, B5's; benchmarks/results/kernels-cuda.json): 104
-// us for B0 at batch 256, where a gather of single elements in Triton took 301. Its warps wait for the input most.
+// us for B0 at batch 256, where a gather of single elements in Triton took 301. Its warps wait for the input most. (With SiLU by an
+// exponential and a shared reciprocal, as fp16 still has it; bf16's tanh has not been timed.)
 //
 // Traps: 0 * inf is NaN, so an input that is not finite spoils, beside the outputs that see it, the one to the left of them; and
 // tensor cores truncate fp32 sums, far below the precision of half storage.
@@ -191,7 +193,8 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ste
     case DType::fp16: put_weights<Tr, fp16>(p, weights, first_channel); break;
   }
   if (int(threadIdx.x) < Tr::kChannels)
-    folded[threadIdx.x] = int(threadIdx.x) < parts * 8 ? fold_norm(p, first_channel + threadIdx.x) : Affine{};
+    folded[threadIdx.x] =
+        int(threadIdx.x) < parts * 8 ? before_silu<T>(fold_norm(p, first_channel + threadIdx.x), Tr::kSilu) : Affine{};
   __syncthreads();
   uint32_t w[kPairs][2][3][2];  // B: depth 2q and 2q + 1, then 8 more, of column g
 #pragma unroll
@@ -255,7 +258,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) ste
             float v0 = sum[2 * half] * norm.at[0].scale + norm.at[0].shift;
             float v1 = sum[2 * half + 1] * norm.at[1].scale + norm.at[1].shift;
             if constexpr (Tr::kSilu) {
-              silu_of_two(v0, v1);
+              silu_of_two<T>(v0, v1);
             } else {
               v0 = clamp(v0, p.low, p.high);
               v1 = clamp(v1, p.low, p.high);

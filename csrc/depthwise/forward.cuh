@@ -13,7 +13,7 @@
 // SMs of 1.98 GHz a half output of stride 1 leaves 31 lane-instructions, one of stride 2 78, fp32 twice that. From the SASS of
 // sm_90 the loop takes, with SiLU (tests/test_resources.py holds it to this):
 //                    k3 s1    k3 s2    k5 s1    k5 s2
-//   tensor_kernel     13.0     16.8     13.9     18.0     registers <= 96 (k3), 168 (k5): 18 or 12 warps an SM
+//   tensor_kernel     10.1     14.3     11.1     15.0     bf16; fp16 13.1, 16.9, 13.9, 18.0; registers <= 96 (k3), 168 (k5)
 //   direct_kernel     24.4     32.1     41.4     50.0     fp32, 2 channels a thread; registers <= 128 (k3), 232 (k5)
 // By those counts, which know no latency (effnet_fast/benchmark/kernel_time.py),
 // a batch of 128 bf16 images runs at 87 % (B0) and 96 % (B5) of the rate that HBM alone allows for x and y.
@@ -29,7 +29,7 @@
 //
 // What bought what, in lane-instructions an output of 5x5, stride 1: FFMA 45 (best of seven tilings) -> products with diag(w) by
 // LDS.64 29.5 -> ldmatrix and stmatrix, an opaque shared base, late zeros 18.1 -> addresses pinned per lane 16 ->
-// no branches in a stage without padding 13.9.
+// no branches in a stage without padding 13.9 -> bf16's SiLU by tanh 11.1 (counted, not timed on a GPU yet).
 // No gain: a reciprocal shared by two sigmoids (MUFU does not bind), several rounds of images a block to load weights once (20
 // registers more), 8 channels a thread in FFMA (spills), launches that overlap (measured; griddepcontrol at the top of every kernel
 // made B0 5 % slower at batch 256 and 15 % at batch 1). A run-time activation in tensor_kernel: 2 to 3 % more instructions, so
@@ -74,7 +74,8 @@ inline int segment_rows(const ForwardParams& p, int pieces_across, int64_t block
 }
 
 // Starts the kernel for all images; one grid takes so many at most.
-template <typename T, typename Kernel> void launch_in_chunks(KernelParams p, int64_t images_a_grid, const Kernel& launch) {
+template <typename T, typename Params, typename Kernel>
+void launch_in_chunks(Params p, int64_t images_a_grid, const Kernel& launch) {
   const int64_t batch = p.batch, y_image = int64_t(p.out_height) * p.out_width * p.channels;
   for (int64_t done = 0; done < batch; done += p.batch) {
     p.batch = min(batch - done, images_a_grid);
@@ -87,17 +88,20 @@ template <typename T, typename Kernel> void launch_in_chunks(KernelParams p, int
 
 constexpr int64_t kGridSide = 65535;  // of y and z
 
-template <class Tr> void launch_tensor(KernelParams p, int multiprocessors, void* stream) {
+// With so many bytes of shared memory; the most that the same kernel may want is no less.
+template <class Tr, template <class> class Rows = Loader> void launch_tensor(typename Rows<Tr>::Params p, int multiprocessors,
+                                                                             void* stream, int bytes = Tr::kSharedBytes,
+                                                                             int most_bytes = Tr::kSharedBytes) {
   const int strips = ceil_div(p.out_width, Tr::kStripColumns), tiles = ceil_div(p.channels, Tr::kChannels);
   const int64_t blocks = int64_t(tiles) * strips * ceil_div(p.batch, Tr::kStrips);
   p.segment = segment_rows(p, ceil_div(p.out_width, kPieceColumns), blocks, multiprocessors);
   const int64_t rows = int64_t(ceil_div(p.out_height, p.segment)) * strips;
   if (rows > kGridSide || int64_t(p.out_width) * p.channels >= int64_t(1) << 31)
     throw std::runtime_error("depthwise_conv_bn_act: the image is too large for one launch");
-  EFFNET_ALLOW_SHARED(tensor_kernel<Tr>, Tr::kSharedBytes);
-  launch_in_chunks<typename Tr::T>(p, kGridSide * Tr::kStrips, [&](const KernelParams& chunk) {
+  EFFNET_ALLOW_SHARED((tensor_kernel<Tr, Rows>), most_bytes);
+  launch_in_chunks<typename Tr::T>(p, kGridSide * Tr::kStrips, [&](const typename Rows<Tr>::Params& chunk) {
     const dim3 grid(unsigned(tiles), unsigned(rows), unsigned(ceil_div(chunk.batch, Tr::kStrips)));
-    EFFNET_LAUNCH((tensor_kernel<Tr>), grid, dim3(Tr::kThreads), Tr::kSharedBytes, stream, chunk);
+    EFFNET_LAUNCH((tensor_kernel<Tr, Rows>), grid, dim3(Tr::kThreads), bytes, stream, chunk);
   });
 }
 

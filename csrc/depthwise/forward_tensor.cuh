@@ -13,13 +13,15 @@ namespace effnet_fast::depthwise {
 
 constexpr int kPieceColumns = 16;  // of a segment's rows: the columns of one partial sum, a warp's
 
-template <typename T_, int kKernel_, int kStride_, int kStripColumns_, int kGroups_, bool kSilu_> struct TensorTraits {
+// kExpands: the rows are not read but made, by a 1x1 convolution (../expand_depthwise/forward.cuh).
+template <typename T_, int kKernel_, int kStride_, int kStripColumns_, int kGroups_, bool kSilu_, bool kExpands_ = false>
+struct TensorTraits {
   using T = T_;
   static constexpr int kKernel = kKernel_, kStride = kStride_, kStripColumns = kStripColumns_, kGroups = kGroups_;
-  static constexpr bool kSilu = kSilu_;
+  static constexpr bool kSilu = kSilu_, kExpands = kExpands_;
   static constexpr int kTaps = kKernel * kKernel, kThreads = 64 * kGroups, kChannels = 16 * kGroups;
   // An SM, by registers: 128, 96 or 168 a thread, as a fourth of its 65536 serves 4, 5 or 3 warps.
-  static constexpr int kBlocks = kKernel == 5 || kGroups == 4 ? 2 : kGroups == 3 ? 3 : 4;
+  static constexpr int kBlocks = kExpands || kKernel == 5 || kGroups == 4 ? 2 : kGroups == 3 ? 3 : 4;
   static constexpr int kStrips = 32 / kStripColumns;
   // Output rows under construction at once; a stage is the input rows after which their roles repeat, so that the unrolled body
   // names every accumulator by a constant.
@@ -31,19 +33,21 @@ template <typename T_, int kKernel_, int kStride_, int kStripColumns_, int kGrou
   // [pixel][channel], as in memory: where the 16-byte chunks of a pixel went to places far apart, cp.async asked L2 for each 32
   // bytes by a request of their own, and for many of them twice (measured on an H200). An odd number of chunks a pixel lets
   // ldmatrix take 8 neighbouring pixels from all 32 banks; 5x5 with stride 2 has no room for that, and two of them share banks.
-  static constexpr int kChunks = 2 * kGroups, kPixelBytes = 16 * (kKernel == 5 && kStride == 2 ? kChunks : kChunks + 1);
-  static constexpr int kRowBytes = kPixels * kPixelBytes, kStageBytes = kStageRows * kRowBytes;
-  static constexpr int kStages = 3 * kStageBytes <= 80 * 1024 ? 3 : 2;
+  static constexpr int kChunks = 2 * kGroups,
+                       kPixelBytes = 16 * (kKernel == 5 && kStride == 2 && !kExpands ? kChunks : kChunks + 1);
+  static constexpr int kRowBytes = kPixels * kPixelBytes, kStageBytes = kStageRows * kRowBytes + (kExpands ? kPixelBytes : 0);
+  static constexpr int kStages = kExpands ? 1 : 3 * kStageBytes <= 80 * 1024 ? 3 : 2;
   // The finished rows of a stage on their way out, [row][pixel][16-byte piece]. Two such buffers where every GPU's 99 KB allow it.
   static constexpr int kOutRowBytes = 32 * kChunks * 16, kOutBytes = kLive * kOutRowBytes;
   // A row a tap and one that is read for nothing; 16 bytes more than the channels take spread the taps of a channel over the banks.
   static constexpr int kWeightRow = 2 * kChannels + 16, kWeightBytes = (kTaps + 1) * kWeightRow;
-  // Weights and norm have left shared memory before the first row comes out; but where 96 registers are too few, the norm is read
-  // again for each row.
-  static constexpr bool kNormStays = kBlocks == 3;
+  // Weights and norm have left shared memory before the first row comes out; but where registers are too few, the norm stays and
+  // may be read again for each row.
+  static constexpr bool kNormStays =
+      kBlocks == 3 || (kKernel == 5 && kStride == 1 && (kExpands || (kSilu && std::is_same_v<T, bf16>)));
   static constexpr int kNormOffset = kStages * kStageBytes, kNormBytes = kChannels * int(sizeof(Affine));
   static constexpr int kWeightOffset = kNormOffset + kNormBytes, kOutOffset = kNormStays ? kWeightOffset : kNormOffset;
-  static constexpr int kOutBuffers = kOutOffset + 2 * kOutBytes <= 99 * 1024 ? 2 : 1;
+  static constexpr int kOutBuffers = kOutOffset + 2 * kOutBytes <= (kExpands ? 64 : 99) * 1024 ? 2 : 1;
   static constexpr int kLoopEnd = kOutOffset + kOutBuffers * kOutBytes, kWeightEnd = kWeightOffset + kWeightBytes;
   static constexpr int kSharedBytes = kLoopEnd > kWeightEnd ? kLoopEnd : kWeightEnd;
   static_assert(kSharedBytes <= 99 * 1024);                // what a block of sm_86, 89 and 120 may have
@@ -61,6 +65,7 @@ template <typename T_, int kKernel_, int kStride_, int kStripColumns_, int kGrou
 // pointers, its bounds and its places in shared memory are worked out once: kFull columns 32 apart for every row, and one of the
 // kRest columns left over, whose rows are dealt out among the threads.
 template <class Tr> struct Loader {
+  using Params = KernelParams;
   static constexpr int kChunks = Tr::kChunks;
   static constexpr int kFull = Tr::kPixels / 32, kRest = Tr::kPixels % 32;
   static_assert(kRest > 0);
@@ -70,7 +75,7 @@ template <class Tr> struct Loader {
   int rest_row, first_real, real_rows;  // rows first_real .. + real_rows lie inside the image
   int64_t row_stride;
 
-  __device__ __forceinline__ Loader(const KernelParams& p, int first_image, int first_column, int block_channel, int first_row,
+  __device__ __forceinline__ Loader(const Params& p, int first_image, int first_column, int block_channel, int first_row,
                                     int first_real_, int real_rows_)
       : first_real(first_real_), real_rows(real_rows_), row_stride(2 * p.x_row) {
     const int chunk = threadIdx.x % kChunks, lane = threadIdx.x / kChunks;  // lane: 0..31
@@ -89,7 +94,7 @@ template <class Tr> struct Loader {
     }
   }
   __device__ __forceinline__ bool is_real(int row) const { return unsigned(row - first_real) < unsigned(real_rows); }
-  // Rows row0 and on: stages come one after another.
+  // Rows row0 and on set out: stages come one after another.
   __device__ __forceinline__ void stage(int row0, Shared slot) {
 #pragma unroll
     for (int r = 0; r < Tr::kStageRows; ++r)
@@ -105,6 +110,18 @@ template <class Tr> struct Loader {
       }
 #pragma unroll
     for (int i = 0; i <= kFull; ++i) from[i] += Tr::kStageRows * row_stride;
+    copy_async_commit();
+  }
+  // Rows past the segment are not real, so stages past it copy nothing.
+  __device__ __forceinline__ void begin(char*, Shared ring) {
+#pragma unroll
+    for (int s = 0; s < Tr::kStages - 1; ++s) stage(s * Tr::kStageRows, ring + s * Tr::kStageBytes);
+  }
+  // Has the rows from row0 on, which lie at `slot`, ready for all threads.
+  __device__ __forceinline__ void next(int row0, char*, Shared ring, int slot) {
+    copy_async_wait<Tr::kStages - 2>();
+    __syncthreads();  // this stage has landed for all; the slot before it is free for all, and that stage's rows are all there
+    stage(row0 + (Tr::kStages - 1) * Tr::kStageRows, ring + ((slot == 0 ? Tr::kStages * Tr::kStageBytes : slot) - Tr::kStageBytes));
   }
 };
 
@@ -148,16 +165,20 @@ template <class Tr> struct Weights {
   }
 };
 
-template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
+// Rows: what brings the input rows, a Loader or one that makes them.
+template <class Tr, template <class> class Rows = Loader> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
+    tensor_kernel(const typename Rows<Tr>::Params p) {
   using T = typename Tr::T;
   constexpr int K = Tr::kKernel, S = Tr::kStride;
-  // Whether stages without a special row have code of their own. 5x5 on 7x7 has no such stage; with 96 registers only sm_90 has
-  // enough for it.
+  // Whether stages without a special row have code of their own. 5x5 on 7x7 has no such stage; with 96 registers, or beside an
+  // expansion, only sm_90 has enough for it.
   constexpr bool kWorthwhile = Tr::kSilu && !(K == 5 && S == 1 && Tr::kStripColumns == 8);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-  constexpr bool kOverlaps = kWorthwhile && Tr::kBlocks != 3;
+  constexpr bool kOverlaps = kWorthwhile && Tr::kBlocks != 3 && !Tr::kExpands;
+  constexpr bool kReloads = Tr::kNormStays, kFences = Tr::kBlocks == 3;
 #else
-  constexpr bool kOverlaps = kWorthwhile;
+  constexpr bool kOverlaps = kWorthwhile, kAlone = Tr::kBlocks != 3 && !Tr::kExpands;
+  constexpr bool kReloads = Tr::kNormStays && !kAlone, kFences = Tr::kBlocks == 3 || (Tr::kNormStays && kAlone);
 #endif
   constexpr int kHalfPixels = Tr::kStripColumns == 8 ? Tr::kInColumns : 8;
   EFFNET_DYNAMIC_SHARED(char, shared);
@@ -172,16 +193,16 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   const int first_in = first_out * S - p.pad_top, rows_in = (rows_out - 1) * S + K;
   const int first_real = max(0, -first_in), real_rows = max(0, min(rows_in, p.height - first_in) - first_real);
 
+  // What waits longest goes first; but 96 registers do not do for that order.
+  if constexpr (Tr::kExpands)
+    Rows<Tr>(p, first_image, first_column, block_channel, first_in, first_real, real_rows).begin(shared, ring);
   const Weights<Tr> weights(p, block_channel);
   Affine folded{};
   if (threadIdx.x < Tr::kChannels && block_channel + int(threadIdx.x) < p.channels)
-    folded = fold_norm(p, block_channel + threadIdx.x);
-  Loader<Tr> loader(p, first_image, first_column, block_channel, first_in, first_real, real_rows);
-#pragma unroll
-  for (int s = 0; s < Tr::kStages - 1; ++s) {  // rows past the segment are not real, so stages past it copy nothing
-    loader.stage(s * Tr::kStageRows, ring + s * Tr::kStageBytes);
-    copy_async_commit();
-  }
+    folded = before_silu<T>(fold_norm(p, block_channel + threadIdx.x), Tr::kSilu);
+  Rows<Tr> rows(p, first_image, first_column, block_channel, first_in, first_real, real_rows);
+  if constexpr (!Tr::kExpands) rows.begin(shared, ring);
+  if constexpr (Tr::kExpands) rows.store_norm(shared);
   weights.store(shared + Tr::kWeightOffset);
   if (threadIdx.x < Tr::kChannels) reinterpret_cast<Affine*>(shared + Tr::kNormOffset)[threadIdx.x] = folded;
 
@@ -262,15 +283,21 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
     }
   };
   auto finish = [&](float (&a)[2][4], int place) {
-    if constexpr (Tr::kNormStays) load_norm();
+    if constexpr (kReloads) load_norm();
     uint32_t packed[4];  // (half 0, j 0) (half 1, j 0) (half 0, j 1) (half 1, j 1)
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       const int j = m / 2, half = m % 2;
-      const float v0 = a[j][2 * half] * norm[j].at[0].scale + norm[j].at[0].shift;
-      const float v1 = a[j][2 * half + 1] * norm[j].at[1].scale + norm[j].at[1].shift;
-      packed[m] = round_pair<T>(activate<Tr::kSilu>(v0, p), activate<Tr::kSilu>(v1, p));
+      float v0 = a[j][2 * half] * norm[j].at[0].scale + norm[j].at[0].shift;
+      float v1 = a[j][2 * half + 1] * norm[j].at[1].scale + norm[j].at[1].shift;
+      if constexpr (Tr::kSilu && std::is_same_v<T, bf16>) {
+        silu_of_two<T>(v0, v1);
+      } else {  // a reciprocal for each takes fewer instructions
+        v0 = activate<Tr::kSilu>(v0, p), v1 = activate<Tr::kSilu>(v1, p);
+      }
+      packed[m] = round_pair<T>(v0, v1);
     }
+    if constexpr (kFences) __syncwarp();  // so that nvcc begins nothing of the next row yet, which takes registers
     store_matrices(put + place, packed);
 #pragma unroll
     for (int j = 0; j < 2; ++j) mma_k8(T(), sum[j], packed[2 * j], packed[2 * j + 1], identity);
@@ -293,7 +320,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
     take_row(0);
 #pragma unroll
     for (int i = 0; i < Tr::kStageRows; ++i) {
-      if (kWhole || loader.is_real(row0 + i)) {  // a padding row adds nothing
+      if (kWhole || rows.is_real(row0 + i)) {  // a padding row adds nothing
 #pragma unroll
         for (int u = 0; u < K; ++u) {
           if (!divides(S, i - u)) continue;
@@ -323,11 +350,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
 
   int row0 = 0, read_slot = 0, buffer = 0;  // buffer: that the last stage filled
   for (; row0 < rows_in; row0 += Tr::kStageRows) {
-    copy_async_wait<Tr::kStages - 2>();
-    __syncthreads();  // this stage has landed for all; the slot before it is free for all, and that stage's rows are all there
-    const int write_slot = (read_slot == 0 ? Tr::kStages * Tr::kStageBytes : read_slot) - Tr::kStageBytes;
-    loader.stage(row0 + (Tr::kStages - 1) * Tr::kStageRows, ring + write_slot);
-    copy_async_commit();
+    rows.next(row0, shared, ring, read_slot);
     copy_out(row0 - Tr::kStageRows, buffer);
     if constexpr (Tr::kOutBuffers == 1) __syncthreads();  // the buffer is free for all
     if constexpr (Tr::kOutBuffers == 2) buffer = Tr::kOutBytes - buffer;

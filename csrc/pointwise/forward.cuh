@@ -12,10 +12,10 @@
 // come near it: at 4.3 TB/s over 132 SMs of 1.98 GHz an expanded output (C / K = 1/6) leaves 18 lane-instructions.
 //
 // An H200 runs B0's shapes in bf16 at 27 to 73 % of their bound (benchmarks/results/kernels-cuda.json), gated projections of large
-// images best. What binds expanded layers is instructions: SiLU and the norm take 9.5 an output, all else 4 to 6. What binds deep
-// layers of few pixels is latency. Two steps bought most. Gates through the ring, which were read from memory by a branch each,
-// took 256 images of 672 to 112 channels of 14x14 from 162 to 61 us; SiLU of 16 pixels a warp at a time in place of 32 took 256 of
-// 16 to 96 channels of 112x112 from 286 to 270 us.
+// images best. What binds expanded layers is instructions: SiLU and the norm took 9.5 an output, all else 4 to 6; bf16's SiLU is
+// tanh now, 3.5 with the norm, and not timed yet. What binds deep layers of few pixels is latency. Two steps bought most. Gates
+// through the ring, which were read from memory by a branch each, took 256 images of 672 to 112 channels of 14x14 from 162 to 61
+// us; SiLU of 16 pixels a warp at a time in place of 32 took 256 of 16 to 96 channels of 112x112 from 286 to 270 us.
 #pragma once
 #include "../common/epilogue.cuh"
 #include "../common/tensor_core.h"
@@ -101,7 +101,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   const int tiles_across = ceil_div(p.out_channels, Tr::kColumns), blocks = gridDim.x / tiles_across;
   const int first_channel = int(blockIdx.x) % tiles_across * Tr::kColumns, first_tile = blockIdx.x / tiles_across;
   const int columns = min(Tr::kColumns, p.out_channels - first_channel), steps = Tr::kOneStep ? 1 : ceil_div(p.in_channels, kDepth);
-  const bool resident = Tr::kOneStep || p.resident;
+  const bool resident = Tr::kOneStep || p.resident, silu = Tr::kSilu || p.activation == Activation::silu;
   const int stage_bytes = Tr::kStepBytes + (resident ? 0 : Tr::kWeightBytes);
   const int weight_at = p.stages * stage_bytes, out_at = weight_at + (resident ? steps * Tr::kWeightBytes : 0);
   const int norm_at = out_at + Tr::kWarps * Tr::kOutBytes;
@@ -155,7 +155,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   for (int s = 0; s < p.stages - 1; ++s) load_next();
   if (int(threadIdx.x) < Tr::kColumns)
     reinterpret_cast<Affine*>(shared + norm_at)[threadIdx.x] =
-        int(threadIdx.x) < columns ? fold_norm(p, first_channel + threadIdx.x) : Affine{};
+        int(threadIdx.x) < columns ? before_silu<T>(fold_norm(p, first_channel + threadIdx.x), silu) : Affine{};
 
   // ldmatrix takes A as (rows 0..7, k 0..7) (rows 8..15, k 0..7) (rows 0..7, k 8..15) (rows 8..15, k 8..15) and B, whose rows are
   // channels, as (0..7, k 0..7) (0..7, k 8..15) (8..15, k 0..7) (8..15, k 8..15).
@@ -252,8 +252,8 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
           const Vec<Affine, 2> norm = load<2>(norms + j * 16 + i / 2 * 8 + 2 * q);
           const float* const sums = acc[m][2 * j + i / 2] + i % 2 * 2;
           float v0 = sums[0] * norm.at[0].scale + norm.at[0].shift, v1 = sums[1] * norm.at[1].scale + norm.at[1].shift;
-          if (Tr::kSilu || p.activation == Activation::silu) {
-            silu_of_two(v0, v1);
+          if (silu) {
+            silu_of_two<T>(v0, v1);
           } else if (p.activation != Activation::identity) {
             const float most = p.activation == Activation::relu6 ? 6.f : INFINITY;
             v0 = clamp(v0, 0.f, most), v1 = clamp(v1, 0.f, most);

@@ -56,6 +56,7 @@ class Entrant:
     """``prepare(case, *arguments)`` runs in the entrant's own process: it checks the result and gives the timer.
 
     nets    the nets on whose cases it runs, None for all: compiling every shape of eight nets would take hours
+    groups  likewise
     beside  on a GPU it may be prepared while others are: it compiles and chooses nothing by timing it, as autotuning does
     quick   whether it also runs with --quick
     least   images of the smallest batch that it takes
@@ -70,9 +71,11 @@ class Entrant:
     quick: bool = True
     least: int = 1
     peer: str = ""
+    groups: tuple[str, ...] | None = None
 
     def takes(self, case: Case) -> bool:
-        return case.batch >= self.least and (self.nets is None or any(net in self.nets for net in case.nets))
+        chosen = self.nets is None or any(net in self.nets for net in case.nets)
+        return chosen and case.batch >= self.least and (self.groups is None or case.group in self.groups)
 
 
 def is_ours(name: str) -> bool:

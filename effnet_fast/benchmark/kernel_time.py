@@ -91,7 +91,7 @@ def _tensor(kernel: int, stride: int, columns: int, channels: int) -> _Tensor:
     stage = live * stride * 2 * groups * (32 // columns * in_columns | 1) * 16
     stages, threads = (3 if 3 * stage <= 72 * 1024 else 2), 64 * groups
     norm, weight, out = 8 * channels, (kernel**2 + 1) * (2 * channels + 16), live * 64 * channels
-    stays = stages * stage + (norm if (kernel, groups) == (3, 3) else 0)
+    stays = stages * stage + (norm if (kernel, groups) == (3, 3) or (kernel, stride) == (5, 1) else 0)
     rows = stays + (2 * out if stays + 2 * out <= 99 * 1024 else out)
     return _Tensor(threads, live * stride, in_columns, (stages - 1) * stage, max(rows, stages * stage + norm + weight))
 

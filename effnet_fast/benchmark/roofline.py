@@ -5,7 +5,8 @@ A network is a sequence of launches that depends on how far it is fused:
     LI   what inductor does: convolutions alone, norm + activation one pointwise kernel, the pool and the gate read again
     L1   convolution + norm + activation one kernel; pool, the two layers of squeeze-excite, scaling and addition apart
     L2   expand | depthwise + squeeze | gate | project: what effnet_fast runs
-    L3   expand + depthwise + squeeze in one kernel: the expanded tensor never leaves the chip
+    L3   expand + depthwise + squeeze in one kernel: the expanded tensor never leaves the chip; asked for by its backend, and on
+         the CPU by the inference plan
 
 The bound of a launch is the largest of four times: bytes over copy bandwidth, dense multiply-adds over the matrix units' rate,
 lane instructions over the vector units' (on a CPU the multiply-adds of the taps alone), exponentials over the special-function
@@ -25,6 +26,7 @@ from effnet_fast.scaling.config import BlockConfig, NetConfig
 
 ITEM_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 LEVELS = ("LI", "L1", "L2", "L3")
+EXPAND_DEPTHWISE = "expand_depthwise_conv_bn_act"  # the op that L3 has in place of two
 # Lane instructions (a fused multiply-add is one) beside the taps: of a depthwise output (unpack, shift, activation, pack, sum), and
 # of an activation and a shift in the epilogue of a matrix product.
 DEPTHWISE_LANES, ACTIVATION_LANES = 8, 4
@@ -218,6 +220,11 @@ def op_launches(config: NetConfig) -> tuple[Launch, ...]:
     return (*rows, _head(config, size, config.activation != "identity"))
 
 
+def expand_depthwise_launches(config: NetConfig) -> tuple[Launch, ...]:
+    """Likewise those of the op that makes an expansion and a depthwise convolution at once, on CUDA."""
+    return tuple(launch for launch in launches(config, "L3") if launch.op == EXPAND_DEPTHWISE)
+
+
 def bound(rows: tuple[Launch, ...], machine: Machine, dtype: str, batch: int, special: float = 1.0) -> float:
     """Seconds that no implementation with these launches beats, for ``batch`` images."""
     return sum(row.bound(machine, dtype, batch, special, vectors=False).seconds for row in rows)
@@ -294,8 +301,11 @@ def _expand_depthwise(expand: Launch, middle: Launch, block: BlockConfig, size: 
     """Both as one kernel whose tiles compute the expanded halo again."""
     again = _halo(block, size, machine.shared, ITEM_BYTES[dtype])
     after = size.strided(block.stride).pixels
+    shape = _shape(c=block.in_channels, k=block.expanded_channels) + middle.shape[1:]
     return Launch(
         f"{expand.name}_depthwise",
+        EXPAND_DEPTHWISE,
+        shape,
         elements=block.in_channels * size.pixels + block.expanded_channels * after,
         vectors=middle.vectors,
         weights=expand.weights + middle.weights,

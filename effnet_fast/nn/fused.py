@@ -31,6 +31,7 @@ from effnet_fast.nn.parts import (
 from effnet_fast.nn.training import train_block, why_not_trained
 from effnet_fast.ops.backends import note
 from effnet_fast.ops.common import autocasts
+from effnet_fast.ops.expand_depthwise import is_one_kernel
 
 
 def is_traced(x: Any) -> bool:
@@ -89,31 +90,34 @@ def run_conv(part: ConvNormAct, x: Tensor, residual: Tensor | None = None, gate:
 
 
 def run_block(parts: BlockParts, x: Tensor) -> Tensor:
-    """expand | depthwise + squeeze | gate | project (+ residual): at most four ops, nothing between them."""
-    shortcut = x if parts.residual else None
-    if parts.expand is not None:
-        x = run_conv(parts.expand, x)
+    """expand | depthwise + squeeze | gate | project (+ residual): at most four ops, nothing between them; three where one kernel
+    makes the first two."""
+    shortcut, expand = x if parts.residual else None, parts.expand
     gate = None
-    if parts.depthwise is not None:
+    if parts.depthwise is None:
+        x = x if expand is None else run_conv(expand, x)
+    else:
         conv, padding, squeeze_excite = parts.depthwise.conv, parts.depthwise.padding, parts.squeeze_excite
-        x, partial = ops.depthwise_conv_bn_act(
-            x,
-            weight_of(conv),
-            norm_of(parts.depthwise.norm),
-            stride=conv.stride[0],
-            padding=sides(conv, padding, x.shape) if isinstance(padding, str) else padding,
-            activation=parts.depthwise.activation,
-            squeeze=squeeze_excite is not None,
-        )
+        weight, norm, stride = weight_of(conv), norm_of(parts.depthwise.norm), conv.stride[0]
+        options: dict[str, Any] = {
+            "stride": stride,
+            "padding": sides(conv, padding, x.shape) if isinstance(padding, str) else padding,
+            "activation": parts.depthwise.activation,
+            "squeeze": squeeze_excite is not None,
+        }
+        if expand is not None and is_one_kernel(x, weight_of(expand.conv), weight, stride):
+            x, partial = ops.expand_depthwise_conv_bn_act(x, weight_of(expand.conv), norm_of(expand.norm), weight, norm, **options)
+        else:
+            x, partial = ops.depthwise_conv_bn_act(x if expand is None else run_conv(expand, x), weight, norm, **options)
         if squeeze_excite is not None:
-            reduce, expand = squeeze_excite.reduce, squeeze_excite.expand
+            reduce, widen = squeeze_excite.reduce, squeeze_excite.expand
             gate = ops.squeeze_excite_gate(
                 partial,
                 x.shape[2] * x.shape[3],
                 weight_of(reduce),
                 tensor_of(reduce, "bias"),
-                weight_of(expand),
-                tensor_of(expand, "bias"),
+                weight_of(widen),
+                tensor_of(widen, "bias"),
                 activation=squeeze_excite.activation,
             )
     return run_conv(parts.project, x, residual=shortcut, gate=gate)

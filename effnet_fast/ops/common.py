@@ -197,6 +197,8 @@ def check_conv(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     pixels: Tensor | None = None,
+    channels: int | None = None,
+    prefix: str = "",
 ) -> tuple[int, int]:
     """Refuse, by name, what a convolution op does not take, whatever the backend; return (H', W').
 
@@ -206,6 +208,8 @@ def check_conv(
     gate      [N, C] fp32, or fp64 beside fp64 x
     residual  [N, K, H', W'] of x's dtype, beside pixels of weight's
     pixels    [2, C] fp32, or fp64 beside fp64 weight
+    channels  of what is convolved, where it is not x but is made of x's pixels
+    prefix    of the weight's and the norm's names
 
     It comes before every kernel, and small kernels take 10 us: an attribute of a tensor costs 50 to 100 ns, and so does a call.
     """
@@ -215,12 +219,12 @@ def check_conv(
     if not (tensors and optional) or x.layout != torch.strided:
         for name, tensor in zip(("x", "weight", *_NORM), (x, weight, *norm), strict=False):
             if tensor is not None or name not in _NORM[:2]:
-                check_strided(op, name, tensor)  # type: ignore[arg-type]
+                check_strided(op, name if name == "x" else prefix + name, tensor)  # type: ignore[arg-type]
     shape, dtype, device = x.shape, x.dtype, x.device
     if len(shape) != 4:
         raise ValueError(f"{op}: x has {len(shape)} dimensions; an image batch [N, C, H, W] would do")
-    images, channels, height, width = shape
-    if channels < 1 or height < 1 or width < 1:
+    images, inputs, height, width = shape
+    if inputs < 1 or height < 1 or width < 1:
         raise ValueError(f"{op}: x is {tuple(shape)}; [N, C, H, W] with C, H and W >= 1 would do")
     if dtype not in (DTYPES if pixels is None else (torch.uint8,)):
         would_do = either(DTYPES) if pixels is None else "torch.uint8, beside pixels,"
@@ -228,23 +232,24 @@ def check_conv(
 
     shape = weight.shape
     if len(shape) != 4 or 0 in shape:
-        raise ValueError(f"{op}: weight is {tuple(shape)}; [K, C/groups, k, k] with no size of 0 would do")
-    outputs, inputs, rows, columns = shape
+        raise ValueError(f"{op}: {prefix}weight is {tuple(shape)}; [K, C/groups, k, k] with no size of 0 would do")
+    outputs, _, rows, columns = shape
+    channels = inputs if channels is None else channels
     if kind == "depthwise":
         outputs, inputs = channels, 1
     elif kind == "pointwise":
         inputs, rows, columns = channels, 1, 1
     else:
         inputs = channels
-    check_tensor(op, "weight", weight, (outputs, inputs, rows, columns), DTYPES, device)
+    check_tensor(op, prefix + "weight", weight, (outputs, inputs, rows, columns), DTYPES, device)
 
     vector, dtypes = (outputs,), (mean.dtype,) if mean.dtype in DTYPES else DTYPES
     for i, given in enumerate(norm[:4]):
         if given is not None and (given.shape != vector or given.dtype not in dtypes or given.device != device):
-            check_tensor(op, _NORM[i], given, vector, dtypes, device)
+            check_tensor(op, prefix + _NORM[i], given, vector, dtypes, device)
 
     if not isinstance(norm[4], (int, float)):
-        raise TypeError(f"{op}: norm.eps is {norm[4]!r}; a number would do")
+        raise TypeError(f"{op}: {prefix}norm.eps is {norm[4]!r}; a number would do")
     check_activation(op, activation)
     if kind != "pointwise":
         check_integer(op, "stride", stride, 1)

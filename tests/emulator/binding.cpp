@@ -91,15 +91,18 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
 
 // On a GPU of so many multiprocessors, or for 0 on the CPU: y and partial. x is [N, H, W, at least C], of which the kernel gets the
 // first C channels; the weight is [C, k, k]; norm is weight, bias, mean, var; window is stride, top, left, H', W'; types are those
-// of x, weight and norm.
+// of x, weight and norm. expansion: of a pointwise convolution in front, which takes all channels of x, weight [C, channels] and
+// norm, of the same types and eps; a block may then have shared_bytes of memory.
 std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& weight, const std::vector<OptionalArray>& norm,
                                           float eps, const std::array<int, 5>& window, int activation, int pieces,
-                                          const std::array<int, 3>& types, int multiprocessors, unsigned seed, int misalign) {
+                                          const std::array<int, 3>& types, int multiprocessors, unsigned seed, int misalign,
+                                          const std::vector<OptionalArray>& expansion, int shared_bytes) {
   const Buffer input(x, misalign), taps(weight, multiprocessors > 0 ? 0 : misalign);
-  std::vector<std::optional<Buffer>> vectors;
+  std::vector<std::optional<Buffer>> vectors, expanding;
   for (const auto& v : norm) vectors.push_back(optional_buffer(v, misalign));
+  for (const auto& v : expansion) expanding.push_back(optional_buffer(v, 0));
 
-  effnet_fast::depthwise::ForwardParams p{};
+  effnet_fast::expand_depthwise::ForwardParams p{};
   p.batch = x.shape(0);
   p.height = int(x.shape(1));
   p.width = int(x.shape(2));
@@ -129,7 +132,16 @@ std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& w
   p.norm_var = data(vectors[3]);
   p.y = made.data();
   p.partial = pieces ? reinterpret_cast<float*>(sums.data()) : nullptr;
-  if (multiprocessors > 0) {
+  if (!expansion.empty()) {
+    p.expand = {
+        expanding[0]->data(), data(expanding[1]), data(expanding[2]), data(expanding[3]), data(expanding[4]), int(x.shape(3)), eps,
+        p.weight_dtype,       p.norm_dtype};
+    if (p.dtype == DType::bf16) {
+      emulated::expand_depthwise<effnet_fast::bf16>(p, multiprocessors, shared_bytes, seed);
+    } else {
+      emulated::expand_depthwise<effnet_fast::fp16>(p, multiprocessors, shared_bytes, seed);
+    }
+  } else if (multiprocessors > 0) {
     effnet_fast::with_dtype(p.dtype, [&](auto type) { emulated::depthwise<decltype(type)>(p, multiprocessors, seed); });
   } else {
     emulated::depthwise_cpu(p);

@@ -36,6 +36,8 @@ KERNELS = {
     "depthwise_cpu": ("depthwise_cpu.cpp", "-O0"),
     "depthwise_bf16": ("depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
     "depthwise_fp16": ("depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
+    "expand_depthwise_bf16": ("expand_depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
+    "expand_depthwise_fp16": ("expand_depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16 -DONE_WINDOW"),
     "pointwise_bf16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
     "pointwise_fp16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16 -DONE_KERNEL"),
     "pointwise_cpu": ("pointwise_cpu.cpp", "-O0"),

@@ -278,6 +278,12 @@ template <typename T> __attribute__((noinline)) T shuffle(unsigned mask, T value
   return result;
 }
 
+__attribute__((noinline)) inline unsigned ballot(unsigned mask, bool predicate, const char* site) {
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= unsigned(shuffle(mask, predicate, lane, site)) << lane;
+  return votes;
+}
+
 // A place in the source, for primitives that are functions in common/.
 inline const char* site_of(const std::source_location& at) { return reinterpret_cast<const char*>(uintptr_t(at.line()) << 8); }
 
@@ -325,6 +331,13 @@ namespace effnet_fast {
 
 inline float exp2_fast(float v) { return std::exp2(v); }
 inline float reciprocal_fast(float v) { return 1.f / v; }
+// With all the error that PTX allows it, up or down by the last bit of v, but for where it is 1.
+inline float tanh_fast(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return std::abs(v) > 8.f ? std::copysign(1.f, v)
+                           : std::clamp(std::tanh(v) * (bits & 1 ? 1.f + 0x1p-11f : 1.f - 0x1p-11f), -1.f, 1.f);
+}
 inline float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 inline float lesser(float a, float b) { return std::fmin(a, b); }
 inline float greater_or_nan(float a, float b) { return a < b ? b : a; }
@@ -427,6 +440,8 @@ void mma_k8(T, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0, std::source
 #define gridDim (emu::state().grid)
 #define __syncthreads() emu::barrier(emu::Wait::block, 0, EMU_SITE)
 #define __syncwarp() emu::barrier(emu::Wait::warp, ~0u, EMU_SITE)
+#define __ballot_sync(mask, predicate) emu::ballot(mask, predicate, EMU_SITE)
+#define __shfl_sync(mask, value, source) emu::shuffle(mask, value, source, EMU_SITE)
 #define __shfl_xor_sync(mask, value, lanes) emu::shuffle(mask, value, int(emu::state().current->rank & 31) ^ (lanes), EMU_SITE)
 using std::max;
 using std::min;

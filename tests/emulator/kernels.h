@@ -2,6 +2,7 @@
 #pragma once
 #include "conv/params.h"
 #include "depthwise/params.h"
+#include "expand_depthwise/params.h"
 #include "pointwise/params.h"
 #include "squeeze_excite/params.h"
 #include "training/params.h"
@@ -13,6 +14,10 @@ void squeeze_excite_gate(const effnet_fast::squeeze_excite::GateParams& p, int m
 
 // Runs csrc/depthwise/forward.cuh for x of type T.
 template <typename T> void depthwise(const effnet_fast::depthwise::ForwardParams& p, int multiprocessors, unsigned seed);
+
+// Runs csrc/expand_depthwise/forward.cuh, for half types, on a GPU whose blocks may have so much shared memory.
+template <typename T>
+void expand_depthwise(const effnet_fast::expand_depthwise::ForwardParams& p, int multiprocessors, int shared_bytes, unsigned seed);
 
 // Run csrc/training/depthwise_stats.cuh and depthwise_backward.cuh for x of type T.
 template <typename T> void depthwise_stats(const effnet_fast::training::Depthwise& p, const effnet_fast::training::Stats& made,

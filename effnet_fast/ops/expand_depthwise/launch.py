@@ -1,0 +1,48 @@
+"""What the CUDA kernel of expand_depthwise_conv_bn_act takes of a block's shared memory.
+
+csrc/expand_depthwise/forward.cuh has the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from effnet_fast.ops.common import constant
+
+CHANNELS, COLUMNS = 48, 32  # of a block
+
+
+def shared_bytes(inputs: int, kernel: int, stride: int, width: int) -> int:
+    """Of a block, for outputs ``width`` columns wide of ``inputs`` input channels."""
+    columns = 8 if width <= 8 else 16 if width <= 16 else COLUMNS
+    live = -(-kernel // stride)
+    pixels = COLUMNS // columns * ((columns - 1) * stride + kernel)
+    stage = (live * stride * pixels + 1) * (2 * CHANNELS + 16)
+    weights = (kernel * kernel + 1) * (2 * CHANNELS + 16)
+    norm, out = 8 * CHANNELS, live * COLUMNS * 2 * CHANNELS
+    stays = stage + (norm if (kernel, stride) == (5, 1) else 0)
+    loop = stays + (2 if stays + 2 * out <= 64 << 10 else 1) * out
+    pitch = 16 * (inputs // 8 | 1)
+    return max(loop, stage + norm + weights) + norm + (CHANNELS + -(-live * stride * pixels // 32) * 32) * pitch
+
+
+@functools.cache
+def _shared_bytes_of(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+@constant
+def shared_bytes_of(device: int) -> int:
+    """That a block may have on that CUDA device."""
+    return _shared_bytes_of(device)
+
+
+def why_too_large(x: Tensor, inputs: int, kernel: int, stride: int) -> str | None:
+    """Why shared memory does not suffice for that, or None."""
+    if not x.is_cuda:
+        return None
+    wanted, there = shared_bytes(inputs, kernel, stride, -(-x.shape[3] // stride)), shared_bytes_of(x.device.index)
+    return None if wanted <= there else f"{inputs} input channels: a block would take {wanted} of {there} bytes of shared memory"

@@ -1,0 +1,136 @@
+"""The CUDA kernel of expand_depthwise_conv_bn_act: when a block runs it, and on a GPU the family's shapes against plain PyTorch by
+the 2x rule. tests/test_emulator_expand_depthwise.py runs its source without one."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from plain import conv as plain_conv
+from plain import misaligned, norm, wide
+from tolerance import assert_2x
+
+import effnet_fast
+from effnet_fast import ops
+from effnet_fast.models import FAMILY, create_model
+from effnet_fast.ops import backends
+from effnet_fast.ops.expand_depthwise import is_one_kernel, launch
+
+NAME = "expand_depthwise_conv_bn_act"
+OP = torch.ops.effnet_fast.expand_depthwise_conv_bn_act
+H100, A100, L4 = 227 << 10, 163 << 10, 99 << 10  # bytes of shared memory that a block may have
+
+
+def shapes() -> list[tuple[int, cases.Case]]:
+    """Every distinct expansion with its depthwise convolution of B0 to B7 at its own resolution: input channels, and that of one
+    image."""
+    found: dict[tuple[int, cases.Case], None] = {}
+    for config in (FAMILY[f"efficientnet_b{number}"] for number in range(8)):
+        size = (config.resolution + 1) // 2
+        for block in config.blocks():
+            kernel = block.kernel_size
+            if block.expanded_channels != block.in_channels:
+                case = cases.Case(1, block.expanded_channels, size, size, kernel, block.stride, cases.symmetric(kernel))
+                found[block.in_channels, case] = None
+            size = (size + block.stride - 1) // block.stride
+    return list(found)
+
+
+def test_shared_memory_suffices_for_b0():
+    """On any GPU but for the last blocks, which on the small ones run as two kernels."""
+    wanted = {
+        inputs: launch.shared_bytes(inputs, case.kernel, case.stride, -(-case.width // case.stride))
+        for inputs, case in shapes()
+        if case.channels in {block.expanded_channels for block in FAMILY["efficientnet_b0"].blocks()}
+    }
+    assert max(bytes for inputs, bytes in wanted.items() if inputs <= 40) <= L4
+    assert max(wanted.values()) <= H100
+
+
+def test_the_cpu_runs_one_op_after_the_other():
+    x, expand, weight = torch.randn(1, 16, 9, 9), torch.randn(96, 16, 1, 1), torch.randn(96, 1, 3, 3)
+    assert not is_one_kernel(x, expand, weight, 1)
+    assert backends.reasons("cpu")["native"][NAME] == "the kernel is one of CUDA"
+
+
+def given(inputs: int, case: cases.Case, dtype: torch.dtype, weight_dtype: torch.dtype | None = None):
+    """x, and the two weights each with its norm."""
+    torch.manual_seed(case.channels + case.height)
+    channels, kernel, weights = case.channels, case.kernel, weight_dtype or dtype
+    norms = [ops.Norm(*(v.cuda() if torch.is_tensor(v) else v for v in norm(channels))) for _ in range(2)]
+    x = torch.randn(case.images, inputs, case.height, case.width, device="cuda").to(dtype)
+    expand = (torch.randn(channels, inputs, 1, 1, device="cuda") / inputs**0.5).to(weights)
+    weight = (torch.randn(channels, 1, kernel, kernel, device="cuda") / kernel).to(weights)
+    return x.contiguous(memory_format=torch.channels_last), expand, norms[0], weight, norms[1]
+
+
+def check(inputs, case, dtype, activation="silu", weight_dtype=None):
+    arguments = given(inputs, case, dtype, weight_dtype)
+    with ops.backend("native", strict=True):
+        y, partial = ops.expand_depthwise_conv_bn_act(
+            *arguments, stride=case.stride, padding=case.padding, activation=activation, squeeze=True
+        )
+
+    def plain(x, expand, expand_norm, weight, norm):
+        h = plain_conv(x, expand, expand_norm, activation=activation)
+        return plain_conv(h, weight, norm, case.stride, case.padding, case.channels, activation)
+
+    assert_2x(y, plain(*arguments), plain(*map(wide, arguments)), f"{inputs} to {case} {activation}")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_2x(partial.sum(1), y.float().sum((2, 3)), y.double().sum((2, 3)), f"{inputs} to {case}: the partial sums")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu", "fresh_memory_is_nan")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(("inputs", "case"), shapes()[::2], ids=str)
+def test_family_on_a_gpu(inputs, case, dtype):
+    kernel, stride, width = case.kernel, case.stride, -(-case.width // case.stride)
+    if launch.shared_bytes(inputs, kernel, stride, width) > launch.shared_bytes_of(0):
+        assert launch.why_too_large(torch.empty(1, inputs, case.height, case.width, device="cuda"), inputs, kernel, stride)
+        pytest.skip("a block of this GPU has too little shared memory for it")
+    check(inputs, case._replace(images=3), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu", "fresh_memory_is_nan")
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("case", [case for case in cases.nasty() if case.channels % 8 == 0], ids=str)
+def test_nasty_cases_on_a_gpu(case, activation):
+    for inputs in (8, 24, 80):
+        if case.images:
+            check(inputs, case, torch.bfloat16, activation, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+def test_views_and_the_out_form_on_a_gpu():
+    x, expand, expand_norm, weight, n = given(24, cases.Case(3, 48, 9, 9, 3, 1, (1, 1, 1, 1)), torch.bfloat16)
+    rest = (1, [1, 1, 1, 1], "silu", 2)
+    expected = OP.native(x, expand, *expand_norm, weight, *n, *rest)
+    for other in (x.contiguous(), misaligned(x)):
+        made = OP.native(other, misaligned(expand), *expand_norm, misaligned(weight), *n, *rest)
+        assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    y, partial = (torch.full_like(t, float("nan")) for t in expected)
+    OP.native_out(x, expand, *expand_norm, weight, *n, *rest, y=y, partial=partial)
+    assert torch.equal(y, expected[0]) and torch.equal(partial, expected[1])
+    torch.library.opcheck(OP.native, (x, expand, *expand_norm, weight, *n, *rest))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("images", [1, 64])
+def test_a_network_on_a_gpu(images):
+    """Asked for the native backend its blocks run it, unasked they do not, and the results agree."""
+    torch.manual_seed(0)
+    model = create_model("efficientnet_b0").eval().cuda().to(torch.bfloat16)
+    x = torch.randn(images, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        with effnet_fast.backend("native"), backends.tracing() as trace:
+            y = model(x)
+        with backends.tracing() as unasked:
+            expected = model(x)
+    ran = [choice for choice in trace if not isinstance(choice, str) and choice.op == NAME]
+    assert len(ran) == 15 and {choice.backend for choice in ran} == {"native"}
+    assert NAME not in {choice.op for choice in unasked if not isinstance(choice, str)}
+    assert (y - expected).abs().max() <= 0.05 * expected.abs().max()

@@ -1,0 +1,106 @@
+"""Whole networks in training: what they keep, what they learn beside timm's, and large activations in half precision."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from plain import channels_last, without_kinks
+from test_training import TRAINED
+from tolerance import assert_2x_of_all, largest
+from torch import nn
+
+import effnet_fast
+from benchmarks import memory
+from effnet_fast.benchmark import calibrate, images
+from effnet_fast.models import create_model
+from effnet_fast.ops import backends
+from effnet_fast.scaling import PUBLISHED
+
+
+@TRAINED
+@pytest.mark.parametrize("entrant", ["ours", "accelerated timm"])
+@pytest.mark.parametrize("name", memory.NETS)
+def test_activations_kept_are_at_most_40_percent_of_eagers(name, entrant):
+    _, row = memory.measure(name, entrant)
+    assert row["entrant"] == entrant and 0.25 < row["of_eager"] <= 0.40, row
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0", "efficientnetv2_s", "efficientnet_lite0"])
+@pytest.mark.parametrize("steps", [1, 10])
+def test_whole_nets_learn_as_timms(name, steps):
+    """Loss, every gradient, the running statistics and, after ten steps, every weight."""
+    torch.manual_seed(0)
+    arguments = {"num_classes": 10, "drop_rate": 0.0, "drop_path_rate": 0.0} | without_kinks(name)
+    ours, theirs = calibrate(create_model(name, **arguments), (64, 64)), timm.create_model(name, **arguments)
+    theirs.load_state_dict(ours.state_dict())
+    x, labels, made = channels_last(images(8, (64, 64))), torch.arange(8), []
+    for model in (ours, theirs, copy.deepcopy(theirs).double()):
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x.to(next(model.parameters()).dtype)), labels)
+            loss.backward()
+            optimizer.step()
+        gradients = {key: p.grad for key, p in model.named_parameters()}
+        statistics = {key: b for key, b in model.named_buffers() if b.is_floating_point()}
+        made.append(({"loss": loss.detach()[None]} | gradients, statistics, dict(model.named_parameters())))
+    for what, of_models in zip(("loss and gradients", "statistics", "weights"), zip(*made, strict=True), strict=True):
+        assert_2x_of_all(*of_models, what)
+
+
+def test_a_net_with_relu6_learns_as_timms():
+    """In float64, where rounding takes no value across a kink."""
+    torch.manual_seed(0)
+    arguments = {"num_classes": 10, "drop_rate": 0.0, "drop_path_rate": 0.0}
+    ours = calibrate(create_model("efficientnet_lite0", **arguments), (64, 64)).double().train()
+    theirs = timm.create_model("efficientnet_lite0", **arguments).double().train()
+    theirs.load_state_dict(ours.state_dict())
+    x = images(8, (64, 64)).double()
+    with backends.backend("reference"), backends.tracing() as trace:
+        loss = nn.functional.cross_entropy(ours(x), torch.arange(8))
+        loss.backward()
+    assert sum(choice.op == "depthwise_conv_backward" for choice in trace) == 16  # fused, every block
+    expected = nn.functional.cross_entropy(theirs(x), torch.arange(8))
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-10 * largest(q.grad) + 1e-12, msg=name)
+    for (name, p), q in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def fifty_steps(name: str, dtype: torch.dtype | None) -> list[float]:
+    """Losses of a shallow, narrow net of the family's proportions on images that are a hundred times too bright; its logits and
+    weights stay finite. ``dtype``: of autocast, or none."""
+    torch.manual_seed(0)
+    published = PUBLISHED[name]
+    model = effnet_fast.efficientnet(depth=0.4 * published.depth, width=0.25 * published.width, num_classes=4).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype is not None)
+    x, labels = 100 * images(8, (48, 48)), torch.arange(8) % 4
+    losses = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            logits = model(x)
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+        assert torch.isfinite(logits).all(), name
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert all(torch.isfinite(p).all() for p in model.parameters()), name
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((f"b{i}", torch.float16) for i in range(8)), ("b0", torch.bfloat16), ("b0", None)], ids=str
+)
+@TRAINED
+def test_large_activations_stay_finite(name, dtype):
+    assert min(fifty_steps(name, dtype)[-10:]) < (0.5 if name == "b0" else math.log(4) / 2)  # half of chance
