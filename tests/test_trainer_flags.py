@@ -150,6 +150,53 @@ def test_rmsproptf_is_tensorflows(eps: float) -> None:
             optimizer.load_state_dict(saved)
 
 
+def test_rmsproptf_of_several_groups_is_timms() -> None:
+    """Each with its own learning rate and weight decay; a parameter that has no gradient yet begins when it has one."""
+    model, recipe = net(width=0.5), replace(PLAIN, opt="rmsproptf", lr=0.01, opt_eps=1e-3, weight_decay=0.1, layer_decay=0.7)
+    peer = copy.deepcopy(model)
+    optimizer, names = build_optimizer(model, recipe), {id(p): name for name, p in model.named_parameters()}
+    theirs, groups = dict(peer.named_parameters()), []
+    for group in optimizer.param_groups:
+        groups.append({**group, "params": [theirs[names[id(p)]] for p in group["params"]]})
+    assert len({(group["lr"], group["weight_decay"]) for group in groups}) > 10
+    keys = ("params", "lr", "weight_decay")
+    timms = pytest.importorskip("timm.optim").RMSpropTF(
+        [{key: group[key] for key in keys} for group in groups], 0.01, eps=1e-3, momentum=recipe.momentum
+    )
+    for step in range(3):
+        for (name, mine), other in zip(model.named_parameters(), peer.parameters(), strict=True):
+            gradient = torch.randn_like(mine)
+            mine.grad, other.grad = (None, None) if step == 0 and "conv_dw" in name else (gradient, gradient.clone())
+        optimizer.step()
+        timms.step()
+    for (name, mine), other in zip(model.named_parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_rmsproptf_waits_out_gradients_that_are_not_finite() -> None:
+    """With a GradScaler, which then makes its scale smaller, nothing moves, nor begins; else steps are those without it."""
+    model, recipe = nn.Linear(3, 1), replace(PLAIN, opt="rmsproptf", lr=0.1, opt_eps=1e-3)
+    alone = copy.deepcopy(model)
+    optimizer, other, scaler = build_optimizer(model, recipe), build_optimizer(alone, recipe), torch.amp.GradScaler("cpu", 1024.0)
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    before = copy.deepcopy(model.state_dict())
+    scaler.scale(model(x).sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert scaler.get_scale() == 512 and not optimizer.state
+    for _ in range(3):
+        optimizer.zero_grad()
+        other.zero_grad()
+        scaler.scale(model(x).square().sum()).backward()
+        alone(x).square().sum().backward()
+        scaler.step(optimizer)
+        scaler.update()
+        other.step()
+    for mine, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
 def test_batches_are_mixed_as_often_as_asked() -> None:
     x, y = images()[:4]
     kinds = {}

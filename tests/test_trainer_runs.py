@@ -108,19 +108,21 @@ def test_a_run_that_sigterm_stopped_goes_on_to_the_same_weights(folder: Path, un
 
 @pytest.mark.parametrize("crashes_in", [1, 2])
 def test_a_run_that_crashed_goes_on_from_its_last_epoch(crashes_in: int, tmp_path: Path) -> None:
+    """On either side of the epoch after which no batch is mixed."""
     recipe = replace(PLAIN, epochs=3, opt="rmsproptf", opt_eps=1e-3, lr=1e-3, freeze_epochs=1, model_ema=True, grad_accum_steps=2)
-    held_out = Batches(images(5), 4, training=False)
+    recipe = replace(recipe, mixup=0.5, mixup_off_epoch=2)
+    settings = {"validation": Batches(images(5), 4, training=False), "augment": mixing(recipe, 3)}
     whole, again = net(drop=0.3), net(drop=0.3)
-    expected = train(whole, batches(recipe, 16), recipe, validation=held_out)
+    expected = train(whole, batches(recipe, 16), recipe, **settings)
 
     def crash(model, history):
         if len(history) == crashes_in + 1:
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        train(copy.deepcopy(again), batches(recipe, 16), recipe, validation=held_out, out=tmp_path, after_epoch=crash)
+        train(copy.deepcopy(again), batches(recipe, 16), recipe, **settings, out=tmp_path, after_epoch=crash)
     assert len(rows(tmp_path / "log.csv")) == crashes_in
-    got = train(again, batches(recipe, 16), recipe, validation=held_out, out=tmp_path, resume=tmp_path / "last.pth")
+    got = train(again, batches(recipe, 16), recipe, **settings, out=tmp_path, resume=tmp_path / "last.pth")
     assert without_seconds(got) == without_seconds(expected) and same(again.state_dict(), whole.state_dict())
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > picture.size[1] > 300
@@ -175,7 +177,8 @@ def test_an_interrupt_stops_after_the_step_and_a_second_one_at_once(tmp_path: Pa
         assert twice or caught.value.signal == signal.SIGINT
 
 
-def torchrun(*arguments: str) -> None:
+def torchrun(*arguments: str) -> str:
+    """What it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as agent:
         try:
@@ -183,6 +186,7 @@ def torchrun(*arguments: str) -> None:
         finally:
             agent.terminate()  # and, where they wait for each other, its two processes
     assert agent.returncode == 0, told
+    return told
 
 
 @pytest.mark.skipif(native.REASON is not None, reason=f"{native.REASON}; PyTorch has no SyncBatchNorm on a CPU")
@@ -208,7 +212,10 @@ def test_two_processes_train_as_one_on_batches_twice_as_large(folder: Path) -> N
 
 
 def test_two_processes_stop_together_and_resume(tmp_path: Path) -> None:
-    torchrun(str(Path(__file__).parent / "two_trainers.py"), str(tmp_path))
+    told = torchrun(str(Path(__file__).parent / "two_trainers.py"), str(tmp_path))
+    # The first process alone tells of the steps between, of both processes' images: as the other's are not the same, it waits.
+    lines = re.findall(r"epoch 1 of 2, step (\d+) of \d+: training loss (\d+\.\d+)", told)
+    assert [number for number, _ in lines] == ["4", "8"], told
     (expected, weights), (got, again) = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
     assert without_seconds(got) == without_seconds(expected) and same(again, weights)
 

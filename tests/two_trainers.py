@@ -81,7 +81,7 @@ def main() -> None:
 
     with distributed.process_group(torch.device("cpu")):
         compare_gradients(replace(PLAIN, freeze_bn=True))
-        run("whole")
+        run("whole", log_interval=4)
         try:
             run("resumed", augment=told_to_stop)
             raise AssertionError("it did not stop")

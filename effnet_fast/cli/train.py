@@ -64,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="distil from it: a checkpoint of effnet-fast's, or NAME, timm:NAME or torchvision:NAME with its pretrained weights",
     )
-    parser.add_argument("--teacher-path", metavar="FILE", help="the teacher's weights: a checkpoint of the library it is of")
+    parser.add_argument(
+        "--teacher-path",
+        metavar="FILE",
+        help="the teacher's weights: a checkpoint of the library it is of, or of ours the raw ones",
+    )
     parser.add_argument(
         "--recipe", choices=sorted(PRESETS), help="settings to begin with (default: finetune for pretrained weights, else cosine)"
     )

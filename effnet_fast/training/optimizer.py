@@ -65,6 +65,9 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_dec
 class RMSpropTF(Optimizer):
     """TensorFlow's RMSProp: eps stands under the root, the mean square starts at one, and the momentum holds steps, not gradients.
 
+    As tf.raw_ops.ApplyRMSProp states it; with decay 0.9 and momentum 0.9 EfficientNet was trained by it (arXiv 1905.11946, section
+    5.2). The rule is Hinton's ("Neural networks for machine learning", lecture 6e).
+
     lr            of the steps to come: those that the momentum holds keep what they were taken with
     alpha         decay of the mean square
     momentum      decay of the steps
