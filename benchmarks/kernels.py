@@ -23,6 +23,7 @@ from effnet_fast.benchmark.roofline import EXPAND_DEPTHWISE
 from effnet_fast.benchmark.timing import GraphTimer, HostTimer, Refused, Skipped, Timer, copies
 from effnet_fast.benchmark.tolerance import why_wrong
 from effnet_fast.ops import backends, native
+from effnet_fast.ops.expand_depthwise.launch import why_too_large
 
 NUMBERS = 4096  # that a check wants: the largest error of a few is luck
 _BACKEND = contextlib.ExitStack()  # what this process has asked for
@@ -36,6 +37,9 @@ def ours(case: Case, backend: str) -> Timer:
     pieces = pieces_of(case, backend)
     arguments = make(case, pieces=pieces)
     reason = "no kernel of this op" if kernel is None else kernel.can_run(arguments.get("x", arguments.get("partial")))
+    if reason is None and case.group == EXPAND_DEPTHWISE:
+        d = case.shape
+        reason = why_too_large(arguments["x"], d["c"], d["kernel"], d["stride"], -(-d["w"] // d["stride"]))
     if reason is not None:
         raise Skipped(reason)
     _BACKEND.close()

@@ -108,6 +108,10 @@ def modules(shared_directory) -> dict[str, Path]:
         return emulator.build(directory, SEEDED)
 
 
+def fits(run: Run, inputs: int) -> bool:
+    return launch.shared_bytes(inputs, run.case.kernel, run.case.stride, run.size()[1]) <= H100
+
+
 def check(module: Path, made: list[Expanding], seeds: range) -> None:
     results = iter(emulator.run(module, [one.call(seed) for one in made for seed in seeds]))
     for one in made:
@@ -141,7 +145,7 @@ def test_float16(modules):
     check(modules["sound"], [Expanding(Run(case, FP16, weight_dtype=d), 40) for d in (FP16, FP32)], range(1))
 
 
-@pytest.mark.parametrize("inputs", [8, 24, 32, 112, 192, 264])
+@pytest.mark.parametrize("inputs", [8, 24, 32, 112, 192, 256])
 def test_inputs(inputs, modules):
     """Few and many channels: with and without half a step at the end, with pixels an odd number of pieces apart and one more."""
     runs = [
@@ -149,6 +153,21 @@ def test_inputs(inputs, modules):
         Run(Case(5, 24, 9, 8, 3, 1, cases.symmetric(3)), BF16, weight_dtype=BF16),
     ]
     check(modules["sound"], [Expanding(run, inputs) for run in runs], range(1))
+
+
+@pytest.mark.parametrize("inputs", [384, 448, 480, 560])
+def test_very_many_inputs(inputs, modules):
+    """Whose pixels and rows are each a different number of pieces apart from what they are long."""
+    runs = [
+        Run(Case(1, 48, 5, width, 3, 1, cases.symmetric(3)), BF16, weight_dtype=d) for width in (7, 10, 20) for d in (BF16, FP32)
+    ]
+    check(modules["sound"], [Expanding(run, inputs) for run in runs if fits(run, inputs)], range(1))
+
+
+@pytest.mark.parametrize("padding", [(1, 1, 1, 60), (1, 60, 1, 1), (1, 1, 60, 1), (40, 1, 1, 1)], ids=str)
+def test_strips_that_are_padding_alone(padding, modules):
+    runs = [Run(Case(1, 24, 4, 9, 3, stride, padding), BF16) for stride in (1, 2)]
+    check(modules["sound"], [Expanding(run, 24) for run in runs], range(1))
 
 
 @pytest.mark.parametrize("one", [one for one in COVERING if one.run.case.images == 1][::3], ids=str)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from emulator import build as emulator
-from emulator.arrays import from_raw
+from emulator.arrays import ACTIVATIONS, from_raw, raw
 from test_emulator import Pointwise
 from tolerance import assert_2x
 
@@ -93,3 +93,14 @@ def test_pointwise(modules):
 def test_seeded_bug_is_caught(name, modules):
     with pytest.raises((AssertionError, RuntimeError), match=SEEDED[name].says):
         check(modules[name], SEEDED_CASES)
+
+
+def test_silu_of_small_values_too(modules):
+    """Each off by no more than csrc/common/epilogue.cuh says of its tanh, 2^-12 of the value, and by the rounding to bfloat16: the
+    rule for tensors looks at the largest alone."""
+    v = torch.linspace(-30, 30, 4096).to(BF16)
+    norm = torch.stack([torch.ones(8), torch.zeros(8), torch.zeros(8), torch.full((8,), 1 - 1e-3)])  # the eps is 1e-3
+    arrays = raw(v.view(-1, 8)), raw(torch.eye(8).to(BF16)), raw(norm), None, None
+    (out,) = emulator.run(modules["sound"], [("pointwise", (*arrays, 512, ACTIVATIONS["silu"], 1, 1, 2, A100, 0, 0))])
+    y, exact = from_raw(out, BF16).double().flatten(), v.double() / (1 + torch.exp(-v.double()))
+    assert ((y - exact).abs() <= 1.001 * (2**-12 * v.double().abs() + 2**-8 * exact.abs()) + 1e-9).all()

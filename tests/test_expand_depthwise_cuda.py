@@ -13,12 +13,15 @@ from tolerance import assert_2x
 import effnet_fast
 from effnet_fast import ops
 from effnet_fast.models import FAMILY, create_model
+from effnet_fast.nn import fused
+from effnet_fast.nn.blocks import MBConv
 from effnet_fast.ops import backends
 from effnet_fast.ops.expand_depthwise import is_one_kernel, launch
+from effnet_fast.scaling.config import BlockConfig
 
 NAME = "expand_depthwise_conv_bn_act"
 OP = torch.ops.effnet_fast.expand_depthwise_conv_bn_act
-H100, A100, L4 = 227 << 10, 163 << 10, 99 << 10  # bytes of shared memory that a block may have
+H100, L4 = 227 << 10, 99 << 10  # bytes of shared memory that a block may have
 
 
 def shapes() -> list[tuple[int, cases.Case]]:
@@ -49,7 +52,8 @@ def test_shared_memory_suffices_for_b0():
 
 def test_the_cpu_runs_one_op_after_the_other():
     x, expand, weight = torch.randn(1, 16, 9, 9), torch.randn(96, 16, 1, 1), torch.randn(96, 1, 3, 3)
-    assert not is_one_kernel(x, expand, weight, 1)
+    with effnet_fast.backend("native", strict=True):
+        assert not is_one_kernel(x, expand, weight, 1, (1, 1, 1, 1))
     assert backends.reasons("cpu")["native"][NAME] == "the kernel is one of CUDA"
 
 
@@ -80,6 +84,34 @@ def check(inputs, case, dtype, activation="silu", weight_dtype=None):
     assert_2x(partial.sum(1), y.float().sum((2, 3)), y.double().sum((2, 3)), f"{inputs} to {case}: the partial sums")
 
 
+def block_of(stride: int) -> MBConv:
+    torch.manual_seed(0)
+    config = BlockConfig(0, 0, 0, "mbconv", 3, stride, 24, 96, 40, 6, 0.0)
+    return MBConv(config, torch.nn.BatchNorm2d, torch.nn.SiLU, "same").eval()
+
+
+CHANGED = {
+    "as it is": (lambda block: None, True),
+    "another activation in front": (lambda block: setattr(block, "act1", torch.nn.ReLU()), False),
+    "a wide expansion": (lambda block: setattr(block, "conv_pw", torch.nn.Conv2d(24, 96, 3, padding=1, bias=False)), False),
+    "an expansion with a stride": (lambda block: setattr(block, "conv_pw", torch.nn.Conv2d(24, 96, 2, 2, bias=False)), False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_block_runs_it_for_what_it_computes(change, monkeypatch):
+    """And gives what its children give, also where the expansion changes the size that the padding follows from."""
+    monkeypatch.setattr(fused, "is_one_kernel", lambda *args: True)
+    spoil, runs = CHANGED[change]
+    for stride in (1, 2):
+        block = block_of(stride)
+        spoil(block)
+        x = torch.randn(2, 24, 18, 22)
+        with torch.inference_mode(), backends.tracing() as trace:
+            torch.testing.assert_close(block(x), block.forward_children(x))
+        assert (NAME in {choice.op for choice in trace if not isinstance(choice, str)}) == runs
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("on_gpu", "fresh_memory_is_nan")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -87,7 +119,7 @@ def check(inputs, case, dtype, activation="silu", weight_dtype=None):
 def test_family_on_a_gpu(inputs, case, dtype):
     kernel, stride, width = case.kernel, case.stride, -(-case.width // case.stride)
     if launch.shared_bytes(inputs, kernel, stride, width) > launch.shared_bytes_of(0):
-        assert launch.why_too_large(torch.empty(1, inputs, case.height, case.width, device="cuda"), inputs, kernel, stride)
+        assert launch.why_too_large(torch.empty(1, inputs, case.height, case.width, device="cuda"), inputs, kernel, stride, width)
         pytest.skip("a block of this GPU has too little shared memory for it")
     check(inputs, case._replace(images=3), dtype)
 
@@ -121,16 +153,22 @@ def test_views_and_the_out_form_on_a_gpu():
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("images", [1, 64])
 def test_a_network_on_a_gpu(images):
-    """Asked for the native backend its blocks run it, unasked they do not, and the results agree."""
+    """Where native kernels are asked for strictly the blocks that shared memory suffices for run it, else none does; the results
+    agree."""
     torch.manual_seed(0)
     model = create_model("efficientnet_b0").eval().cuda().to(torch.bfloat16)
     x = torch.randn(images, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
     with torch.inference_mode():
-        with effnet_fast.backend("native"), backends.tracing() as trace:
+        with effnet_fast.backend("native", strict=True), backends.tracing() as trace:
             y = model(x)
         with backends.tracing() as unasked:
             expected = model(x)
     ran = [choice for choice in trace if not isinstance(choice, str) and choice.op == NAME]
-    assert len(ran) == 15 and {choice.backend for choice in ran} == {"native"}
+    size, fitting = 112, 0
+    for block in FAMILY["efficientnet_b0"].blocks():
+        size = -(-size // block.stride)
+        wanted = launch.shared_bytes(block.in_channels, block.kernel_size, block.stride, size)
+        fitting += block.expanded_channels != block.in_channels and wanted <= launch.shared_bytes_of(0)
+    assert len(ran) == fitting > 6 and {choice.backend for choice in ran} == {"native"}
     assert NAME not in {choice.op for choice in unasked if not isinstance(choice, str)}
     assert (y - expected).abs().max() <= 0.05 * expected.abs().max()

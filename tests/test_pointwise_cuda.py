@@ -55,6 +55,22 @@ def test_widths_on_a_gpu(out, activation):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("on_gpu")
+def test_silu_of_every_bfloat16_on_a_gpu():
+    """Off by what csrc/common/epilogue.cuh says of its tanh, 2^-12 of the value, and by the rounding."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[every.isfinite()]
+    x = every[: len(every) // 8 * 8].view(1, -1, 1, 8).permute(0, 3, 1, 2).cuda()
+    one = ops.Norm(None, None, torch.zeros(8, device="cuda"), torch.ones(8, device="cuda"), 0.0)
+    weight = torch.eye(8, device="cuda", dtype=torch.bfloat16)[:, :, None, None]
+    with ops.backend("native", strict=True):
+        y = ops.pointwise_conv_bn_act(x, weight, one, activation="silu").double()
+    v = x.double()
+    exact = v / (1 + torch.exp(-v))
+    assert ((y - exact).abs() <= 2**-12 * v.abs() + 2**-8 * exact.abs() + 1e-37).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
 def test_views_and_the_out_form_on_a_gpu():
     x = torch.randn(3, 48, 9, 9, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(64, 48, 1, 1, device="cuda", dtype=torch.bfloat16)

@@ -25,7 +25,7 @@ namespace effnet_fast::expand_depthwise {
 struct KernelParams : depthwise::KernelParams {
   Expansion expand;
   int pieces_a_pixel, pitch;  // or a row of W: of 16 bytes; bytes from one pixel to the next
-  int inverse;                // a piece's number * inverse >> 16 is its pixel's
+  unsigned inverse;           // of pieces_a_pixel, by 2^32, rounded up; 0 where it is odd, as nothing lies between pixels then
 };
 
 // Makes h's rows, for depthwise::tensor_kernel.
@@ -53,9 +53,11 @@ template <class Tr> struct Expander {
   static __device__ __forceinline__ int block_channel() { return blockIdx.x * Tr::kChannels; }
   __device__ __forceinline__ bool is_real(int row) const { return unsigned(row - first_real) < unsigned(real_rows); }
 
-  // Where the piece of that number lies, of pixels or rows one after another.
+  // Where the piece of that number lies, of pixels or rows one after another: exactly while that number times pieces_a_pixel is
+  // below 2^32, which no shared memory comes near.
   __device__ __forceinline__ int place(int piece) const {
-    return 16 * piece + (p.pitch - 16 * p.pieces_a_pixel) * (piece * p.inverse >> 16);
+    const int pixel = int(uint64_t(unsigned(piece)) * p.inverse >> 32);
+    return 16 * piece + (p.pitch - 16 * p.pieces_a_pixel) * pixel;
   }
 
   // x's pixels of rows row0 and on set out. A row's are one run of memory; what is no pixel is not copied.
@@ -118,7 +120,7 @@ template <class Tr> struct Expander {
     for (int j = 0; j < 2; ++j) norm[j] = load<2>(reinterpret_cast<const Affine*>(shared + kNormAt) + group * 16 + 8 * j + 2 * q);
     const Shared x_at = ring + (kWeightAt + Tr::kChannels * p.pitch);
     const Shared b_at = ring + (kWeightAt + (group * 16 + lane / 16 * 8 + lane % 8) * p.pitch + lane / 8 % 2 * 16);
-    const int columns_first = max(0, -first_column), columns = p.width - first_column - columns_first;
+    const int columns_first = max(0, -first_column), columns = max(0, p.width - first_column - columns_first);
     const Shared put = ring + (group * 2 + lane / 16) * 16;
     const int steps = p.expand.in_channels / 16;
 #pragma unroll 1
@@ -208,7 +210,7 @@ inline KernelParams kernel_params(const ForwardParams& given) {
   p.high = p.activation == Activation::relu6 ? 6.f : INFINITY;
   p.pieces_a_pixel = p.expand.in_channels / 8;
   p.pitch = 16 * (p.pieces_a_pixel | 1);
-  p.inverse = ceil_div(1 << 16, p.pieces_a_pixel);
+  p.inverse = p.pieces_a_pixel % 2 ? 0 : unsigned(ceil_div(uint64_t(1) << 32, uint64_t(p.pieces_a_pixel)));
   return p;
 }
 

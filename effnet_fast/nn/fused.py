@@ -89,14 +89,20 @@ def run_conv(part: ConvNormAct, x: Tensor, residual: Tensor | None = None, gate:
     )
 
 
+def _may_be_one_kernel(expand: ConvNormAct, depthwise: ConvNormAct | None) -> bool:
+    """Whether they are what expand_depthwise_conv_bn_act computes: a 1x1 that keeps the image's size, and one activation."""
+    kernel, stride = tuple(expand.conv.kernel_size), tuple(expand.conv.stride)
+    return depthwise is not None and kernel == stride == (1, 1) and expand.activation == depthwise.activation
+
+
 def run_block(parts: BlockParts, x: Tensor) -> Tensor:
     """expand | depthwise + squeeze | gate | project (+ residual): at most four ops, nothing between them; three where one kernel
     makes the first two."""
     shortcut, expand = x if parts.residual else None, parts.expand
+    if expand is not None and not _may_be_one_kernel(expand, parts.depthwise):
+        x, expand = run_conv(expand, x), None
     gate = None
-    if parts.depthwise is None:
-        x = x if expand is None else run_conv(expand, x)
-    else:
+    if parts.depthwise is not None:
         conv, padding, squeeze_excite = parts.depthwise.conv, parts.depthwise.padding, parts.squeeze_excite
         weight, norm, stride = weight_of(conv), norm_of(parts.depthwise.norm), conv.stride[0]
         options: dict[str, Any] = {
@@ -105,7 +111,7 @@ def run_block(parts: BlockParts, x: Tensor) -> Tensor:
             "activation": parts.depthwise.activation,
             "squeeze": squeeze_excite is not None,
         }
-        if expand is not None and is_one_kernel(x, weight_of(expand.conv), weight, stride):
+        if expand is not None and is_one_kernel(x, weight_of(expand.conv), weight, stride, options["padding"]):
             x, partial = ops.expand_depthwise_conv_bn_act(x, weight_of(expand.conv), norm_of(expand.norm), weight, norm, **options)
         else:
             x, partial = ops.depthwise_conv_bn_act(x if expand is None else run_conv(expand, x), weight, norm, **options)

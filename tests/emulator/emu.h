@@ -331,7 +331,7 @@ namespace effnet_fast {
 
 inline float exp2_fast(float v) { return std::exp2(v); }
 inline float reciprocal_fast(float v) { return 1.f / v; }
-// With all the error that PTX allows it, up or down by the last bit of v, but for where it is 1.
+// With as much error as PTX allows it, up or down by the last bit of v; but 1 where processors have 1, of which PTX says nothing.
 inline float tanh_fast(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, 4);

@@ -22,6 +22,7 @@ from effnet_fast.ops.common import (
     conv_flops,
     differentiates,
     empty_output,
+    output_size,
 )
 from effnet_fast.ops.depthwise import launch as depthwise_launch
 from effnet_fast.ops.expand_depthwise import launch, reference
@@ -78,26 +79,26 @@ backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.expand_d
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
 
 
-def _unsupported(x: Tensor, expand_weight: Tensor, weight: Tensor, stride: int) -> str | None:
+def _unsupported(x: Tensor, expand_weight: Tensor, weight: Tensor, stride: int, width: int) -> str | None:
+    """``width``: of the output."""
     if (reason := depthwise._unsupported(weight, stride)) is not None:
         return reason["native"]
     channels, inputs = expand_weight.shape[:2]
     if channels % 8 or inputs % 8:
         return f"{inputs} to {channels} channels: the CUDA kernel takes multiples of 8"
-    return launch.why_too_large(x, inputs, weight.shape[2], stride)
+    return launch.why_too_large(x, inputs, weight.shape[2], stride, width)
 
 
-def is_one_kernel(x: Tensor, expand_weight: Tensor, weight: Tensor, stride: int) -> bool:
-    """Whether one kernel is to make both convolutions of ``x``: where the native backend is asked for and has one.
+def is_one_kernel(x: Tensor, expand_weight: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
+    """Whether one kernel is to make both convolutions of ``x``: where the native backend is asked for strictly and has one.
 
-    Nobody has timed it on a GPU yet, so unasked two kernels run. By the roofline (effnet_fast/benchmark/roofline.py, L2 and L3) a
+    Nobody has timed it on a GPU yet, so else two kernels run. By the roofline (effnet_fast/benchmark/roofline.py, L2 and L3) a
     batch of B0 need take 4.1 us an image with it on an H200, and 6.5 us without.
     """
-    return (
-        backends.requested()[0] == "native"
-        and _native_can_run(x) is None
-        and _unsupported(x, expand_weight, weight, stride) is None
-    )
+    if backends.requested() != ("native", True) or _native_can_run(x) is not None:
+        return False
+    width = output_size(x.shape[3], weight.shape[3], stride, padding[2], padding[3])
+    return _unsupported(x, expand_weight, weight, stride, width) is None
 
 
 def expand_depthwise_conv_bn_act(
@@ -120,13 +121,16 @@ def expand_depthwise_conv_bn_act(
     padding        (top, bottom, left, right), zeros around the expanded tensor, need not be symmetric
     returns        y [N, K, H', W'] channels_last in x's dtype; partial [N, P, K] as there
 
-    No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
+    Where the native backend is not asked for, and has no kernel, plain PyTorch runs. No gradient. Raises ValueError or TypeError,
+    naming the argument, on bad input.
     """
     height, width = _check(x, expand_weight, *expand_norm, weight, *norm, stride, padding, activation)
     if differentiates():
         check_no_gradient(NAME, x, expand_weight, *expand_norm[:4], weight, *norm[:4])
-    reason = _unsupported(x, expand_weight, weight, stride)
-    kernel = backends.choose(NAME, x, None if reason is None else {"native": reason})
+    reason = _unsupported(x, expand_weight, weight, stride, width)
+    kernel = backends.choose(
+        NAME, x, None if reason is None else {"native": reason}, {"native": "nobody has timed it on a GPU yet"}
+    )
     pieces = 0
     if squeeze:
         pieces = _pieces(x, height, width, weight.shape[0]) if kernel.backend == "native" else 1

@@ -40,9 +40,9 @@ def shared_bytes_of(device: int) -> int:
     return _shared_bytes_of(device)
 
 
-def why_too_large(x: Tensor, inputs: int, kernel: int, stride: int) -> str | None:
-    """Why shared memory does not suffice for that, or None."""
+def why_too_large(x: Tensor, inputs: int, kernel: int, stride: int, width: int) -> str | None:
+    """Why shared memory does not suffice for that, or None; ``width``: of the output."""
     if not x.is_cuda:
         return None
-    wanted, there = shared_bytes(inputs, kernel, stride, -(-x.shape[3] // stride)), shared_bytes_of(x.device.index)
+    wanted, there = shared_bytes(inputs, kernel, stride, width), shared_bytes_of(x.device.index)
     return None if wanted <= there else f"{inputs} input channels: a block would take {wanted} of {there} bytes of shared memory"
