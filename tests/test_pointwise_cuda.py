@@ -66,7 +66,8 @@ def test_silu_of_every_bfloat16_on_a_gpu():
         y = ops.pointwise_conv_bn_act(x, weight, one, activation="silu").double()
     v = x.double()
     exact = v / (1 + torch.exp(-v))
-    assert ((y - exact).abs() <= 2**-12 * v.abs() + 2**-8 * exact.abs() + 1e-37).all()
+    rounded = 2**-8 * torch.maximum(y.abs(), exact.abs())
+    assert ((y - exact).abs() <= 1.001 * (2**-12 * v.abs() + rounded) + 1e-37).all()
 
 
 @pytest.mark.gpu
