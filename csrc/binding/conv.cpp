@@ -44,7 +44,7 @@ void run_cuda(conv::Params& p, const Tensor& x, const OptionalTensor& residual) 
 template <auto run> void conv_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
                                   const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var, double norm_eps,
                                   const OptionalTensor& residual, int64_t stride, std::vector<int64_t> padding,
-                                  const std::string& activation, const OptionalTensor& pixels, const Tensor& y) {
+                                  const Text& activation, const OptionalTensor& pixels, const Tensor& y) {
   const ConvShape shape = conv_shape(kConv, x, weight, stride, padding);
   check(weight.size(1) == x.size(1), kConv, ": weight has shape ", shape_text(weight), ", expected [K, ", x.size(1), ", k, k]");
   const ScalarType dtype = result_dtype(x, weight, pixels);
@@ -77,7 +77,7 @@ template <auto run> void conv_out(const Tensor& x, const Tensor& weight, const O
 template <auto run> Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
                                 const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var, double norm_eps,
                                 const OptionalTensor& residual, int64_t stride, std::vector<int64_t> padding,
-                                const std::string& activation, const OptionalTensor& pixels) {
+                                const Text& activation, const OptionalTensor& pixels) {
   const Tensor y = empty_output(x, conv_shape(kConv, x, weight, stride, padding), result_dtype(x, weight, pixels));
   conv_out<run>(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, residual, stride, std::move(padding), activation,
                 pixels, y);

@@ -11,7 +11,7 @@ constexpr const char* kDepthwise = "depthwise_conv_bn_act";
 
 // The arguments of one call, checked; run(params, x, weight) writes y and partial.
 template <typename Run> void write_depthwise(const Tensor& x, const Tensor& weight, const NormTensors& norm, int64_t stride,
-                                             const std::vector<int64_t>& padding, const std::string& activation, int64_t pieces,
+                                             const std::vector<int64_t>& padding, const Text& activation, int64_t pieces,
                                              const Tensor& y, const Tensor& partial, const Run& run) {
   const ConvShape shape = conv_shape(kDepthwise, x, weight, stride, padding);
   check(weight.size(0) == x.size(1) && weight.size(1) == 1, kDepthwise, ": weight has shape ", shape_text(weight), ", expected [",
@@ -69,7 +69,7 @@ void run_cuda(depthwise::ForwardParams& p, const Tensor& x, const Tensor& weight
 
 template <auto run> void depthwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
                                        const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var,
-                                       double norm_eps, int64_t stride, std::vector<int64_t> padding, const std::string& activation,
+                                       double norm_eps, int64_t stride, std::vector<int64_t> padding, const Text& activation,
                                        int64_t pieces, const Tensor& y, const Tensor& partial) {
   write_depthwise(x, weight, {norm_weight, norm_bias, norm_mean, norm_var, norm_eps}, stride, padding, activation, pieces, y,
                   partial, run);
@@ -78,8 +78,7 @@ template <auto run> void depthwise_out(const Tensor& x, const Tensor& weight, co
 template <auto run> std::tuple<Tensor, Tensor> depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
                                                          const OptionalTensor& norm_bias, const Tensor& norm_mean,
                                                          const Tensor& norm_var, double norm_eps, int64_t stride,
-                                                         std::vector<int64_t> padding, const std::string& activation,
-                                                         int64_t pieces) {
+                                                         std::vector<int64_t> padding, const Text& activation, int64_t pieces) {
   const Tensor y = empty_output(x, conv_shape(kDepthwise, x, weight, stride, padding), x.scalar_type());
   check(pieces >= 0, kDepthwise, ": pieces must not be negative, got ", pieces);
   const Tensor partial = torch::stable::new_empty(x, {x.size(0), pieces, x.size(1)}, ScalarType::Float);

@@ -18,8 +18,8 @@ void expand_depthwise_out(const Tensor& x, const Tensor& expand_weight, const Op
                           const OptionalTensor& expand_norm_bias, const Tensor& expand_norm_mean, const Tensor& expand_norm_var,
                           double expand_norm_eps, const Tensor& weight, const OptionalTensor& norm_weight,
                           const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var, double norm_eps,
-                          int64_t stride, std::vector<int64_t> padding, const std::string& activation, int64_t pieces,
-                          const Tensor& y, const Tensor& partial) {
+                          int64_t stride, std::vector<int64_t> padding, const Text& activation, int64_t pieces, const Tensor& y,
+                          const Tensor& partial) {
   const ConvShape expanded = conv_shape(kOp, x, expand_weight, 1, {0, 0, 0, 0});
   check(expand_weight.size(1) == x.size(1) && expanded.kernel == 1, kOp, ": expand_weight has shape ", shape_text(expand_weight),
         ", expected [K, ", x.size(1), ", 1, 1]");
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> expand_depthwise_made(const Tensor& x, const Tensor& 
                                                  double expand_norm_eps, const Tensor& weight, const OptionalTensor& norm_weight,
                                                  const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var,
                                                  double norm_eps, int64_t stride, std::vector<int64_t> padding,
-                                                 const std::string& activation, int64_t pieces) {
+                                                 const Text& activation, int64_t pieces) {
   const ConvShape shape = conv_shape(kOp, x, weight, stride, padding);
   const Tensor y = empty_output(x, shape, x.scalar_type());
   check(pieces >= 0, kOp, ": pieces must not be negative, got ", pieces);

@@ -37,7 +37,7 @@ Tensor on_16_bytes(const Tensor& t) { return t.is_cpu() || aligned16(t.const_dat
 template <auto run> void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
                                        const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var,
                                        double norm_eps, const OptionalTensor& gate, const OptionalTensor& residual,
-                                       const std::string& activation, const Tensor& y) {
+                                       const Text& activation, const Tensor& y) {
   const ConvShape shape = pointwise_shape(x, weight);
   const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = shape.out_channels;
   check_output(kPointwise, "y", y, x, shape, x.scalar_type());
@@ -81,7 +81,7 @@ template <auto run> void pointwise_out(const Tensor& x, const Tensor& weight, co
 template <auto run> Tensor pointwise_made(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
                                           const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var,
                                           double norm_eps, const OptionalTensor& gate, const OptionalTensor& residual,
-                                          const std::string& activation) {
+                                          const Text& activation) {
   const Tensor y = empty_output(x, pointwise_shape(x, weight), x.scalar_type());
   pointwise_out<run>(x, weight, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, gate, residual, activation, y);
   return y;

@@ -14,7 +14,7 @@ constexpr const char* kGate = "squeeze_excite_gate";
 // Checks the arguments and calls run(params, device) to write `gate`, [N, C] fp32.
 template <typename Run> void write_gate(const Tensor& partial, int64_t count, const Tensor& reduce_weight,
                                         const OptionalTensor& reduce_bias, const Tensor& expand_weight,
-                                        const OptionalTensor& expand_bias, const std::string& activation, const Tensor& gate,
+                                        const OptionalTensor& expand_bias, const Text& activation, const Tensor& gate,
                                         const Run& run) {
   check(partial.dim() == 3, kGate, ": partial has shape ", shape_text(partial), ", expected [N, P, C]");
   check(partial.scalar_type() == ScalarType::Float, kGate, ": partial must be float32");
@@ -76,13 +76,13 @@ void run_cuda(const squeeze_excite::GateParams& p, int32_t device) {
 
 template <auto run> void gate_out(const Tensor& partial, int64_t count, const Tensor& reduce_weight,
                                   const OptionalTensor& reduce_bias, const Tensor& expand_weight, const OptionalTensor& expand_bias,
-                                  const std::string& activation, const Tensor& gate) {
+                                  const Text& activation, const Tensor& gate) {
   write_gate(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate, run);
 }
 
 template <auto run> Tensor gate(const Tensor& partial, int64_t count, const Tensor& reduce_weight,
                                 const OptionalTensor& reduce_bias, const Tensor& expand_weight, const OptionalTensor& expand_bias,
-                                const std::string& activation) {
+                                const Text& activation) {
   check(partial.dim() == 3, kGate, ": partial has shape ", shape_text(partial), ", expected [N, P, C]");
   Tensor made = torch::stable::new_empty(partial, {partial.size(0), partial.size(2)});
   write_gate(partial, count, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, made, run);

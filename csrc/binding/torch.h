@@ -21,6 +21,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// A string that an op is given. As std::string itself torch's boxing (2.13's stableivalue_conversions.h) makes two of each, and
+// forgets one of them: 48 bytes a call.
+struct Text : std::string {
+  using std::string::string;
+};
+
 // Throws the message made of `parts`, which names the op and the argument.
 template <typename... Parts> void check(bool condition, const Parts&... parts) {
   if (condition) return;
@@ -98,3 +104,15 @@ inline Tensor as_parameter(const Tensor& t) {
 void* current_cuda_stream(int32_t device);
 
 }  // namespace effnet_fast::binding
+
+template <> struct torch::stable::detail::ToImpl<effnet_fast::binding::Text> {
+  template <typename... Rest> static effnet_fast::binding::Text call(StableIValue value, Rest...) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    const bool known = !torch_string_length(handle, &length) && !torch_string_c_str(handle, &data);
+    effnet_fast::binding::Text text(known ? data : "", known ? length : 0);
+    if (torch_delete_string(handle) || !known) throw std::runtime_error("effnet_fast: an op's string argument cannot be read");
+    return text;
+  }
+};

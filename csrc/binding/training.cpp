@@ -44,7 +44,7 @@ class Arguments {
     return keep(as_parameter(t));
   }
 
-  training::Read read(const OptionalTensor& norm, const std::string& activation, const OptionalTensor& gate) {
+  training::Read read(const OptionalTensor& norm, const Text& activation, const OptionalTensor& gate) {
     const int64_t channels = x_.size(1);
     check(norm || (!gate && activation == "identity"), op_, ": norm is None beside an activation or a gate");
     return {x(), vectors("norm", norm, {3, channels}), vectors("gate", gate, {x_.size(0), channels}),
@@ -158,9 +158,9 @@ void check_vector(const char* op, const char* name, const Tensor& t, const Tenso
   check(t.scalar_type() == ScalarType::Float && t.is_contiguous(), op, ": ", name, " must be contiguous float32");
 }
 
-template <typename Kind> void stats_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm,
-                                        const std::string& activation, const OptionalTensor& gate, int64_t stride, Sides padding,
-                                        const Tensor& y, const Tensor& mean, const Tensor& var) {
+template <typename Kind> void stats_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm, const Text& activation,
+                                        const OptionalTensor& gate, int64_t stride, Sides padding, const Tensor& y,
+                                        const Tensor& mean, const Tensor& var) {
   Arguments a(Kind::stats, x);
   const ConvShape shape = Kind::shape(Kind::stats, x, weight, stride, padding);
   check_output(Kind::stats, "y", y, x, shape, x.scalar_type());
@@ -175,7 +175,7 @@ template <typename Kind> void stats_out(const Tensor& x, const Tensor& weight, c
 }
 
 template <typename Kind> std::tuple<Tensor, Tensor, Tensor> stats(const Tensor& x, const Tensor& weight, const OptionalTensor& norm,
-                                                                  const std::string& activation, const OptionalTensor& gate,
+                                                                  const Text& activation, const OptionalTensor& gate,
                                                                   int64_t stride, Sides padding) {
   const ConvShape shape = Kind::shape(Kind::stats, x, weight, stride, padding);
   const Tensor y = empty_output(x, shape, x.scalar_type());
@@ -186,11 +186,11 @@ template <typename Kind> std::tuple<Tensor, Tensor, Tensor> stats(const Tensor& 
 }
 
 template <typename Kind> void backward_out(const Tensor& grad, const Tensor& y, const Tensor& y_norm, const Tensor& y_coefficients,
-                                           const std::string& y_activation, const OptionalTensor& y_gate,
-                                           const OptionalTensor& y_pool, const Tensor& x, const Tensor& weight,
-                                           const OptionalTensor& norm, const std::string& activation, const OptionalTensor& gate,
-                                           const OptionalTensor& residual, int64_t stride, Sides padding, bool need_x,
-                                           bool need_weight, const Tensor& grad_x, const Tensor& grad_weight, const Tensor& sums) {
+                                           const Text& y_activation, const OptionalTensor& y_gate, const OptionalTensor& y_pool,
+                                           const Tensor& x, const Tensor& weight, const OptionalTensor& norm,
+                                           const Text& activation, const OptionalTensor& gate, const OptionalTensor& residual,
+                                           int64_t stride, Sides padding, bool need_x, bool need_weight, const Tensor& grad_x,
+                                           const Tensor& grad_weight, const Tensor& sums) {
   const char* op = Kind::backward;
   Arguments a(op, x);
   const ConvShape shape = Kind::shape(op, x, weight, stride, padding);
@@ -228,13 +228,12 @@ template <typename Kind> void backward_out(const Tensor& grad, const Tensor& y, 
   if (need_weight && weight.scalar_type() != ScalarType::Float) torch::stable::copy_(const_cast<Tensor&>(grad_weight), made_weight);
 }
 
-template <typename Kind> std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& y, const Tensor& y_norm,
-                                                                     const Tensor& y_coefficients, const std::string& y_activation,
-                                                                     const OptionalTensor& y_gate, const OptionalTensor& y_pool,
-                                                                     const Tensor& x, const Tensor& weight,
-                                                                     const OptionalTensor& norm, const std::string& activation,
-                                                                     const OptionalTensor& gate, const OptionalTensor& residual,
-                                                                     int64_t stride, Sides padding, bool need_x, bool need_weight) {
+template <typename Kind>
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& y, const Tensor& y_norm, const Tensor& y_coefficients,
+                                            const Text& y_activation, const OptionalTensor& y_gate, const OptionalTensor& y_pool,
+                                            const Tensor& x, const Tensor& weight, const OptionalTensor& norm,
+                                            const Text& activation, const OptionalTensor& gate, const OptionalTensor& residual,
+                                            int64_t stride, Sides padding, bool need_x, bool need_weight) {
   check(x.dim() == 4 && weight.dim() == 4, Kind::backward, ": x has shape ", shape_text(x), " and weight ", shape_text(weight),
         ", expected four dimensions each");
   const ConvShape as_x{x.size(1), 1, int(x.size(2)), int(x.size(3))};
@@ -255,7 +254,7 @@ void check_images(const char* op, const char* name, const Tensor& t) {
   check(t.dim() == 4, op, ": ", name, " has shape ", shape_text(t), ", expected [N, C, H, W]");
 }
 
-training::Elements elements(Arguments& a, const Tensor& x, const OptionalTensor& norm, const std::string& activation,
+training::Elements elements(Arguments& a, const Tensor& x, const OptionalTensor& norm, const Text& activation,
                             const OptionalTensor& gate) {
   return {a.read(norm, activation, gate), x.size(0), x.size(2) * x.size(3), int(x.size(1)), a.dtype};
 }
@@ -277,7 +276,7 @@ Tensor empty_vectors(const Tensor& x, std::initializer_list<int64_t> shape) {
 }
 #define SHAPE_OF(x) {(x).size(0), (x).size(1), (x).size(2), (x).size(3)}
 
-void norm_act_out(const Tensor& y, const Tensor& norm, const std::string& activation, const OptionalTensor& gate,
+void norm_act_out(const Tensor& y, const Tensor& norm, const Text& activation, const OptionalTensor& gate,
                   const OptionalTensor& residual, const Tensor& out) {
   Arguments a("norm_act", y);
   void* made = result_like("norm_act", "out", out, y, {residual});
@@ -285,7 +284,7 @@ void norm_act_out(const Tensor& y, const Tensor& norm, const std::string& activa
   training::norm_act_cpu(p, a.images_or_null("residual", residual, SHAPE_OF(y)), made);
 }
 
-Tensor norm_act(const Tensor& y, const Tensor& norm, const std::string& activation, const OptionalTensor& gate,
+Tensor norm_act(const Tensor& y, const Tensor& norm, const Text& activation, const OptionalTensor& gate,
                 const OptionalTensor& residual) {
   check_images("norm_act", "y", y);
   const Tensor out = made_like(y);
@@ -293,51 +292,49 @@ Tensor norm_act(const Tensor& y, const Tensor& norm, const std::string& activati
   return out;
 }
 
-void norm_act_mean_out(const Tensor& y, const Tensor& norm, const std::string& activation, const Tensor& mean) {
+void norm_act_mean_out(const Tensor& y, const Tensor& norm, const Text& activation, const Tensor& mean) {
   Arguments a("norm_act_mean", y);
   float* made = vector_result("norm_act_mean", "mean", mean, y, {y.size(0), y.size(1)});
   training::norm_act_mean_cpu(elements(a, y, norm, activation, std::nullopt), made);
 }
 
-Tensor norm_act_mean(const Tensor& y, const Tensor& norm, const std::string& activation) {
+Tensor norm_act_mean(const Tensor& y, const Tensor& norm, const Text& activation) {
   check_images("norm_act_mean", "y", y);
   const Tensor mean = empty_vectors(y, {y.size(0), y.size(1)});
   norm_act_mean_out(y, norm, activation, mean);
   return mean;
 }
 
-void norm_act_sums_out(const Tensor& grad, const Tensor& y, const Tensor& norm, const std::string& activation,
-                       const OptionalTensor& gate, const Tensor& sums) {
+void norm_act_sums_out(const Tensor& grad, const Tensor& y, const Tensor& norm, const Text& activation, const OptionalTensor& gate,
+                       const Tensor& sums) {
   Arguments a("norm_act_sums", y);
   float* made = vector_result("norm_act_sums", "sums", sums, y, {2, y.size(1)});
   const void* of_out = a.images("grad", grad, SHAPE_OF(y));
   training::norm_act_sums_cpu(elements(a, y, norm, activation, gate), of_out, made);
 }
 
-Tensor norm_act_sums(const Tensor& grad, const Tensor& y, const Tensor& norm, const std::string& activation,
-                     const OptionalTensor& gate) {
+Tensor norm_act_sums(const Tensor& grad, const Tensor& y, const Tensor& norm, const Text& activation, const OptionalTensor& gate) {
   check_images("norm_act_sums", "y", y);
   const Tensor sums = empty_vectors(y, {2, y.size(1)});
   norm_act_sums_out(grad, y, norm, activation, gate, sums);
   return sums;
 }
 
-void norm_act_image_sums_out(const Tensor& grad, const Tensor& x, const Tensor& norm, const std::string& activation,
-                             const Tensor& sums) {
+void norm_act_image_sums_out(const Tensor& grad, const Tensor& x, const Tensor& norm, const Text& activation, const Tensor& sums) {
   Arguments a("norm_act_image_sums", x);
   float* made = vector_result("norm_act_image_sums", "sums", sums, x, {x.size(0), 5, x.size(1)});
   const void* of_out = a.images("grad", grad, SHAPE_OF(x));
   training::norm_act_image_sums_cpu(elements(a, x, norm, activation, std::nullopt), of_out, made);
 }
 
-Tensor norm_act_image_sums(const Tensor& grad, const Tensor& x, const Tensor& norm, const std::string& activation) {
+Tensor norm_act_image_sums(const Tensor& grad, const Tensor& x, const Tensor& norm, const Text& activation) {
   check_images("norm_act_image_sums", "x", x);
   const Tensor sums = empty_vectors(x, {x.size(0), 5, x.size(1)});
   norm_act_image_sums_out(grad, x, norm, activation, sums);
   return sums;
 }
 
-void norm_act_backward_out(const Tensor& grad, const Tensor& x, const Tensor& norm, const std::string& activation,
+void norm_act_backward_out(const Tensor& grad, const Tensor& x, const Tensor& norm, const Text& activation,
                            const OptionalTensor& residual, const Tensor& grad_x, const Tensor& sums) {
   const char* op = "norm_act_backward";
   Arguments a(op, x);
@@ -348,7 +345,7 @@ void norm_act_backward_out(const Tensor& grad, const Tensor& x, const Tensor& no
   training::norm_act_backward_cpu(elements(a, x, norm, activation, std::nullopt), of_out, added, made, made_sums);
 }
 
-std::tuple<Tensor, Tensor> norm_act_backward(const Tensor& grad, const Tensor& x, const Tensor& norm, const std::string& activation,
+std::tuple<Tensor, Tensor> norm_act_backward(const Tensor& grad, const Tensor& x, const Tensor& norm, const Text& activation,
                                              const OptionalTensor& residual) {
   check_images("norm_act_backward", "x", x);
   const Tensor grad_x = made_like(x), sums = empty_vectors(x, {2, x.size(1)});
@@ -356,9 +353,8 @@ std::tuple<Tensor, Tensor> norm_act_backward(const Tensor& grad, const Tensor& x
   return {grad_x, sums};
 }
 
-void norm_gradient_out(const Tensor& grad, const Tensor& y, const Tensor& norm, const Tensor& coefficients,
-                       const std::string& activation, const OptionalTensor& gate, const OptionalTensor& pool,
-                       const Tensor& grad_y) {
+void norm_gradient_out(const Tensor& grad, const Tensor& y, const Tensor& norm, const Tensor& coefficients, const Text& activation,
+                       const OptionalTensor& gate, const OptionalTensor& pool, const Tensor& grad_y) {
   const char* op = "norm_gradient";
   Arguments a(op, y);
   void* made = result_like(op, "grad_y", grad_y, y, {grad});
@@ -378,8 +374,8 @@ void norm_gradient_out(const Tensor& grad, const Tensor& y, const Tensor& norm, 
   training::norm_gradient_cpu(p, of_y, made);
 }
 
-Tensor norm_gradient(const Tensor& grad, const Tensor& y, const Tensor& norm, const Tensor& coefficients,
-                     const std::string& activation, const OptionalTensor& gate, const OptionalTensor& pool) {
+Tensor norm_gradient(const Tensor& grad, const Tensor& y, const Tensor& norm, const Tensor& coefficients, const Text& activation,
+                     const OptionalTensor& gate, const OptionalTensor& pool) {
   check_images("norm_gradient", "y", y);
   const Tensor grad_y = made_like(y);
   norm_gradient_out(grad, y, norm, coefficients, activation, gate, pool, grad_y);
