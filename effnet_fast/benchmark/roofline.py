@@ -5,8 +5,8 @@ A network is a sequence of launches that depends on how far it is fused:
     LI   what inductor does: convolutions alone, norm + activation one pointwise kernel, the pool and the gate read again
     L1   convolution + norm + activation one kernel; pool, the two layers of squeeze-excite, scaling and addition apart
     L2   expand | depthwise + squeeze | gate | project: what effnet_fast runs
-    L3   expand + depthwise + squeeze in one kernel: the expanded tensor never leaves the chip; asked for by its backend, and on
-         the CPU by the inference plan
+    L3   expand + depthwise + squeeze in one kernel: the expanded tensor never leaves the chip. On CUDA where native kernels are
+         asked for strictly; on the CPU the inference plan does it in bands
 
 The bound of a launch is the largest of four times: bytes over copy bandwidth, dense multiply-adds over the matrix units' rate,
 lane instructions over the vector units' (on a CPU the multiply-adds of the taps alone), exponentials over the special-function
