@@ -9,11 +9,6 @@ namespace {
 
 constexpr const char* kOp = "expand_depthwise_conv_bn_act";
 
-bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-// What the kernel reads 16 bytes at a time: a copy of a view at an odd place, which is rare.
-Tensor on_16_bytes(const Tensor& t) { return aligned16(t.const_data_ptr()) ? t : torch::stable::clone(t); }
-
 void expand_depthwise_out(const Tensor& x, const Tensor& expand_weight, const OptionalTensor& expand_norm_weight,
                           const OptionalTensor& expand_norm_bias, const Tensor& expand_norm_mean, const Tensor& expand_norm_var,
                           double expand_norm_eps, const Tensor& weight, const OptionalTensor& norm_weight,

@@ -9,8 +9,6 @@ namespace {
 
 constexpr const char* kPointwise = "pointwise_conv_bn_act";
 
-bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 // Checks x [N, C, H, W] and weight [K, C, 1, 1].
 ConvShape pointwise_shape(const Tensor& x, const Tensor& weight) {
   const ConvShape shape = conv_shape(kPointwise, x, weight, 1, {0, 0, 0, 0});
@@ -30,9 +28,6 @@ void run_cuda(const pointwise::Params& p, const Tensor& x) {
   pointwise::forward_cuda(p, current_cuda_stream(device));
 }
 #endif
-
-// What the kernel reads 16 bytes at a time: a copy of a view at an odd place, which is rare.
-Tensor on_16_bytes(const Tensor& t) { return t.is_cpu() || aligned16(t.const_data_ptr()) ? t : torch::stable::clone(t); }
 
 template <auto run> void pointwise_out(const Tensor& x, const Tensor& weight, const OptionalTensor& norm_weight,
                                        const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var,
