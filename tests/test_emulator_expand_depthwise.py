@@ -38,12 +38,14 @@ class Expanding:
     inputs: int
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, Norm]:
-        """x [N, inputs, H, W], weight [C, inputs, 1, 1], and the norm of that convolution."""
+        """x [N, inputs, H, W], weight [C, inputs, 1, 1], and the norm of that convolution: of the types that the other's norm and
+        weight have, and of another eps, so that nothing can be taken from the wrong one."""
         run, c = self.run, self.run.case
         g = torch.Generator().manual_seed(self.inputs)
         x = torch.randn(c.images, self.inputs, c.height, c.width, generator=g).to(run.dtype)
-        weight = (torch.randn(c.channels, self.inputs, 1, 1, generator=g) / self.inputs**0.5).to(run.weight_dtype)
-        norm = plain.norm(c.channels, run.norm_dtype, g)
+        weight = (torch.randn(c.channels, self.inputs, 1, 1, generator=g) / self.inputs**0.5).to(run.norm_dtype)
+        norm = plain.norm(c.channels, run.weight_dtype, g)
+        norm = norm._replace(eps=2 * norm.eps)
         return x, weight, norm if run.affine else norm._replace(weight=None, bias=None)
 
     def expected(self, wide: bool) -> torch.Tensor:

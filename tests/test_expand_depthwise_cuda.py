@@ -3,6 +3,8 @@ the 2x rule. tests/test_emulator_expand_depthwise.py runs its source without one
 
 from __future__ import annotations
 
+import copy
+
 import cases
 import pytest
 import torch
@@ -12,6 +14,8 @@ from tolerance import assert_2x
 
 import effnet_fast
 from effnet_fast import ops
+from effnet_fast.benchmark import calibrate, nets
+from effnet_fast.benchmark import images as images_of
 from effnet_fast.models import FAMILY, create_model
 from effnet_fast.nn import fused
 from effnet_fast.nn.blocks import MBConv
@@ -149,20 +153,52 @@ def test_views_and_the_out_form_on_a_gpu():
     torch.library.opcheck(OP.native, (x, expand, *expand_norm, weight, *n, *rest))
 
 
+WRONG = {  # of the overload's arguments, by place; and what the error says
+    "expand_weight": (1, lambda t: t[:, :16], r"expand_weight has shape \[48, 16, 1, 1\], expected \[48, 24, 1, 1\]"),
+    "expand_weight of 3x3": (1, lambda t: t.expand(48, 24, 3, 3), r"expand_weight has shape \[48, 24, 3, 3\]"),
+    "expand_norm_weight": (2, lambda t: t[:8], r"expand_norm_weight has shape \[8\], expected \[48\]"),
+    "expand_norm_mean": (4, lambda t: t[:8], r"expand_norm_mean has shape \[8\], expected \[48\]"),
+    "expand_norm_var": (5, lambda t: t.half(), "expand_norm_var must have the dtype of expand_norm_mean"),
+    "expand_norm_bias": (3, lambda t: t.cpu(), "expand_norm_bias is on another device"),
+    "weight": (7, lambda t: t.expand(48, 2, 3, 3), r"weight has shape \[48, 2, 3, 3\], expected \[K, 1, k, k\]"),
+    "a kernel of 7x7": (7, lambda t: t.new_ones(48, 1, 7, 7), "kernel 3 or 5 and stride 1 or 2, got kernel 7"),
+    "stride": (13, lambda stride: 3, "kernel 3 or 5 and stride 1 or 2, got kernel 3 and stride 3"),
+    "x": (0, torch.Tensor.float, "takes x of bfloat16 or float16"),
+    "activation": (15, lambda name: "gelu", "activation must be silu, relu, relu6 or identity, got 'gelu'"),
+    "pieces": (16, lambda pieces: 3, "pieces is 3"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("argument", WRONG)
+def test_the_kernel_says_what_is_wrong_on_a_gpu(argument):
+    x, expand, expand_norm, weight, n = given(24, cases.Case(1, 48, 9, 40, 3, 1, (1, 1, 1, 1)), torch.bfloat16)
+    arguments = [x, expand, *expand_norm, weight, *n, 1, [1, 1, 1, 1], "silu", 2]
+    OP.native(*arguments)
+    at, spoil, message = WRONG[argument]
+    arguments[at] = spoil(arguments[at])
+    with pytest.raises(RuntimeError, match=f"^{NAME}: .*{message}"):
+        OP.native(*arguments)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("images", [1, 64])
 def test_a_network_on_a_gpu(images):
     """Where native kernels are asked for strictly the blocks that shared memory suffices for run it, else none does; the results
-    agree."""
+    are right."""
     torch.manual_seed(0)
-    model = create_model("efficientnet_b0").eval().cuda().to(torch.bfloat16)
-    x = torch.randn(images, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    model = calibrate(create_model("efficientnet_b0"), (224, 224)).cuda().to(torch.bfloat16)
+    x = images_of(images, (224, 224)).cuda().to(torch.bfloat16)
+    plain = nets.plain_net("efficientnet_b0").eval().cuda()
+    plain.load_state_dict(model.state_dict())
     with torch.inference_mode():
+        exact, plainly = copy.deepcopy(plain).double()(x.double()), plain.to(torch.bfloat16)(x)
         with effnet_fast.backend("native", strict=True), backends.tracing() as trace:
             y = model(x)
         with backends.tracing() as unasked:
-            expected = model(x)
+            unfused = model(x)
     ran = [choice for choice in trace if not isinstance(choice, str) and choice.op == NAME]
     size, fitting = 112, 0
     for block in FAMILY["efficientnet_b0"].blocks():
@@ -171,4 +207,5 @@ def test_a_network_on_a_gpu(images):
         fitting += block.expanded_channels != block.in_channels and wanted <= launch.shared_bytes_of(0)
     assert len(ran) == fitting > 6 and {choice.backend for choice in ran} == {"native"}
     assert NAME not in {choice.op for choice in unasked if not isinstance(choice, str)}
-    assert (y - expected).abs().max() <= 0.05 * expected.abs().max()
+    assert_2x(y, plainly, exact, "one kernel")
+    assert_2x(unfused, plainly, exact, "two kernels")

@@ -7,10 +7,12 @@ import gc
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from plain import norm
+from torch import Tensor
 
 from effnet_fast.ops import native
 
@@ -185,15 +187,25 @@ def test_a_call_leaves_nothing_in_malloc():
     """torch's boxing of a string that an op is given forgets one, 48 bytes; ours does not."""
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Mallinfo
-    x, weight, n = torch.randn(1, 16, 8, 8), torch.randn(16, 1, 3, 3), norm(16)
+    ops, x, n = torch.ops.effnet_fast, torch.randn(1, 16, 8, 8), norm(16)
+    partial, window = torch.randn(1, 1, 16), (1, [1, 1, 1, 1], "silu")
+    calls = {
+        "conv": lambda: ops.conv_bn_act.native(x, torch.ones(16, 16, 3, 3), *n, None, *window, None),
+        "depthwise": lambda: ops.depthwise_conv_bn_act.native(x, torch.ones(16, 1, 3, 3), *n, *window, 1),
+        "pointwise": lambda: ops.pointwise_conv_bn_act.native(x, torch.ones(16, 16, 1, 1), *n, None, None, "silu"),
+        "gate": lambda: ops.squeeze_excite_gate.native(
+            partial, 64, torch.ones(4, 16, 1, 1), torch.ones(4), torch.ones(16, 4, 1, 1), torch.ones(16), "silu"
+        ),
+    }
 
-    def call(times: int) -> int:
+    def in_use(call: Callable[[], Tensor], times: int) -> int:
         for _ in range(times):
-            torch.ops.effnet_fast.depthwise_conv_bn_act.native(x, weight, *n, 1, [1, 1, 1, 1], "silu", 1)
+            call()
         gc.collect()
         told = mallinfo()
         return told.used + told.mapped
 
     with torch.no_grad():
-        before = call(200)
-        assert (call(2000) - before) / 2000 < 8
+        for name, call in calls.items():
+            before = in_use(call, 200)
+            assert (in_use(call, 2000) - before) / 2000 < 8, name

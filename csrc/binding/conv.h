@@ -79,26 +79,33 @@ struct ConvTensors {
   DType weight_dtype, norm_dtype;
 };
 
-inline ConvTensors conv_tensors(const char* op, const Tensor& x, const Tensor& weight, const NormTensors& norm) {
+// What messages call the weight and the norm's vectors.
+struct ConvNames {
+  const char *weight = "weight", *norm_weight = "norm_weight", *norm_bias = "norm_bias", *norm_mean = "norm_mean",
+             *norm_var = "norm_var";
+};
+
+inline ConvTensors conv_tensors(const char* op, const Tensor& x, const Tensor& weight, const NormTensors& norm,
+                                const ConvNames& names = {}) {
   const auto read = [&](const char* name, const Tensor& t) {
     check_same_device(op, name, t, x);
     return as_parameter(t);
   };
-  const Tensor taps = read("weight", weight), mean = read("norm_mean", norm.mean);
+  const Tensor taps = read(names.weight, weight), mean = read(names.norm_mean, norm.mean);
   const auto read_vector = [&](const char* name, const Tensor& t) {
     check_shape(op, name, t, {weight.size(0)});
-    check(t.scalar_type() == norm.mean.scalar_type(), op, ": ", name, " must have the dtype of norm_mean");
+    check(t.scalar_type() == norm.mean.scalar_type(), op, ": ", name, " must have the dtype of ", names.norm_mean);
     return read(name, t);
   };
   const auto read_optional = [&](const char* name, const OptionalTensor& t) {
     return t ? OptionalTensor(read_vector(name, *t)) : std::nullopt;
   };
-  check_shape(op, "norm_mean", mean, {weight.size(0)});
+  check_shape(op, names.norm_mean, mean, {weight.size(0)});
   return {taps,
-          {read_optional("norm_weight", norm.weight), read_optional("norm_bias", norm.bias), mean,
-           read_vector("norm_var", norm.var), norm.eps},
-          dtype_of(op, "weight", taps),
-          dtype_of(op, "norm_mean", mean)};
+          {read_optional(names.norm_weight, norm.weight), read_optional(names.norm_bias, norm.bias), mean,
+           read_vector(names.norm_var, norm.var), norm.eps},
+          dtype_of(op, names.weight, taps),
+          dtype_of(op, names.norm_mean, mean)};
 }
 
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }

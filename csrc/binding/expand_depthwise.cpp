@@ -15,12 +15,9 @@ void expand_depthwise_out(const Tensor& x, const Tensor& expand_weight, const Op
                           const OptionalTensor& norm_bias, const Tensor& norm_mean, const Tensor& norm_var, double norm_eps,
                           int64_t stride, std::vector<int64_t> padding, const Text& activation, int64_t pieces, const Tensor& y,
                           const Tensor& partial) {
-  const ConvShape expanded = conv_shape(kOp, x, expand_weight, 1, {0, 0, 0, 0});
-  check(expand_weight.size(1) == x.size(1) && expanded.kernel == 1, kOp, ": expand_weight has shape ", shape_text(expand_weight),
-        ", expected [K, ", x.size(1), ", 1, 1]");
   const ConvShape shape = conv_shape(kOp, x, weight, stride, padding);
-  check(weight.size(0) == expanded.out_channels && weight.size(1) == 1, kOp, ": weight has shape ", shape_text(weight),
-        ", expected [", expanded.out_channels, ", 1, k, k]");
+  check(weight.size(1) == 1, kOp, ": weight has shape ", shape_text(weight), ", expected [K, 1, k, k]");
+  check_shape(kOp, "expand_weight", expand_weight, {shape.out_channels, x.size(1), 1, 1});
   check_output(kOp, "y", y, x, shape, x.scalar_type());
   check(pieces >= 0, kOp, ": pieces must not be negative, got ", pieces);
   check_shape(kOp, "partial", partial, {x.size(0), pieces, shape.out_channels});
@@ -33,7 +30,8 @@ void expand_depthwise_out(const Tensor& x, const Tensor& expand_weight, const Op
   const Tensor input = on_16_bytes(as_channels_last(x));
   ConvTensors t = conv_tensors(kOp, x, weight, {norm_weight, norm_bias, norm_mean, norm_var, norm_eps});
   ConvTensors e = conv_tensors(kOp, x, expand_weight,
-                               {expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var, expand_norm_eps});
+                               {expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var, expand_norm_eps},
+                               {"expand_weight", "expand_norm_weight", "expand_norm_bias", "expand_norm_mean", "expand_norm_var"});
   t.weight = on_16_bytes(t.weight);
   e.weight = on_16_bytes(e.weight);
   auto p =

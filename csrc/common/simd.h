@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "activation.h"
@@ -58,6 +59,34 @@ template <int W> EFFNET_INLINE void store(fp16* p, Float<W> v) {
   half = magnitude >= 0x477ff000 ? Int<W>{} + 0x7c00 : half;  // 65520 and more: infinity
   half = magnitude > 0x7f800000 ? Int<W>{} + 0x7e00 : half;
   store_bits<W>(p, half | ((bits >> 16) & 0x8000));
+}
+
+// The first `count` lanes of a vector, 1 to W of them: the others are zero, and are not written. Floats of AVX-512 by one masked
+// move: a memcpy of a length that is not known is a call, and what it stored in pieces is no vector to load at once.
+template <int W, typename T> EFFNET_INLINE Float<W> load_first(const T* p, int count) {
+#if defined(__x86_64__)
+  if constexpr (W == 16 && std::is_same_v<T, float>) {
+    Float<W> v;
+    const uint16_t lanes = 0xffff >> (W - count);
+    asm("vmovups %1, %0%{%2%}%{z%}" : "=v"(v) : "m"(*reinterpret_cast<const char (*)[sizeof(v)]>(p)), "Yk"(lanes));
+    return v;
+  }
+#endif
+  T edge[W] = {};
+  memcpy(edge, p, count * sizeof(T));
+  return load<W>(edge);
+}
+template <int W, typename T> EFFNET_INLINE void store_first(T* p, Float<W> v, int count) {
+#if defined(__x86_64__)
+  if constexpr (W == 16 && std::is_same_v<T, float>) {
+    const uint16_t lanes = 0xffff >> (W - count);
+    asm("vmovups %1, %0%{%2%}" : "+m"(*reinterpret_cast<char (*)[sizeof(v)]>(p)) : "v"(v), "Yk"(lanes));
+    return;
+  }
+#endif
+  T edge[W];
+  store<W>(edge, v);
+  memcpy(p, edge, count * sizeof(T));
 }
 
 template <int W> EFFNET_INLINE float sum(Float<W> v) {

@@ -44,15 +44,17 @@
 
 namespace effnet_fast::depthwise {
 
+constexpr const char* kOp = "depthwise_conv_bn_act";
+
 template <int kKernel_, int kStride_> struct Window {
   static constexpr int kKernel = kKernel_, kStride = kStride_;
 };
 
-// Calls f with the Window of p's kernel and stride.
-template <typename F> void with_window(const ForwardParams& p, const F& f) {
+// Calls f with the Window of p's kernel and stride. `op` is who takes no others.
+template <typename F> void with_window(const char* op, const ForwardParams& p, const F& f) {
   const bool one = p.stride == 1;
   if ((p.kernel != 3 && p.kernel != 5) || (p.stride != 1 && p.stride != 2)) {
-    throw std::runtime_error("depthwise_conv_bn_act: the CUDA kernels take kernel 3 or 5 and stride 1 or 2, got kernel " +
+    throw std::runtime_error(std::string(op) + ": the CUDA kernels take kernel 3 or 5 and stride 1 or 2, got kernel " +
                              std::to_string(p.kernel) + " and stride " + std::to_string(p.stride));
   }
   if (p.kernel == 3) return one ? f(Window<3, 1>{}) : f(Window<3, 2>{});
@@ -61,12 +63,12 @@ template <typename F> void with_window(const ForwardParams& p, const F& f) {
 
 // Output rows of a segment. The caller's number of pieces says how many segments there are; without a squeeze there are as many as
 // give every multiprocessor a block, the rule of effnet_fast/ops/depthwise/launch.py, which chooses the pieces.
-inline int segment_rows(const ForwardParams& p, int pieces_across, int64_t blocks_a_segment, int multiprocessors) {
+inline int segment_rows(const char* op, const ForwardParams& p, int pieces_across, int64_t blocks_a_segment, int multiprocessors) {
   int64_t segments = p.pieces / pieces_across;
   if (p.pieces == 0) segments = min(max(multiprocessors / blocks_a_segment, int64_t(1)), int64_t(p.out_height));
   const int rows = segments > 0 ? int(ceil_div(p.out_height, segments)) : p.out_height;
   if (p.pieces != 0 && int64_t(ceil_div(p.out_height, rows)) * pieces_across != p.pieces) {
-    throw std::runtime_error("depthwise_conv_bn_act: pieces is " + std::to_string(p.pieces) + "; for an output of " +
+    throw std::runtime_error(std::string(op) + ": pieces is " + std::to_string(p.pieces) + "; for an output of " +
                              std::to_string(p.out_height) + " x " + std::to_string(p.out_width) + " a multiple of " +
                              std::to_string(pieces_across) + ", for segments of equally many rows, would do");
   }
@@ -94,10 +96,10 @@ template <class Tr, template <class> class Rows = Loader> void launch_tensor(typ
                                                                              int most_bytes = Tr::kSharedBytes) {
   const int strips = ceil_div(p.out_width, Tr::kStripColumns), tiles = ceil_div(p.channels, Tr::kChannels);
   const int64_t blocks = int64_t(tiles) * strips * ceil_div(p.batch, Tr::kStrips);
-  p.segment = segment_rows(p, ceil_div(p.out_width, kPieceColumns), blocks, multiprocessors);
+  p.segment = segment_rows(Rows<Tr>::kOp, p, ceil_div(p.out_width, kPieceColumns), blocks, multiprocessors);
   const int64_t rows = int64_t(ceil_div(p.out_height, p.segment)) * strips;
   if (rows > kGridSide || int64_t(p.out_width) * p.channels >= int64_t(1) << 31)
-    throw std::runtime_error("depthwise_conv_bn_act: the image is too large for one launch");
+    throw std::runtime_error(std::string(Rows<Tr>::kOp) + ": the image is too large for one launch");
   EFFNET_ALLOW_SHARED((tensor_kernel<Tr, Rows>), most_bytes);
   launch_in_chunks<typename Tr::T>(p, kGridSide * Tr::kStrips, [&](const typename Rows<Tr>::Params& chunk) {
     const dim3 grid(unsigned(tiles), unsigned(rows), unsigned(ceil_div(chunk.batch, Tr::kStrips)));
@@ -108,11 +110,11 @@ template <class Tr, template <class> class Rows = Loader> void launch_tensor(typ
 template <class Tr> void launch_direct(KernelParams p, int multiprocessors, void* stream) {
   const int strips = ceil_div(p.out_width, Tr::kColumns);
   const int64_t threads_an_image = int64_t(strips) * (p.channels / Tr::kVector);
-  p.segment = segment_rows(p, strips, ceil_div(p.batch * threads_an_image, Tr::kThreads), multiprocessors);
+  p.segment = segment_rows(kOp, p, strips, ceil_div(p.batch * threads_an_image, Tr::kThreads), multiprocessors);
   const int segments = ceil_div(p.out_height, p.segment);
   const int64_t images_a_grid = (int64_t(1) << 31) / threads_an_image;  // thread numbers are 32 bits
   if (segments > kGridSide || images_a_grid == 0 || p.x_pixel >= int64_t(1) << 31)
-    throw std::runtime_error("depthwise_conv_bn_act: the image is too large for one launch");
+    throw std::runtime_error(std::string(kOp) + ": the image is too large for one launch");
   EFFNET_ALLOW_SHARED(direct_kernel<Tr>, Tr::kSharedBytes);
   launch_in_chunks<typename Tr::T>(p, images_a_grid, [&](const KernelParams& chunk) {
     const dim3 grid(unsigned(ceil_div(chunk.batch * threads_an_image, Tr::kThreads)), unsigned(segments));
@@ -146,7 +148,7 @@ template <typename T> void launch_forward(const ForwardParams& given, int multip
   KernelParams p{given};
   p.low = p.activation == Activation::identity ? -INFINITY : 0.f;
   p.high = p.activation == Activation::relu6 ? 6.f : INFINITY;
-  with_window(p, [&](auto window) {
+  with_window(kOp, p, [&](auto window) {
     constexpr int K = decltype(window)::kKernel, S = decltype(window)::kStride;
     if constexpr (sizeof(T) == 2) {
       if (p.channels % 8 != 0) return launch_direct<DirectTraits<T, K, S, 1>>(p, multiprocessors, stream);

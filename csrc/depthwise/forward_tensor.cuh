@@ -66,6 +66,7 @@ struct TensorTraits {
 // kRest columns left over, whose rows are dealt out among the threads.
 template <class Tr> struct Loader {
   using Params = KernelParams;
+  static constexpr const char* kOp = "depthwise_conv_bn_act";  // for messages
   static constexpr int kChunks = Tr::kChunks;
   static constexpr int kFull = Tr::kPixels / 32, kRest = Tr::kPixels % 32;
   static_assert(kRest > 0);

@@ -32,11 +32,12 @@ struct KernelParams : depthwise::KernelParams {
 template <class Tr> struct Expander {
   using Params = KernelParams;
   using T = typename Tr::T;
+  static constexpr const char* kOp = "expand_depthwise_conv_bn_act";
   static constexpr int kStagePixels = Tr::kStageRows * Tr::kPixels;
   static constexpr int kTiles = ceil_div(kStagePixels, 32), kTilePixels = 32;  // a warp's at once
   // Behind what the depthwise kernel has: norm, W, x.
   static constexpr int kNormAt = Tr::kSharedBytes, kWeightAt = kNormAt + Tr::kChannels * int(sizeof(Affine));
-  static int shared_bytes(int pitch) { return kWeightAt + (Tr::kChannels + kTiles * kTilePixels) * pitch; }
+  static int64_t shared_bytes(int64_t pitch) { return kWeightAt + (Tr::kChannels + kTiles * kTilePixels) * pitch; }
 
   const Params& p;
   int first_column, first_row, first_real, real_rows;
@@ -184,13 +185,13 @@ struct Gpu {
 };
 
 template <class Tr> void launch(const KernelParams& p, const Gpu& gpu, void* stream) {
-  const int bytes = Expander<Tr>::shared_bytes(p.pitch);
+  const int64_t bytes = Expander<Tr>::shared_bytes(p.pitch);
   if (bytes > gpu.block_shared_bytes) {
-    throw std::runtime_error("expand_depthwise_conv_bn_act: " + std::to_string(p.expand.in_channels) + " input channels take " +
-                             std::to_string(bytes) + " bytes of shared memory; this GPU has " +
+    throw std::runtime_error(std::string(Expander<Tr>::kOp) + ": " + std::to_string(p.expand.in_channels) +
+                             " input channels take " + std::to_string(bytes) + " bytes of shared memory; this GPU has " +
                              std::to_string(gpu.block_shared_bytes));
   }
-  depthwise::launch_tensor<Tr, Expander>(p, gpu.multiprocessors, stream, bytes, gpu.block_shared_bytes);
+  depthwise::launch_tensor<Tr, Expander>(p, gpu.multiprocessors, stream, int(bytes), gpu.block_shared_bytes);
 }
 
 template <typename T, int K, int S, bool kSilu> void choose(const KernelParams& p, const Gpu& gpu, void* stream) {
@@ -218,7 +219,7 @@ inline KernelParams kernel_params(const ForwardParams& given) {
 // aligned.
 template <typename T> void launch_forward(const ForwardParams& given, const Gpu& gpu, void* stream) {
   const KernelParams p = kernel_params(given);
-  depthwise::with_window(p, [&](auto window) {
+  depthwise::with_window("expand_depthwise_conv_bn_act", p, [&](auto window) {
     constexpr int K = decltype(window)::kKernel, S = decltype(window)::kStride;
     if (p.activation == Activation::silu) return choose<T, K, S, true>(p, gpu, stream);
     choose<T, K, S, false>(p, gpu, stream);

@@ -18,7 +18,7 @@ namespace effnet_fast::inference {
 namespace {
 
 constexpr int64_t kScratch = 192 << 10;  // bytes of the expanded rows
-constexpr int kLeastRows = 12;           // for each that is computed twice
+constexpr int kLeastRows = 18;           // for each that is computed twice
 constexpr int64_t kGrain = 1 << 19;      // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 
 // Some channels of the expanded image's rows [first, last), which lie in scratch.

@@ -288,7 +288,7 @@ template <class Tr> void launch_tensor(KernelParams p, const Gpu& gpu, void* str
   }
   p.tiles = ceil_div(p.rows, Tr::kRows);
   // As many blocks an SM as registers and two stages allow. The weight stays where there is room for it beside them.
-  p.resident = steps * Tr::kWeightBytes <= 40 << 10;
+  p.resident = int64_t(steps) * Tr::kWeightBytes <= 40 << 10;
   const int fixed = Tr::kFixedBytes + (p.resident ? steps * Tr::kWeightBytes : 0);
   const int stage = Tr::kStepBytes + (p.resident ? 0 : Tr::kWeightBytes);
   const auto fit = [&](int blocks) { return (min(gpu.shared_bytes / blocks - 1024, gpu.block_shared_bytes) - fixed) / stage; };

@@ -216,7 +216,7 @@ EFFNET_INLINE void finish(const Params& p, const Panel<Element>& panel, const fl
   using namespace simd;
   T* y = static_cast<T*>(p.y) + row * p.y_row + panel.channel;
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * p.out_channels + panel.channel : nullptr;
-  const int channels = std::min(V * W, p.out_channels - panel.channel);
+  const int last = std::min(W, p.out_channels - panel.channel - (V - 1) * W);  // channels in the last vector
   Float<W> scale[V], shift[V];
 #pragma GCC unroll 3
   for (int v = 0; v < V; ++v) {
@@ -227,17 +227,17 @@ EFFNET_INLINE void finish(const Params& p, const Panel<Element>& panel, const fl
     Float<W> value[V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) value[v] = activate<W>(activation, load<W>(tile + v * W) * scale[v] + shift[v]);
-    T edge[V * W];
-    const bool whole = channels == V * W;
-    if (residual) {
-      if (!whole) memcpy(edge, residual, channels * sizeof(T));
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) value[v] += load<W>((whole ? residual : edge) + v * W);
-      residual += p.out_channels;
+    for (int v = 0; v < V; ++v) {
+      const bool whole = v + 1 < V || last == W;
+      if (residual) value[v] += whole ? load<W>(residual + v * W) : load_first<W>(residual + v * W, last);
+      if (whole) {
+        store<W>(y + v * W, value[v]);
+      } else {
+        store_first<W>(y + v * W, value[v], last);
+      }
     }
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) store<W>((whole ? y : edge) + v * W, value[v]);
-    if (!whole) memcpy(y, edge, channels * sizeof(T));
+    if (residual) residual += p.out_channels;
   }
 }
 

@@ -92,7 +92,8 @@ py::array pointwise(const py::array& x, const py::array& weight, const py::array
 // On a GPU of so many multiprocessors, or for 0 on the CPU: y and partial. x is [N, H, W, at least C], of which the kernel gets the
 // first C channels; the weight is [C, k, k]; norm is weight, bias, mean, var; window is stride, top, left, H', W'; types are those
 // of x, weight and norm. expansion: of a pointwise convolution in front, which takes all channels of x, weight [C, channels] and
-// norm, of the same types and eps; a block may then have shared_bytes of memory.
+// norm; the other's weight has its norm's type and the reverse, its eps is twice as large; a block may then have shared_bytes of
+// memory.
 std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& weight, const std::vector<OptionalArray>& norm,
                                           float eps, const std::array<int, 5>& window, int activation, int pieces,
                                           const std::array<int, 3>& types, int multiprocessors, unsigned seed, int misalign,
@@ -133,9 +134,15 @@ std::pair<py::array, py::array> depthwise(const py::array& x, const py::array& w
   p.y = made.data();
   p.partial = pieces ? reinterpret_cast<float*>(sums.data()) : nullptr;
   if (!expansion.empty()) {
-    p.expand = {
-        expanding[0]->data(), data(expanding[1]), data(expanding[2]), data(expanding[3]), data(expanding[4]), int(x.shape(3)), eps,
-        p.weight_dtype,       p.norm_dtype};
+    p.expand = {expanding[0]->data(),
+                data(expanding[1]),
+                data(expanding[2]),
+                data(expanding[3]),
+                data(expanding[4]),
+                int(x.shape(3)),
+                2 * eps,
+                p.norm_dtype,
+                p.weight_dtype};
     if (p.dtype == DType::bf16) {
       emulated::expand_depthwise<effnet_fast::bf16>(p, multiprocessors, shared_bytes, seed);
     } else {

@@ -121,7 +121,8 @@ def expand_depthwise_conv_bn_act(
     padding        (top, bottom, left, right), zeros around the expanded tensor, need not be symmetric
     returns        y [N, K, H', W'] channels_last in x's dtype; partial [N, P, K] as there
 
-    Where the native backend is not asked for, or has no kernel, plain PyTorch runs. No gradient. Raises ValueError or TypeError,
+    What is not finite once expanded, in x's dtype, makes NaN of the outputs that see it in the 8 channels of its group. Where the
+    native backend is not asked for, or has no kernel, plain PyTorch runs. No gradient. Raises ValueError or TypeError,
     naming the argument, on bad input.
     """
     height, width = _check(x, expand_weight, *expand_norm, weight, *norm, stride, padding, activation)

@@ -105,8 +105,8 @@ def pointwise_conv_bn_act(
     residual  [N, K, H, W] in x's dtype
     returns   [N, K, H, W] channels_last in x's dtype
 
-    Non-finite values come out where plain PyTorch has them, but for SiLU on a GPU, which is -1.7e-16 of -inf, in place of NaN, and
-    of every value below -40.
+    Non-finite values come out where plain PyTorch has them, but for SiLU in fp32 and fp16 on a GPU, which is -1.7e-16 of -inf, in
+    place of NaN, and of every value below -40; stored as fp16 that is zero.
 
     No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
