@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <new>
 #include <utility>
 
@@ -14,10 +15,10 @@ namespace {
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kPage = kLine;  // every overrun shows
 #else
-constexpr size_t kPage = 64 << 10, kHugePage = 2 << 20;  // the system's page or several
+constexpr size_t kPage = 64 << 10;  // the system's page or several
 #endif
-constexpr size_t kPatience = 4096;  // takes that a piece waits for: some steps of the deepest network
-constexpr std::chrono::seconds kLongest{5};
+constexpr size_t kHugePage = 2 << 20;
+constexpr std::chrono::seconds kLongest{5}, kBetween{1};  // that a page is kept unused, and from one look for such to the next
 
 size_t whole_pages(size_t bytes) { return rounded_up(std::max<size_t>(bytes, 1), kPage); }
 
@@ -46,57 +47,73 @@ Memory::Memory(size_t bytes) : bytes_(whole_pages(bytes)), data_(nullptr, {bytes
 void Memory::Free::operator()(char* p) const { munmap(p, bytes); }
 #endif
 
-void Recycler::drop_oldest() {
-  waiting_bytes_ -= waiting_.front().memory.bytes();
-  pieces_.erase(waiting_.front().memory.data());
-  waiting_.pop_front();
-}
-
-void Recycler::drop_old() {
-  const auto now = std::chrono::steady_clock::now();
-  while (!waiting_.empty() && (waiting_.front().since + kPatience < takes_ || waiting_.front().at + kLongest < now)) drop_oldest();
-}
-
-Memory Recycler::fresh(size_t bytes) {
-  while (!waiting_.empty() && taken_bytes_ + waiting_bytes_ + bytes > most_bytes_) drop_oldest();
-  try {
-    return Memory(bytes);
-  } catch (const std::bad_alloc&) {
-    while (!waiting_.empty()) drop_oldest();
-    return Memory(bytes);
+// As many addresses as the system lets a process have, of 1 TB at most. They take no memory.
+void Recycler::reserve() {
+  for (size_t bytes = size_t(1) << 40; bytes >= size_t(1) << 30; bytes /= 2) {
+    void* const at = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) continue;
+    madvise(at, bytes, MADV_HUGEPAGE);
+    const size_t before = rounded_up(reinterpret_cast<uintptr_t>(at), kHugePage) - reinterpret_cast<uintptr_t>(at);
+    gaps_.emplace(0, (bytes - before) / kHugePage * kHugePage);
+    range_ = static_cast<char*>(at) + before;
+    return;
   }
+  throw std::bad_alloc();
 }
 
 void* Recycler::take(size_t bytes) {
   const std::lock_guard<std::mutex> guard(mutex_);
+  if (!range_) reserve();
   const size_t wanted = whole_pages(bytes);
-  // The one that was given back last: some of it may still be in a cache.
-  const auto found = std::find_if(waiting_.rbegin(), waiting_.rend(), [&](const Piece& p) { return p.memory.bytes() == wanted; });
-  if (found != waiting_.rend()) {
-    waiting_bytes_ -= wanted;
-    taken_.splice(taken_.end(), waiting_, std::prev(found.base()));
-  } else {
-    Pieces made;
-    made.push_back({fresh(wanted), 0, {}});
-    pieces_.emplace(made.front().memory.data(), made.begin());
-    taken_.splice(taken_.end(), made);
+  const auto gap = std::find_if(gaps_.begin(), gaps_.end(), [&](const auto& piece) { return piece.second >= wanted; });
+  if (gap == gaps_.end()) throw std::bad_alloc();
+  const size_t begin = gap->first, end = begin + wanted, left = gap->second - wanted;
+  if (end > usable_) {
+    const size_t usable = rounded_up(end, kHugePage);
+    pages_.resize(usable / kHugePage);
+    if (mprotect(range_ + usable_, usable - usable_, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+    usable_ = usable;
   }
-  taken_bytes_ += wanted;
-  most_bytes_ = std::max(most_bytes_, taken_bytes_);
-  ++takes_;
-  drop_old();
-  return taken_.back().memory.data();
+  taken_.emplace(begin, wanted);
+  auto rest = gaps_.extract(gap);
+  if (left > 0) {
+    rest.key() = end;
+    rest.mapped() = left;
+    gaps_.insert(std::move(rest));
+  }
+  for (size_t page = begin / kHugePage; page * kHugePage < end; ++page) pages_[page].filled = true;
+  return_idle();
+  return range_ + begin;
 }
 
 void Recycler::give_back(void* data) noexcept {
   const std::lock_guard<std::mutex> guard(mutex_);
-  const Pieces::iterator piece = pieces_.at(data);
-  taken_bytes_ -= piece->memory.bytes();
-  waiting_bytes_ += piece->memory.bytes();
-  piece->since = takes_;
-  piece->at = std::chrono::steady_clock::now();
-  waiting_.splice(waiting_.end(), taken_, piece);
-  drop_old();
+  const Clock::time_point now = Clock::now();
+  auto gap = gaps_.insert(taken_.extract(static_cast<char*>(data) - range_)).position;  // allocates nothing
+  for (size_t page = gap->first / kHugePage; page * kHugePage < gap->first + gap->second; ++page) pages_[page].freed = now;
+  const auto next = std::next(gap);
+  if (next != gaps_.end() && gap->first + gap->second == next->first) {
+    gap->second += next->second;
+    gaps_.erase(next);
+  }
+  if (gap != gaps_.begin())
+    if (const auto last = std::prev(gap); last->first + last->second == gap->first) {
+      last->second += gap->second;
+      gaps_.erase(gap);
+    }
+  return_idle();
+}
+
+void Recycler::return_idle() noexcept {
+  const Clock::time_point now = Clock::now();
+  if (now - looked_ < kBetween) return;
+  looked_ = now;
+  for (const auto& [begin, bytes] : gaps_)
+    for (size_t page = rounded_up(begin, kHugePage) / kHugePage; (page + 1) * kHugePage <= std::min(begin + bytes, usable_); ++page)
+      if (pages_[page].filled && pages_[page].freed + kLongest < now) {
+        madvise(range_ + page * kHugePage, kHugePage, MADV_DONTNEED);
+        pages_[page].filled = false;
+      }
 }
 
 }  // namespace effnet_fast

@@ -3,10 +3,10 @@
 #pragma once
 #include <chrono>
 #include <cstddef>
-#include <list>
+#include <map>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
+#include <vector>
 
 namespace effnet_fast {
 
@@ -30,32 +30,35 @@ class Memory {
   std::unique_ptr<char, Free> data_;
 };
 
-// Hands the memory of what is gone to what comes next and is as large: a fresh page costs more to fault in and to clear than a
-// convolution takes to fill it. What waits to be taken, and what is in use, never come to more than was once in use together; what
-// still waits when many others were taken, or after some seconds, goes back to the system when the next is taken or given back.
-// Any number of threads may use it at the same time.
+// Hands the memory of what is gone to what comes next: a fresh page costs more to fault in and to clear than a convolution takes to
+// fill it, and many times more where the machine is virtual and has given its free memory back.
+//
+// It cuts all pieces from one range of addresses, each from the lowest gap that is large enough; gaps that touch are one. So what
+// comes and goes in the same order finds filled pages, whatever the sizes. The pages of a gap go back to the system when nobody has
+// used them for some seconds: at the next take or give_back. Any number of threads may use it at the same time.
 class Recycler {
  public:
-  void* take(size_t bytes);
+  void* take(size_t bytes);  // throws std::bad_alloc
   void give_back(void* data) noexcept;
   void lock() { mutex_.lock(); }  // around a fork: in the child nobody would unlock it
   void unlock() { mutex_.unlock(); }
 
  private:
-  struct Piece {
-    Memory memory;
-    size_t since;                              // takes_ when it was given back
-    std::chrono::steady_clock::time_point at;  // likewise
+  using Clock = std::chrono::steady_clock;
+  using Pieces = std::map<size_t, size_t>;  // where each begins, and its bytes
+  struct Page {
+    bool filled = false;      // since it was last given back to the system
+    Clock::time_point freed;  // when some of it was last in use
   };
-  using Pieces = std::list<Piece>;
-  Memory fresh(size_t bytes);
-  void drop_oldest();
-  void drop_old();
+  void reserve();
+  void return_idle() noexcept;
 
   std::mutex mutex_;
-  Pieces taken_, waiting_;  // those that wait longest first
-  std::unordered_map<void*, Pieces::iterator> pieces_;
-  size_t taken_bytes_ = 0, waiting_bytes_ = 0, most_bytes_ = 0, takes_ = 0;
+  char* range_ = nullptr;
+  size_t usable_ = 0;  // bytes of the range, from its beginning, that may be touched
+  Pieces taken_, gaps_;
+  std::vector<Page> pages_;  // huge ones, of what is usable
+  Clock::time_point looked_;
 };
 
 }  // namespace effnet_fast
