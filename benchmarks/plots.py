@@ -125,7 +125,7 @@ def _roofline(told: dict[str, Any]) -> Any:
         copy, dense = told["roofline"]["copy_bytes_s"] / 1e9, told["roofline"]["dense_flop_s"] / 1e9
         ridge = min(max(dense / copy, low), high)
         roof = [min(dense, copy * at) for at in (low, ridge, high)]
-        label = f"copy {copy:.4g} GB/s,\nmatrix product {dense:.4g} GFLOP/s"
+        label = f"copy {copy:.4g} GB/s,\ndense {dense:.4g} GFLOP/s"
         axes.plot([low, ridge, high], roof, color="black", lw=1.2, label=label)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
     for axis in (axes.xaxis, axes.yaxis):

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -17,7 +18,7 @@ constexpr size_t kPage = kLine;  // every overrun shows
 #else
 constexpr size_t kPage = 64 << 10;  // the system's page or several
 #endif
-constexpr size_t kHugePage = 2 << 20;
+constexpr size_t kHugePage = 2 << 20, kRange = size_t(1) << 40;
 constexpr std::chrono::seconds kLongest{5}, kBetween{1};  // that a page is kept unused, and from one look for such to the next
 
 size_t whole_pages(size_t bytes) { return rounded_up(std::max<size_t>(bytes, 1), kPage); }
@@ -47,31 +48,28 @@ Memory::Memory(size_t bytes) : bytes_(whole_pages(bytes)), data_(nullptr, {bytes
 void Memory::Free::operator()(char* p) const { munmap(p, bytes); }
 #endif
 
-// As many addresses as the system lets a process have, of 1 TB at most. They take no memory.
-void Recycler::reserve() {
-  for (size_t bytes = size_t(1) << 40; bytes >= size_t(1) << 30; bytes /= 2) {
-    void* const at = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) continue;
-    madvise(at, bytes, MADV_HUGEPAGE);
-    const size_t before = rounded_up(reinterpret_cast<uintptr_t>(at), kHugePage) - reinterpret_cast<uintptr_t>(at);
-    gaps_.emplace(0, (bytes - before) / kHugePage * kHugePage);
-    range_ = static_cast<char*>(at) + before;
-    return;
-  }
-  throw std::bad_alloc();
+// Addresses alone take no memory. Where the system counts them (RLIMIT_AS), others need them.
+Recycler::Recycler() {
+#ifndef __SANITIZE_ADDRESS__  // in the range no overrun would show
+  rlimit limit;
+  if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY) return;
+  void* const at = mmap(nullptr, kRange + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (at == MAP_FAILED) return;
+  madvise(at, kRange + kHugePage, MADV_HUGEPAGE);
+  range_ = reinterpret_cast<char*>(rounded_up(reinterpret_cast<uintptr_t>(at), kHugePage));
+  gaps_.emplace(0, kRange);
+#endif
 }
 
-void* Recycler::take(size_t bytes) {
-  const std::lock_guard<std::mutex> guard(mutex_);
-  if (!range_) reserve();
-  const size_t wanted = whole_pages(bytes);
+// Where there is room for so many bytes in the range, or null.
+char* Recycler::cut(size_t wanted) {
   const auto gap = std::find_if(gaps_.begin(), gaps_.end(), [&](const auto& piece) { return piece.second >= wanted; });
-  if (gap == gaps_.end()) throw std::bad_alloc();
+  if (gap == gaps_.end()) return nullptr;
   const size_t begin = gap->first, end = begin + wanted, left = gap->second - wanted;
   if (end > usable_) {
     const size_t usable = rounded_up(end, kHugePage);
     pages_.resize(usable / kHugePage);
-    if (mprotect(range_ + usable_, usable - usable_, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+    if (mprotect(range_ + usable_, usable - usable_, PROT_READ | PROT_WRITE) != 0) return nullptr;
     usable_ = usable;
   }
   taken_.emplace(begin, wanted);
@@ -82,12 +80,22 @@ void* Recycler::take(size_t bytes) {
     gaps_.insert(std::move(rest));
   }
   for (size_t page = begin / kHugePage; page * kHugePage < end; ++page) pages_[page].filled = true;
-  return_idle();
   return range_ + begin;
+}
+
+void* Recycler::take(size_t bytes) {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  return_idle();
+  if (char* const piece = cut(whole_pages(bytes))) return piece;
+  Memory apart(bytes);
+  char* const data = apart.data();
+  apart_.emplace(data, std::move(apart));
+  return data;
 }
 
 void Recycler::give_back(void* data) noexcept {
   const std::lock_guard<std::mutex> guard(mutex_);
+  if (apart_.erase(data) > 0) return;
   const Clock::time_point now = Clock::now();
   auto gap = gaps_.insert(taken_.extract(static_cast<char*>(data) - range_)).position;  // allocates nothing
   for (size_t page = gap->first / kHugePage; page * kHugePage < gap->first + gap->second; ++page) pages_[page].freed = now;

@@ -35,9 +35,11 @@ class Memory {
 //
 // It cuts all pieces from one range of addresses, each from the lowest gap that is large enough; gaps that touch are one. So what
 // comes and goes in the same order finds filled pages, whatever the sizes. The pages of a gap go back to the system when nobody has
-// used them for some seconds: at the next take or give_back. Any number of threads may use it at the same time.
+// used them for some seconds: at the next take or give_back. Where there is no such range, or no room in it, a piece is mapped by
+// itself, and unmapped when it is given back. Any number of threads may use it at the same time.
 class Recycler {
  public:
+  Recycler();
   void* take(size_t bytes);  // throws std::bad_alloc
   void give_back(void* data) noexcept;
   void lock() { mutex_.lock(); }  // around a fork: in the child nobody would unlock it
@@ -50,13 +52,14 @@ class Recycler {
     bool filled = false;      // since it was last given back to the system
     Clock::time_point freed;  // when some of it was last in use
   };
-  void reserve();
+  char* cut(size_t wanted);
   void return_idle() noexcept;
 
   std::mutex mutex_;
   char* range_ = nullptr;
   size_t usable_ = 0;  // bytes of the range, from its beginning, that may be touched
   Pieces taken_, gaps_;
+  std::map<void*, Memory> apart_;
   std::vector<Page> pages_;  // huge ones, of what is usable
   Clock::time_point looked_;
 };

@@ -62,9 +62,10 @@ template <int W> EFFNET_INLINE void store(fp16* p, Float<W> v) {
 }
 
 // The first `count` lanes of a vector, 1 to W of them: the others are zero, and are not written. Floats of AVX-512 by one masked
-// move: a memcpy of a length that is not known is a call, and what it stored in pieces is no vector to load at once.
+// move, which no sanitizer would see: a memcpy of a length that is not known is a call, and what it stored in pieces is no vector
+// to load at once.
 template <int W, typename T> EFFNET_INLINE Float<W> load_first(const T* p, int count) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
   if constexpr (W == 16 && std::is_same_v<T, float>) {
     Float<W> v;
     const uint16_t lanes = 0xffff >> (W - count);
@@ -77,7 +78,7 @@ template <int W, typename T> EFFNET_INLINE Float<W> load_first(const T* p, int c
   return load<W>(edge);
 }
 template <int W, typename T> EFFNET_INLINE void store_first(T* p, Float<W> v, int count) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
   if constexpr (W == 16 && std::is_same_v<T, float>) {
     const uint16_t lanes = 0xffff >> (W - count);
     asm("vmovups %1, %0%{%2%}" : "+m"(*reinterpret_cast<char (*)[sizeof(v)]>(p)) : "v"(v), "Yk"(lanes));

@@ -10,7 +10,8 @@ A network is a sequence of launches that depends on how far it is fused:
 
 The bound of a launch is the largest of four times: bytes over copy bandwidth, dense multiply-adds over the matrix units' rate,
 lane instructions over the vector units' (on a CPU the multiply-adds of the taps alone), exponentials over the special-function
-units'. A net's bound is the sum over its launches.
+units'. A net's bound is the sum over its launches. The taps of a depthwise convolution count as lane instructions in every dtype:
+the half-precision kernel for CUDA, which leaves them to the matrix units, could come below the bound where lanes bind (5x5).
 Partial sums are as few as can be, one a channel and image; kernels make more.
 Vectors of one number a channel (partial sums, gates, pooled features) are left out at LI, L1 and L3, where their form is open, and
 wherever ``vectors=False``.
@@ -226,7 +227,7 @@ def expand_depthwise_launches(config: NetConfig) -> tuple[Launch, ...]:
 
 
 def bound(rows: tuple[Launch, ...], machine: Machine, dtype: str, batch: int, special: float = 1.0) -> float:
-    """Seconds that no implementation with these launches beats, for ``batch`` images."""
+    """Seconds that no implementation with these launches, and taps by lanes, beats, for ``batch`` images."""
     return sum(row.bound(machine, dtype, batch, special, vectors=False).seconds for row in rows)
 
 
