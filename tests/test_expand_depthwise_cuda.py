@@ -165,7 +165,7 @@ WRONG = {  # of the overload's arguments, by place; and what the error says
     "stride": (13, lambda stride: 3, "kernel 3 or 5 and stride 1 or 2, got kernel 3 and stride 3"),
     "x": (0, torch.Tensor.float, "takes x of bfloat16 or float16"),
     "activation": (15, lambda name: "gelu", "activation must be silu, relu, relu6 or identity, got 'gelu'"),
-    "pieces": (16, lambda pieces: 3, "pieces is 3"),
+    "pieces": (16, lambda pieces: 4, "pieces is 4"),
 }
 
 
@@ -174,7 +174,7 @@ WRONG = {  # of the overload's arguments, by place; and what the error says
 @pytest.mark.parametrize("argument", WRONG)
 def test_the_kernel_says_what_is_wrong_on_a_gpu(argument):
     x, expand, expand_norm, weight, n = given(24, cases.Case(1, 48, 9, 40, 3, 1, (1, 1, 1, 1)), torch.bfloat16)
-    arguments = [x, expand, *expand_norm, weight, *n, 1, [1, 1, 1, 1], "silu", 2]
+    arguments = [x, expand, *expand_norm, weight, *n, 1, [1, 1, 1, 1], "silu", 3]
     OP.native(*arguments)
     at, spoil, message = WRONG[argument]
     arguments[at] = spoil(arguments[at])
