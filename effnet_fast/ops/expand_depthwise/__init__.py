@@ -92,8 +92,8 @@ def _unsupported(x: Tensor, expand_weight: Tensor, weight: Tensor, stride: int, 
 def is_one_kernel(x: Tensor, expand_weight: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
     """Whether one kernel is to make both convolutions of ``x``: where the native backend is asked for strictly and has one.
 
-    Nobody has timed it on a GPU yet, so else two kernels run. By the roofline (effnet_fast/benchmark/roofline.py, L2 and L3) a
-    batch of B0 need take 4.1 us an image with it on an H200, and 6.5 us without.
+    On an H200 two kernels are faster but for few channels of large images (benchmarks/results/expand-depthwise-trials-cuda.json),
+    so else two run.
     """
     if backends.requested() != ("native", True) or _native_can_run(x) is not None:
         return False
