@@ -458,7 +458,7 @@ def test_an_optimized_copy_on_cuda():
     optimized, x = effnet_fast.optimize_for_inference(net), images(2, (64, 64)).cuda()
     expected = net(x)
     near(optimized(x), expected)
-    assert "2x3x64x64 channels_last torch.float32: a CUDA graph" in str(optimized) and optimized.memory().graphs > 0
+    assert "2x3x64x64 NCHW torch.float32: a CUDA graph" in str(optimized) and optimized.memory().graphs > 0
     ran = {(choice.op, choice.backend) for row in effnet_fast.explain(optimized, x) for choice in row.ops}
     assert ran and ("depthwise_conv_bn_act", "reference") not in ran
     with pytest.raises(ValueError, match="x is on cpu and the weights on cuda:0"):

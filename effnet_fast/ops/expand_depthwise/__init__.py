@@ -92,7 +92,7 @@ def _unsupported(x: Tensor, expand_weight: Tensor, weight: Tensor, stride: int, 
 def is_one_kernel(x: Tensor, expand_weight: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
     """Whether one kernel is to make both convolutions of ``x``: where the native backend is asked for strictly and has one.
 
-    On an H200 two kernels are faster but for few channels of large images (benchmarks/results/expand-depthwise-trials-cuda.json),
+    On an H200 two kernels are faster but for few channels of large images (benchmarks/results/expand-depthwise-cuda.json),
     so else two run.
     """
     if backends.requested() != ("native", True) or _native_can_run(x) is not None:
