@@ -83,8 +83,9 @@ def _compiled(suite: str, name: str, options: dict[str, object], beside: bool = 
     return Entrant(f"compile {name}", prepare, (options,), nets, beside, quick=False)
 
 
-# reduce-overhead is CUDA graphs: nothing on a CPU, and kernels are timed inside a graph already. In a step it captures forward and
-# backward and not the optimizer; ours and eager take part as one graph of all three.
+# What compiles comes last, and is given up first where time is short. reduce-overhead is CUDA graphs: nothing on a CPU, and kernels
+# are timed inside a graph already. In a step it captures forward and backward and not the optimizer; ours and eager take part as
+# one graph of all three.
 _COMPILED = {
     ("kernels", "cpu"): [
         _compiled("kernels", "default", {}),

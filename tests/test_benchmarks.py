@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks import findings, kernels, parity, registry, report, run, trainin
 from effnet_fast import ops
 from effnet_fast.benchmark import calibrate, images, nets, timing
 from effnet_fast.benchmark.case import Entrant
+from effnet_fast.benchmark.race import Clock, _groups, lanes_of, outcomes
 from effnet_fast.benchmark.roofline import (
     EXPAND_DEPTHWISE,
     expand_depthwise_launches,
@@ -416,6 +418,30 @@ def test_a_lane_that_hangs_is_replaced(tmp_path):
         assert lane.ask(120, "release").status == "ok"
     finally:
         lane.stop()
+
+
+def hang(case):
+    time.sleep(600)
+
+
+def test_where_time_is_short_the_others_are_raced(tmp_path):
+    """Who prepares for longer than there is time is given up in time, and who would come after is not begun."""
+    case = one_of("kernels", "gate c96 r4 n1")
+    chosen = [Entrant("eager", kernels.eager, ("channels_last",)), Entrant("hangs", hang), Entrant("last", crash)]
+    with lanes_of([entrant.name for entrant in chosen], tmp_path / "out.json") as lanes:
+        for lane in lanes.values():
+            lane.ask(120, "release")
+        clock = Clock(4.0)
+        told = outcomes(case, chosen, lanes, clock, (1, 0.02), None)
+        assert clock.left > -3
+    no_time = {"status": "skipped", "reason": "no time was left"}
+    assert told["eager"]["status"] == "timed" and told["hangs"] == told["last"] == no_time
+    assert [[e.name for e in group] for group in _groups(registry.entrants("train", "cuda"), "cuda")][-4:] == [
+        ["ours, graph"],
+        ["timm channels_last, graph"],
+        ["ours, compile reduce-overhead", "compile default", "compile reduce-overhead"],
+        ["compile max-autotune"],
+    ]
 
 
 def test_copies_pass_the_cache():

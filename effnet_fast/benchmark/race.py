@@ -13,6 +13,7 @@ from effnet_fast.benchmark.case import Case, Entrant
 from effnet_fast.benchmark.timing import Answer, Lane, Summary, race
 
 PREPARE_SECONDS = 900.0  # a large net's max-autotune
+NO_TIME = Answer("skipped", "no time was left")
 
 
 class Clock:
@@ -50,7 +51,10 @@ def outcomes(
     write_weights: Callable[[Case], None] | None,
     advance: Callable[[int], Any] = lambda steps: None,
 ) -> dict[str, dict[str, Any]]:
-    """Prepare all entrants, race those that are ready; of each its times, or why there are none.
+    """Prepare the entrants in their order, race those that are ready; of each its times, or why there are none.
+
+    On a GPU neighbours that may be are prepared at once. Where the clock's time is short, who would take more than leaves enough
+    for the race of the others is given up.
 
     turns          rounds of a pass and seconds of a turn
     write_weights  writes ``case.weights`` if it is not there
@@ -67,23 +71,35 @@ def outcomes(
         if made.status != "ok":
             answers = {entrant.name: Answer(made.status, f"no weights to compare with: {made.value}") for entrant in chosen}
     waiting = [entrant for entrant in chosen if entrant.name not in answers]
-    together = [entrant for entrant in waiting if entrant.beside] if case.device == "cuda" else []
-    for group in [together, *([entrant] for entrant in waiting if entrant not in together)]:
-        if clock.left <= 0:
-            answers |= {entrant.name: Answer("skipped", "no time was left") for entrant in group}
+    racing = 2 * steps(chosen, turns[0]) * turns[1]  # twice, as a turn of a slow call is longer
+    for group in _groups(waiting, case.device):
+        if clock.left <= racing:
+            answers |= {entrant.name: NO_TIME for entrant in group}
             continue
         for entrant in group:
             lanes[entrant.name].send("prepare", entrant.prepare, case, *entrant.arguments)
         for entrant in group:
-            answers[entrant.name] = lanes[entrant.name].answer(min(PREPARE_SECONDS, clock.left))
+            lane = lanes[entrant.name]
+            answer = lane.answer(min(PREPARE_SECONDS, clock.left - racing))
+            answers[entrant.name] = NO_TIME if lane.process is None and clock.left <= racing else answer
             advance(1)
     ready = {name: lanes[name] for name, answer in answers.items() if answer.status == "ok"}
-    no_time = dict.fromkeys(ready, Answer("skipped", "no time was left"))
-    raced = race(ready, *turns, advance=advance) if clock.left > 0 else no_time
+    raced = race(ready, *turns, advance=advance) if clock.left > 0 else dict.fromkeys(ready, NO_TIME)
     for entrant in chosen:  # so that the next case finds the memory free
         if lanes[entrant.name].process is not None:
             lanes[entrant.name].ask(60, "release")
     return {entrant.name: _outcome(answers[entrant.name], raced.get(entrant.name)) for entrant in chosen}
+
+
+def _groups(entrants: list[Entrant], device: str) -> list[list[Entrant]]:
+    """Who is prepared at once."""
+    groups: list[list[Entrant]] = []
+    for entrant in entrants:
+        if groups and device == "cuda" and entrant.beside and groups[-1][-1].beside:
+            groups[-1].append(entrant)
+        else:
+            groups.append([entrant])
+    return groups
 
 
 def steps(chosen: list[Entrant], rounds: int) -> int:

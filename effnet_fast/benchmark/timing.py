@@ -227,7 +227,7 @@ class Lane:
         except (EOFError, ConnectionError):
             self.process.join(5)
             reason = f"its process ended with {self.process.exitcode}"
-        self.stop()
+        self.stop(0.0)
         return Answer("failed", f"{reason}; see {self.log.name}")
 
     def ask(self, timeout: float, request: str, *arguments: Any) -> Answer:

@@ -90,12 +90,12 @@ def _unsupported(x: Tensor, expand_weight: Tensor, weight: Tensor, stride: int, 
 
 
 def is_one_kernel(x: Tensor, expand_weight: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
-    """Whether one kernel is to make both convolutions of ``x``: where the native backend is asked for strictly and has one.
-
-    On an H200 two kernels are faster but for few channels of large images (benchmarks/results/expand-depthwise-cuda.json),
-    so else two run.
-    """
-    if backends.requested() != ("native", True) or _native_can_run(x) is not None:
+    """Whether one kernel is to make both convolutions of ``x``: where the native backend has one and it is faster than two, or is
+    asked for strictly."""
+    requested, strict = backends.requested()
+    if requested not in (None, "native") or _native_can_run(x) is not None:
+        return False
+    if not strict and not launch.is_faster(x, weight.shape[0], stride):
         return False
     width = output_size(x.shape[3], weight.shape[3], stride, padding[2], padding[3])
     return _unsupported(x, expand_weight, weight, stride, width) is None
@@ -122,16 +122,14 @@ def expand_depthwise_conv_bn_act(
     returns        y [N, K, H', W'] channels_last in x's dtype; partial [N, P, K] as there
 
     What is not finite once expanded, in x's dtype, makes NaN of the outputs that see it in the 8 channels of its group. Where the
-    native backend is not asked for, or has no kernel, plain PyTorch runs. No gradient. Raises ValueError or TypeError,
-    naming the argument, on bad input.
+    native backend has no kernel, plain PyTorch runs. No gradient. Raises ValueError or TypeError, naming the argument, on bad
+    input.
     """
     height, width = _check(x, expand_weight, *expand_norm, weight, *norm, stride, padding, activation)
     if differentiates():
         check_no_gradient(NAME, x, expand_weight, *expand_norm[:4], weight, *norm[:4])
     reason = _unsupported(x, expand_weight, weight, stride, width)
-    kernel = backends.choose(
-        NAME, x, None if reason is None else {"native": reason}, {"native": "nobody has timed it on a GPU yet"}
-    )
+    kernel = backends.choose(NAME, x, None if reason is None else {"native": reason})
     pieces = 0
     if squeeze:
         pieces = _pieces(x, height, width, weight.shape[0]) if kernel.backend == "native" else 1

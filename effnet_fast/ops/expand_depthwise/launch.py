@@ -1,4 +1,4 @@
-"""What the CUDA kernel of expand_depthwise_conv_bn_act takes of a block's shared memory.
+"""What the CUDA kernel of expand_depthwise_conv_bn_act takes of a block's shared memory, and where it is worth it.
 
 csrc/expand_depthwise/forward.cuh has the same numbers.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from effnet_fast.ops.common import constant
 
 CHANNELS, COLUMNS = 48, 32  # of a block
+FEW = 64  # input channels
 
 
 def shared_bytes(inputs: int, kernel: int, stride: int, width: int) -> int:
@@ -46,3 +47,21 @@ def why_too_large(x: Tensor, inputs: int, kernel: int, stride: int, width: int) 
         return None
     wanted, there = shared_bytes(inputs, kernel, stride, width), shared_bytes_of(x.device.index)
     return None if wanted <= there else f"{inputs} input channels: a block would take {wanted} of {there} bytes of shared memory"
+
+
+@functools.cache
+def _cache_bytes(device: int) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+@constant
+def cache_bytes(device: int) -> int:
+    """Of that CUDA device's L2."""
+    return _cache_bytes(device)
+
+
+def is_faster(x: Tensor, channels: int, stride: int) -> bool:
+    """Whether the kernel beats two, by what an H200 took (benchmarks/results/expand-depthwise-cuda.json): with stride 2, few input
+    channels, and twice what L2 holds between the two. Else h costs more in this kernel than to write and read it."""
+    between = x.shape[0] * channels * x.shape[2] * x.shape[3] * x.element_size()
+    return stride == 2 and x.shape[1] <= FEW and between > 2 * cache_bytes(x.device.index)
