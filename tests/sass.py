@@ -76,9 +76,11 @@ def installed_kernels(arch: int, directory: Path) -> dict[str, tuple[Path, dict[
             name: Resources(int(registers), int(stack), 0)
             for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", told)
         }
-        name = min(kernels)  # of depthwise's kernel with the rows that expand_depthwise has for it
+        # A .cu file is named as the namespace of its kernels, or, where they are another's with parts of its own, by these.
+        name = min(kernels)
         folder = re.search(r"NS_\d+([a-z_]+?)\d+Expander", name) or re.match(r"_ZN11effnet_fast\d+([a-z_]+?)\d", name)
-        found[f"{folder[1]}.cu"] = (cubin, kernels)  # type: ignore[index]
+        of_stats = any("PointwiseStats" in kernel for kernel in kernels)
+        found["pointwise_stats.cu" if of_stats else f"{folder[1]}.cu"] = (cubin, kernels)  # type: ignore[index]
     return found
 
 

@@ -207,7 +207,7 @@ SEEDED = {
     ),
     "training-column-beyond": bug("depthwise_backward.cuh", "if (in != kAll)", "if (false)", WRONG),
     "training-wrong-ring-slot": bug("depthwise_backward.cuh", "slot_of(i, u, S, L)", "slot_of(i, u, S, L + 1) % L", WRONG),
-    "training-lost-piece": bug("depthwise_common.cuh", "half > 0; half /= 2", "half > 1; half /= 2", WRONG),
+    "training-lost-piece": bug("ends.cuh", "half > 0; half /= 2", "half > 1; half /= 2", WRONG),
     "training-missing-wait": bug(
         "depthwise_stats.cuh", "copy_async_wait<Tr::kSteps - 2>", "copy_async_wait<Tr::kSteps - 1>", WRONG
     ),

@@ -3,6 +3,7 @@ rule. tests/test_emulator_pointwise.py runs its source without one."""
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import cases
@@ -14,6 +15,7 @@ from tolerance import assert_2x
 
 from effnet_fast import ops
 from effnet_fast.ops import pointwise
+from effnet_fast.ops.training import convolution
 
 OP = torch.ops.effnet_fast.pointwise_conv_bn_act
 HALVES = [torch.bfloat16, torch.float16]
@@ -95,13 +97,19 @@ def test_what_the_kernel_does_not_take():
     def weight(out, channels):
         return torch.empty(out, channels, 1, 1, device="meta")
 
-    assert pointwise._unsupported(x(2, 24, 7, 7), weight(40, 24), None) is None
-    assert "multiples of 8" in pointwise._unsupported(x(2, 20, 7, 7), weight(40, 20), None)["native"]
-    assert "too many pixels" in pointwise._unsupported(x(2**20, 24, 64, 64), weight(40, 24), None)["native"]
+    assert pointwise.unsupported(x(2, 24, 7, 7), weight(40, 24), None) is None
+    assert "multiples of 8" in pointwise.unsupported(x(2, 20, 7, 7), weight(40, 20), None)["native"]
+    assert "too many pixels" in pointwise.unsupported(x(2**20, 24, 64, 64), weight(40, 24), None)["native"]
     gate = torch.empty(0)
-    assert pointwise._unsupported(x(2, 24, 7, 7), weight(40, 24), gate) is None
-    assert "6x7" in pointwise._unsupported(x(2, 24, 6, 7), weight(40, 24), gate)["native"]
+    assert pointwise.unsupported(x(2, 24, 7, 7), weight(40, 24), gate) is None
+    assert "6x7" in pointwise.unsupported(x(2, 24, 6, 7), weight(40, 24), gate)["native"]
+    for_stats = functools.partial(convolution._unsupported, "pointwise", "stats")
+    assert for_stats(x(2, 24, 3, 7), weight(40, 24), gate, 1) is for_stats(x(2, 24, 1, 1), weight(40, 24), None, 1) is None
+    assert "21 pixels or more" in for_stats(x(2, 24, 4, 5), weight(40, 24), gate, 1)["native"]
+    assert "multiples of 8" in for_stats(x(2, 20, 7, 7), weight(40, 20), None, 1)["native"]
+    assert "5632 at most" in for_stats(x(2, 5640, 7, 7), weight(40, 5640), None, 1)["native"]
+    assert convolution._unsupported("pointwise", "backward", x(2, 20, 4, 5), weight(40, 20), gate, 1) is None
     assert pointwise._slower(x(256, 24, 56, 56), weight(144, 24), None) is None
     assert pointwise._slower(x(1, 24, 56, 56), weight(144, 24), None)["native"].startswith("few pixels")
     assert pointwise._slower(x(1, 24, 56, 56), weight(144, 24), gate) is None
-    assert "for halves" in pointwise._native_can_run(SimpleNamespace(is_cuda=True, dtype=torch.float32))
+    assert "for halves" in pointwise.native_can_run(SimpleNamespace(is_cuda=True, dtype=torch.float32))

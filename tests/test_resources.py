@@ -26,6 +26,7 @@ LEAST_KERNELS = {
     "expand_depthwise.cu": 48,
     "pointwise.cu": 24,
     "training.cu": 74,
+    "pointwise_stats.cu": 15,
 }
 
 
@@ -54,7 +55,9 @@ def compiled(shared_directory) -> dict[tuple[str, int], tuple[Path, dict[str, sa
 def registers_allowed(name: str) -> int:
     if "stem" in name:
         return {2: 80, 3: 96, 4: 128}[int(re.findall(r"Li(\d)E", name)[0])]  # 6, 5 and 4 blocks of 128 threads an SM
-    if "pointwise" in name:
+    if "PointwiseStats" in name:
+        return 168 if "Li96E" in name else 128  # 3 or 4 blocks of 128 threads an SM
+    if "pointwise13tensor_kernel" in name:
         columns, warps, fragments = map(int, re.findall(r"Li(\d+)E", name)[:3])
         few = columns * fragments <= 48
         return 128 if warps == 8 or fragments == 2 else 80 if few else 96  # 2 blocks of 256 threads an SM; 4, 6 or 5 of 128

@@ -1,5 +1,5 @@
-"""Training's native depthwise kernels on an NVIDIA GPU: the shapes of B0 to B7 and the nasty ones by the 2x rule, the same bits
-each time, tensors of more than 2^31 elements. The same source runs on the CPU in test_emulator_training.py."""
+"""Training's native kernels on an NVIDIA GPU: the shapes of B0 to B7 and the nasty ones by the 2x rule, the same bits each time,
+depthwise ones on more than 2^31 elements. The same source runs on the CPU in test_emulator_training.py and _pointwise_stats.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import cases
 import pytest
 import test_training_ops as every_backend
 import torch
-from plain import DTYPES, channels_last
+from plain import DTYPES, channels_last, misaligned
 from test_training_ops import SHAPES, made, norm_of
 
 from effnet_fast.ops import backends, native, training
@@ -39,6 +39,57 @@ def test_nasty_shapes(case, dtype):
 @pytest.mark.parametrize("case", cases.depthwise_shapes()[::2], ids=str)
 def test_shapes_of_the_family(case):
     every_backend.test_depthwise(case, torch.bfloat16, "native")
+
+
+def pointwise(case: cases.Pointwise, images: int, dtype: torch.dtype, weight_dtype: torch.dtype = torch.float32) -> tuple:
+    """What conv_stats is given: as a projection reads what is before it, or an expansion the block's input."""
+    torch.manual_seed(case.out)
+    x = channels_last(torch.randn(images, case.channels, case.side, case.side, dtype=dtype))
+    weight = (torch.randn(case.out, case.channels, 1, 1) / case.channels**0.5).to(weight_dtype)
+    norm, activation = (norm_of(case.channels), "silu") if case.gate else (None, "identity")
+    return x, weight, norm, activation, torch.rand(images, case.channels) if case.gate else None, 1, (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", [case for case in cases.pointwise_shapes() if case.side**2 >= 21][::3], ids=str)
+def test_pointwise_shapes_of_the_family(case, dtype):
+    for images, weight_dtype in ((1, torch.float32), (5, dtype)):
+        every_backend.check_stats(*pointwise(case, images, dtype, weight_dtype))
+
+
+@pytest.mark.parametrize("activation", ("silu", "relu", "relu6", "identity"))
+def test_pointwise_without_a_gate(activation):
+    x, weight, norm, _, _, *rest = pointwise(cases.Pointwise(144, 40, 3, True, False), 7, torch.bfloat16)
+    every_backend.check_stats(x, weight, norm, activation, None, *rest)
+
+
+def test_pointwise_statistics_are_the_same_bits_each_time():
+    args = pointwise(cases.Pointwise(240, 40, 28, True, False), 64, torch.bfloat16)
+    first = every_backend.check_stats(*args)
+    for _ in range(5):
+        again = every_backend.check_stats(*args)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_pointwise_of_views_and_its_out_form():
+    x, weight, norm, activation, gate, stride, padding = pointwise(cases.Pointwise(48, 24, 9, True, False), 3, torch.bfloat16)
+    op = torch.ops.effnet_fast.pointwise_conv_stats
+    rest = (activation, gate, stride, list(padding))
+    expected = op.native(x, weight, norm, *rest)
+    for again in (
+        op.native(x.contiguous(), weight, norm, *rest),
+        op.native(misaligned(x), misaligned(weight), misaligned(norm), activation, misaligned(gate), stride, list(padding)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    y, mean, var = (torch.full_like(t, float("nan")) for t in expected)
+    op.native_out(x, weight, norm, *rest, y=y, mean=mean, var=var)
+    assert all(torch.equal(a, b) for a, b in zip((y, mean, var), expected, strict=True))
+    with pytest.raises(RuntimeError, match="^pointwise_conv_stats: the CUDA kernel takes x of bfloat16 or float16"):
+        op.native(x.float(), weight, norm, *rest)
+    with pytest.raises(RuntimeError, match="^pointwise_conv_stats: y must start at a multiple of 16 bytes"):
+        op.native_out(x, weight, norm, *rest, y=misaligned(y), mean=mean, var=var)
+    with pytest.raises(RuntimeError, match="^pointwise_conv_stats: an image has 16 pixels; with a gate 21 or more would do"):
+        op.native(channels_last(x[..., :4, :4]), weight, norm, *rest)
 
 
 def arguments(images: int, channels: int, size: int, dtype: torch.dtype) -> tuple[list, dict]:

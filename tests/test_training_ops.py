@@ -101,17 +101,22 @@ def plain_backward(grad, y, y_norm, coefficients, y_activation, y_gate, y_pool, 
     return z if residual is None else z + residual, grad_weight, sums
 
 
-def check_conv(x, weight, norm, activation, gate, stride, padding, y_parts=(), residual=False, dtype=torch.float32):
-    x = channels_last(x.to(dtype))
+def check_stats(x, weight, norm, activation, gate, stride, padding):
+    """Returns what it made of it."""
     y, mean, var = training.conv_stats(x, weight, norm, activation=activation, gate=gate, stride=stride, padding=padding)
-    conv = (norm, activation, gate, stride, padding)
-    exact = plain_conv(*wide(x, weight, *conv))
-    assert_2x(y, plain_conv(x, weight, *conv), exact, "y")
+    conv = (x, weight, norm, activation, gate, stride, padding)
+    assert_2x(y, plain_conv(*conv), plain_conv(*wide(*conv)), "y")
     assert y.is_contiguous(memory_format=torch.channels_last)
     plain_var, plain_mean = torch.var_mean(y.float(), (0, 2, 3), correction=0)
     exact_var, exact_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
     assert_2x(mean, plain_mean, exact_mean, "mean")
     assert_2x(var, plain_var, exact_var, "var")
+    return y, mean, var
+
+
+def check_conv(x, weight, norm, activation, gate, stride, padding, y_parts=(), residual=False, dtype=torch.float32):
+    x = channels_last(x.to(dtype))
+    y, *_ = check_stats(x, weight, norm, activation, gate, stride, padding)
 
     y_activation, with_gate, with_pool = y_parts or ("identity", False, False)
     images, outs = y.shape[:2]

@@ -1,4 +1,5 @@
-// Training's ops for the CPU, and the depthwise ones for CUDA. The schemas are in effnet_fast/ops/training.
+// Training's ops for the CPU, and for CUDA the depthwise ones and the pointwise convolution. The schemas are in
+// effnet_fast/ops/training.
 #include "../training/params.h"
 
 #include "conv.h"
@@ -54,8 +55,8 @@ class Arguments {
   DType dtype;
 
  private:
-  const void* keep(Tensor t) {
-    kept_.push_back(std::move(t));
+  const void* keep(const Tensor& t) {
+    kept_.push_back(on_16_bytes(t));
     return kept_.back().const_data_ptr();
   }
   const char* op_;
@@ -116,27 +117,40 @@ struct IsDepthwise {
 };
 
 #ifdef EFFNET_FAST_CUDA
+// Calls start(allocate, stream) on x's device. torch's allocator hands memory out again in the order of the stream, so it may end
+// before the kernels do.
+template <typename F> void on_device_of(const Tensor& x, const F& start) {
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  std::vector<Tensor> kept;
+  const training::Allocate allocate = [&](int64_t floats) {
+    kept.push_back(torch::stable::new_empty(x, {floats}, ScalarType::Float));
+    return static_cast<float*>(kept.back().mutable_data_ptr());
+  };
+  start(allocate, current_cuda_stream(device));
+}
+
 struct IsDepthwiseCuda : IsDepthwise {
   static void run(const training::Depthwise& p, const training::Stats& made, const Tensor& x) {
-    on_device(x,
-              [&](const training::Allocate& allocate, void* stream) { training::depthwise_stats_cuda(p, made, allocate, stream); });
+    on_device_of(x, [&](const auto& allocate, void* stream) { training::depthwise_stats_cuda(p, made, allocate, stream); });
   }
   static void run(const training::Depthwise& p, const training::Gradients& made, const Tensor& x) {
-    on_device(
-        x, [&](const training::Allocate& allocate, void* stream) { training::depthwise_backward_cuda(p, made, allocate, stream); });
+    on_device_of(x, [&](const auto& allocate, void* stream) { training::depthwise_backward_cuda(p, made, allocate, stream); });
   }
+};
 
- private:
-  // torch's allocator hands memory out again in the order of the stream, so it may end before the kernels do.
-  template <typename F> static void on_device(const Tensor& x, const F& start) {
-    const int32_t device = x.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    std::vector<Tensor> kept;
-    const auto allocate = [&](int64_t floats) {
-      kept.push_back(torch::stable::new_empty(x, {floats}, ScalarType::Float));
-      return static_cast<float*>(kept.back().mutable_data_ptr());
-    };
-    start(allocate, current_cuda_stream(device));
+struct IsPointwiseCuda : IsPointwise {
+  // The kernel would take a weight of another type, as training's parameters are beside halves, but would round it once a block.
+  static training::Pointwise params(const char* op, Arguments& a, const training::Read& read, const Tensor& x, const Tensor& weight,
+                                    int64_t stride, const Sides& padding, const ConvShape& shape) {
+    check_same_device(op, "weight", weight, x);
+    const Tensor rounded = torch::stable::to(weight, x.scalar_type());
+    return IsPointwise::params(op, a, read, x, rounded, stride, padding, shape);
+  }
+  static void run(const training::Pointwise& p, const training::Stats& made, const Tensor& x) {
+    check(p.dtype != DType::fp32, stats, ": the CUDA kernel takes x of bfloat16 or float16");
+    check(aligned16(made.y), stats, ": y must start at a multiple of 16 bytes");
+    on_device_of(x, [&](const auto& allocate, void* stream) { training::pointwise_stats_cuda(p, made, allocate, stream); });
   }
 };
 #endif
@@ -423,6 +437,8 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
 
 #ifdef EFFNET_FAST_CUDA
 STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CUDA, m) {
+  m.impl("pointwise_conv_stats.native", TORCH_BOX(&stats<IsPointwiseCuda>));
+  m.impl("pointwise_conv_stats.native_out", TORCH_BOX(&stats_out<IsPointwiseCuda>));
   m.impl("depthwise_conv_stats.native", TORCH_BOX(&stats<IsDepthwiseCuda>));
   m.impl("depthwise_conv_stats.native_out", TORCH_BOX(&stats_out<IsDepthwiseCuda>));
   m.impl("depthwise_conv_backward.native", TORCH_BOX(&backward<IsDepthwiseCuda>));

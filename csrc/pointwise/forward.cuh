@@ -40,6 +40,11 @@ struct KernelParams : Params {
 // less than 16 warps an SM, latency binds. kSilu: there is no other activation, and no residual.
 template <typename T_, int kColumns_, int kWarps_, int kFragments_, bool kGate_, bool kSilu_> struct Traits {
   using T = T_;
+  using Params = KernelParams;
+  static constexpr const char* kOp = "pointwise_conv_bn_act";
+  static constexpr int kUnrolled = 16;  // of the rows that a lane moves, all
+  struct Seen {};
+  static constexpr bool kTrains = false;  // ../training/pointwise_stats.cuh: x is read, and y's rows are seen, by Tr too
   static constexpr int kColumns = kColumns_, kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kFragments = kFragments_, kRows = kWarps * 16 * kFragments;
   static constexpr bool kGate = kGate_, kSilu = kSilu_;
@@ -52,7 +57,8 @@ template <typename T_, int kColumns_, int kWarps_, int kFragments_, bool kGate_,
   // Of a warp's 16 finished rows: 16-byte pieces of a row, rows that lanes take at once. Rows lie an odd number of pieces apart:
   // matrices are put down and read without bank conflicts.
   static constexpr int kPieces = kColumns / 8, kTaken = 32 / kPieces, kOutRow = (kPieces | 1) * 16, kOutBytes = 16 * kOutRow;
-  static constexpr int kFixedBytes = kWarps * kOutBytes + kColumns * int(sizeof(Affine));
+  static constexpr int kFixedBytes = kWarps * kOutBytes;
+  static int norm_bytes(const Params&) { return kColumns * int(sizeof(Affine)); }
   static_assert(kColumns % 16 == 0);
 };
 
@@ -92,7 +98,7 @@ template <class Tr> __device__ __noinline__ void convert_weight(const void* weig
 }
 
 // Grid: tiles of channels (neighbours run together and share x in L2) x blocks that deal the tiles of pixels out among them.
-template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks) tensor_kernel(const KernelParams p) {
+template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks) tensor_kernel(const typename Tr::Params p) {
   using T = typename Tr::T;
   EFFNET_DYNAMIC_SHARED(char, shared);
   const Shared ring = shared_address(shared);
@@ -153,7 +159,8 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   if (resident)
     for (int step = 0; step < steps; ++step) bring_weight(step, weight_at + step * Tr::kWeightBytes);
   for (int s = 0; s < p.stages - 1; ++s) load_next();
-  if (int(threadIdx.x) < Tr::kColumns)
+  if constexpr (Tr::kTrains) Tr::fold(p, reinterpret_cast<Affine*>(shared + norm_at));
+  if (!Tr::kTrains && int(threadIdx.x) < Tr::kColumns)
     reinterpret_cast<Affine*>(shared + norm_at)[threadIdx.x] =
         int(threadIdx.x) < columns ? before_silu<T>(fold_norm(p, first_channel + threadIdx.x), silu) : Affine{};
 
@@ -163,12 +170,14 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   const Shared out = ring + (out_at + warp * Tr::kOutBytes);
   const Shared put = out + (lane % 16 * Tr::kOutRow + lane / 16 * 16);
   char* const mine = shared + (out_at + warp * Tr::kOutBytes + lane / Tr::kPieces * Tr::kOutRow + lane % Tr::kPieces * 16);
-  const bool residual = !Tr::kSilu && p.residual;
+  const bool residual = !Tr::kSilu && !Tr::kTrains && p.residual;
   const Affine* const norms = reinterpret_cast<const Affine*>(shared + norm_at);
   // This lane's piece of every kTaken-th finished row, from the first on.
   const int my_taken = lane / Tr::kPieces, my_piece = lane % Tr::kPieces;
   const bool takes = my_taken < Tr::kTaken && my_piece * 8 < columns;
   const int out_bytes = 2 * p.out_channels, to_mine = my_taken * out_bytes + 2 * (first_channel + my_piece * 8);
+
+  [[maybe_unused]] typename Tr::Seen seen;
 
   int read_slot = 0;
   for (int tile = first_tile; tile < p.tiles; tile += blocks) {
@@ -199,7 +208,9 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
 #pragma unroll
         for (int m = 0; m < Tr::kFragments; ++m)
           load_matrices(a[m], a_at + (m * 16 * kLineBytes + ((k * 2 + lane / 16 ^ lane % 8) << 4)));
-        if constexpr (Tr::kGate) {
+        if constexpr (Tr::kTrains) {
+          Tr::read(p, a, norms + (step * kDepth + k * 16 + 2 * q), shared + (stage + k * 64 + 8 * q), images);
+        } else if constexpr (Tr::kGate) {
           const char* const gates = shared + (stage + Tr::kGateAt + k * 64 + 8 * q);
           auto gate_pair = [&](int row, int half) {
             const Vec<float, 2> v = load<2>(reinterpret_cast<const float*>(gates + (images >> 2 * row & 3) * kGateRow + half * 32));
@@ -232,7 +243,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
       // Calls f(place in memory, place in shared memory) for this lane's pieces of the rows.
       auto each_piece = [&](auto* at, const auto& f) {
         at += first;
-#pragma unroll
+#pragma unroll(Tr::kUnrolled)
         for (int r = 0; r < 16; r += Tr::kTaken, at += Tr::kTaken * out_bytes)
           if (r + my_taken < min(left, 16)) f(at, mine + r * Tr::kOutRow);
       };
@@ -249,14 +260,17 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
         if (residual) load_matrices(rest, put + j * 32);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const Vec<Affine, 2> norm = load<2>(norms + j * 16 + i / 2 * 8 + 2 * q);
           const float* const sums = acc[m][2 * j + i / 2] + i % 2 * 2;
-          float v0 = sums[0] * norm.at[0].scale + norm.at[0].shift, v1 = sums[1] * norm.at[1].scale + norm.at[1].shift;
-          if (silu) {
-            silu_of_two<T>(v0, v1);
-          } else if (p.activation != Activation::identity) {
-            const float most = p.activation == Activation::relu6 ? 6.f : INFINITY;
-            v0 = clamp(v0, 0.f, most), v1 = clamp(v1, 0.f, most);
+          float v0 = sums[0], v1 = sums[1];
+          if constexpr (!Tr::kTrains) {
+            const Vec<Affine, 2> norm = load<2>(norms + j * 16 + i / 2 * 8 + 2 * q);
+            v0 = v0 * norm.at[0].scale + norm.at[0].shift, v1 = v1 * norm.at[1].scale + norm.at[1].shift;
+            if (silu) {
+              silu_of_two<T>(v0, v1);
+            } else if (p.activation != Activation::identity) {
+              const float most = p.activation == Activation::relu6 ? 6.f : INFINITY;
+              v0 = clamp(v0, 0.f, most), v1 = clamp(v1, 0.f, most);
+            }
           }
           if (residual) {
             v0 += to_float(T{uint16_t(rest[i])});
@@ -267,11 +281,20 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
         store_matrices(put + j * 32, packed);
       }
       __syncwarp();
+      if constexpr (Tr::kTrains) seen.begin([&](const auto& f) { each_piece(static_cast<char*>(p.y), f); });
       each_piece(static_cast<char*>(p.y), [&](char* at, const char* here) {
-        store(reinterpret_cast<uint32_t*>(at), load<4>(reinterpret_cast<const uint32_t*>(here)));
+        const Vec<uint32_t, 4> piece = load<4>(reinterpret_cast<const uint32_t*>(here));
+        store(reinterpret_cast<uint32_t*>(at), piece);
+        if constexpr (Tr::kTrains) seen.add(piece);
       });
+      if constexpr (Tr::kTrains) seen.end();
       __syncwarp();  // the rows have left
     }
+  }
+  if constexpr (Tr::kTrains) {
+    copy_async_wait<0>();
+    __syncthreads();  // nothing lands in shared memory any more, and nobody reads it
+    Tr::finish(p, seen, shared, my_taken, my_piece, first_channel, columns, first_tile);
   }
 }
 
@@ -280,27 +303,55 @@ struct Gpu {
   int shared_bytes, block_shared_bytes;  // of a multiprocessor; that a block may have
 };
 
-template <class Tr> void launch_tensor(KernelParams p, const Gpu& gpu, void* stream) {
+#ifdef __CUDACC__
+inline Gpu this_gpu() {
+  int device = 0;
+  Gpu gpu{};
+  EFFNET_CUDA_CHECK(cudaGetDevice(&device));
+  EFFNET_CUDA_CHECK(cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  EFFNET_CUDA_CHECK(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  EFFNET_CUDA_CHECK(cudaDeviceGetAttribute(&gpu.block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return gpu;
+}
+#endif
+
+// What a launch of the kernel takes. pieces: blocks that share a tile of channels and deal the tiles of pixels out evenly.
+template <class Tr> struct Launch {
+  typename Tr::Params p;
+  int pieces, bytes;
+};
+
+template <class Tr> void start(const Launch<Tr>& launch, void* stream) {
+  const dim3 grid(unsigned(ceil_div(launch.p.out_channels, Tr::kColumns)) * unsigned(launch.pieces));
+  EFFNET_ALLOW_SHARED(tensor_kernel<Tr>, launch.bytes);
+  EFFNET_LAUNCH((tensor_kernel<Tr>), grid, dim3(Tr::kThreads), launch.bytes, stream, launch.p);
+}
+
+template <class Tr> Launch<Tr> launch_of(typename Tr::Params p, const Gpu& gpu) {
   const int steps = ceil_div(p.in_channels, kDepth), across = ceil_div(p.out_channels, Tr::kColumns);
-  if (Tr::kGate && ceil_div(Tr::kRows - 1, p.pixels) + 1 > kImages) {
-    throw std::runtime_error("pointwise_conv_bn_act: an image has " + std::to_string(p.pixels) +
-                             " pixels; with a gate 43 or more would do for the CUDA kernel");
+  if (constexpr int least = ceil_div(Tr::kRows - 1, kImages - 1); Tr::kGate && p.pixels < least) {
+    throw std::runtime_error(std::string(Tr::kOp) + ": an image has " + std::to_string(p.pixels) + " pixels; with a gate " +
+                             std::to_string(least) + " or more would do for the CUDA kernel");
   }
   p.tiles = ceil_div(p.rows, Tr::kRows);
   // As many blocks an SM as registers and two stages allow. The weight stays where there is room for it beside them.
   p.resident = int64_t(steps) * Tr::kWeightBytes <= 40 << 10;
-  const int fixed = Tr::kFixedBytes + (p.resident ? steps * Tr::kWeightBytes : 0);
+  const int fixed = Tr::kFixedBytes + Tr::norm_bytes(p) + (p.resident ? steps * Tr::kWeightBytes : 0);
   const int stage = Tr::kStepBytes + (p.resident ? 0 : Tr::kWeightBytes);
   const auto fit = [&](int blocks) { return (min(gpu.shared_bytes / blocks - 1024, gpu.block_shared_bytes) - fixed) / stage; };
   int blocks = Tr::kBlocks;
   while (blocks > 1 && fit(blocks) < 2) --blocks;
   p.stages = min(max(fit(blocks), 2), kMostStages);
-  const int bytes = fixed + p.stages * stage;
-  EFFNET_ALLOW_SHARED(tensor_kernel<Tr>, bytes);
-  // Blocks that share a tile of channels deal the tiles of pixels out evenly.
+  if (fit(1) < 2) {
+    throw std::runtime_error(std::string(Tr::kOp) + ": " + std::to_string(p.in_channels) +
+                             " input channels take more shared memory than a block may have");
+  }
   const int most = min(max(gpu.multiprocessors * blocks / across, 1), p.tiles), rounds = ceil_div(p.tiles, most);
-  const dim3 grid(unsigned(across) * unsigned(ceil_div(p.tiles, rounds)));
-  EFFNET_LAUNCH((tensor_kernel<Tr>), grid, dim3(Tr::kThreads), bytes, stream, p);
+  return {p, ceil_div(p.tiles, rounds), fixed + p.stages * stage};
+}
+
+template <class Tr> void launch_tensor(const KernelParams& p, const Gpu& gpu, void* stream) {
+  start(launch_of<Tr>(p, gpu), stream);
 }
 
 // 96 divides nearly all expanded widths; 128 where that saves a tile, so that x is read less often. Small blocks keep weights of
@@ -317,8 +368,12 @@ template <typename T, bool kGate, bool kSilu> void launch_columns(const KernelPa
   launch_tensor<Traits<T, 96, 8, 1, kGate, kSilu>>(p, gpu, stream);
 }
 
-inline KernelParams in_32_bits(const Params& given) {
-  if (given.rows > kMostRows) throw std::runtime_error("pointwise_conv_bn_act: there are too many pixels for one launch");
+inline KernelParams in_32_bits(const char* op, const Params& given) {
+  if (given.rows > kMostRows) throw std::runtime_error(std::string(op) + ": there are too many pixels for one launch");
+  if (given.in_channels % 8 || given.out_channels % 8) {
+    throw std::runtime_error(std::string(op) + ": the CUDA kernel takes C and K that are multiples of 8, got " +
+                             std::to_string(given.in_channels) + " and " + std::to_string(given.out_channels));
+  }
   KernelParams p{given};
   p.rows = int(given.rows);
   p.pixels = int(given.pixels);
@@ -328,11 +383,7 @@ inline KernelParams in_32_bits(const Params& given) {
 
 // Starts the kernel for p.rows > 0. x, y, residual, the gate and the weight must be 16-byte aligned.
 template <typename T> void launch_forward(const Params& given, const Gpu& gpu, void* stream) {
-  const KernelParams p = in_32_bits(given);
-  if (p.in_channels % 8 || p.out_channels % 8) {
-    throw std::runtime_error("pointwise_conv_bn_act: the CUDA kernel takes C and K that are multiples of 8, got " +
-                             std::to_string(p.in_channels) + " and " + std::to_string(p.out_channels));
-  }
+  const KernelParams p = in_32_bits("pointwise_conv_bn_act", given);
   if (p.gate) return launch_columns<T, true, false>(p, gpu, stream);
   if (p.activation == Activation::silu && !p.residual) return launch_columns<T, false, true>(p, gpu, stream);
   launch_columns<T, false, false>(p, gpu, stream);

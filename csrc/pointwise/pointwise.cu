@@ -4,12 +4,7 @@
 namespace effnet_fast::pointwise {
 
 void forward_cuda(const Params& p, void* stream) {
-  int device = 0;
-  Gpu gpu{};
-  EFFNET_CUDA_CHECK(cudaGetDevice(&device));
-  EFFNET_CUDA_CHECK(cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  EFFNET_CUDA_CHECK(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  EFFNET_CUDA_CHECK(cudaDeviceGetAttribute(&gpu.block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const Gpu gpu = this_gpu();
   if (p.dtype == DType::bf16) {
     launch_forward<bf16>(p, gpu, stream);
   } else {

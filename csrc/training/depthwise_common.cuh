@@ -1,5 +1,5 @@
-// What training's depthwise kernels share: how work is cut, how rows come in, the norm and activation of what is read, and how the
-// sums that blocks gather apart become one.
+// What training's depthwise kernels share: how work is cut, how rows come in, the norm of what is read, and how
+// the sums that blocks gather apart become one.
 //
 // A block owns 32 channels. A lane owns V neighbouring ones, so that 32 / V lanes, a group, own a strip of columns, and slide down
 // it; the V groups of a warp work at the same rows, so that whether a row is inside the image is the same for all of it. Rows come
@@ -14,6 +14,8 @@
 
 #include "../common/sliding.cuh"
 #include "../common/tensor_core.h"
+#include "activation.cuh"
+#include "ends.cuh"
 #include "params.h"
 
 namespace effnet_fast::training {
@@ -232,89 +234,6 @@ template <typename T, int V> struct ChannelCoefficients {
     return of_y[e] * (sizeof(T) == 2 ? y : y - mean[e]) + shift[e];
   }
 };
-
-// SiLU, or a clamp from low to high: relu, relu6, identity. Its slope is 0 from flat_below down and from flat_above up, which are
-// NaN where there is no such end: then not even infinity is beyond it.
-struct Range {
-  bool silu;
-  float low, high, flat_below, flat_above;
-  explicit Range(Activation activation)
-      : silu(activation == Activation::silu),
-        low(activation == Activation::identity ? -INFINITY : 0.f),
-        high(activation == Activation::relu6 ? 6.f : INFINITY),
-        flat_below(activation == Activation::identity ? NAN : 0.f),
-        flat_above(activation == Activation::relu6 ? 6.f : NAN) {}
-};
-
-struct ValueAndSlope {
-  float value, slope;
-};
-
-template <bool kSilu> __device__ __forceinline__ ValueAndSlope activate_with_slope(const Range& range, float u) {
-  if constexpr (kSilu) {
-    const float sigmoid = reciprocal_fast(1.f + exp2_fast(-1.4426950408889634f * u)), value = u * sigmoid;
-    return {value, sigmoid + value * (1.f - sigmoid)};
-  } else {
-    return {clamp(u, range.low, range.high), u <= range.flat_below || u >= range.flat_above ? 0.f : 1.f};
-  }
-}
-
-// Calls f(std::true_type) for SiLU, f(std::false_type) for a clamp: a branch around a row, not one around each element. kSilu: it
-// is known to be SiLU.
-template <bool kSilu, typename F> __device__ __forceinline__ void with_silu(const Range& range, const F& f) {
-  if (kSilu || range.silu) {
-    f(std::true_type{});
-  } else {
-    f(std::false_type{});
-  }
-}
-
-// Of so many values, about zero. In doubles: of 53 bits enough are left when the square of the mean is taken off.
-struct Moments {
-  double count, sum, squares;
-  __device__ __forceinline__ void join(const Moments& other) {
-    count += other.count;
-    sum += other.sum;
-    squares += other.squares;
-  }
-  __device__ __forceinline__ double mean() const { return sum / count; }
-  __device__ __forceinline__ double about_mean() const {
-    const double left = squares - sum * mean();
-    return left < 0. ? 0. : left;
-  }
-};
-
-// Threads of the kernels that end the work: for 8 channels, 32 rows of every 32nd piece.
-constexpr int kFinishChannels = 8, kRows = 32;
-
-// Adds up what the kRows threads of a channel hold; the sum is the first one's.
-template <typename S> __device__ __forceinline__ void add_rows(S* shared, S& mine, int row, int channel) {
-  shared[row * kFinishChannels + channel] = mine;
-  for (int half = kRows / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (row >= half) continue;
-    mine.join(shared[(row + half) * kFinishChannels + channel]);
-    shared[row * kFinishChannels + channel] = mine;
-  }
-}
-
-// mean[c] and var[c] of pieces [pieces, 3, channels]: count, mean, squares about it. Grid: x = kFinishChannels each.
-__global__ void __launch_bounds__(kFinishChannels* kRows)
-    finish_stats_kernel(const float* partial, int pieces, int channels, float* mean, float* var) {
-  EFFNET_DYNAMIC_SHARED(Moments, shared);
-  const int lane = threadIdx.x % kFinishChannels, row = threadIdx.x / kFinishChannels, c = blockIdx.x * kFinishChannels + lane;
-  Moments moments{};
-#pragma unroll 8
-  for (int piece = row; c < channels && piece < pieces; piece += kRows) {
-    const float* at = partial + int64_t(piece) * 3 * channels + c;
-    const double count = at[0], its_mean = at[channels];
-    moments.join({count, count * its_mean, at[2 * int64_t(channels)] + count * its_mean * its_mean});
-  }
-  add_rows(shared, moments, row, lane);
-  if (row > 0 || c >= channels) return;
-  mean[c] = float(moments.mean());
-  var[c] = float(moments.about_mean() / moments.count);
-}
 
 struct Sum {
   double value;

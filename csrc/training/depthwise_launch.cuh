@@ -32,8 +32,7 @@ void launch_stats(const Depthwise& p, const Stats& made, const Allocate& allocat
     EFFNET_ALLOW_SHARED(depthwise_stats_kernel<Tr>, Tr::kSharedBytes);
     EFFNET_LAUNCH((depthwise_stats_kernel<Tr>), dim3(unsigned(ceil_div(p.channels, kTile)), unsigned(cut.pieces)), dim3(kThreads),
                   Tr::kSharedBytes, stream, launch);
-    EFFNET_LAUNCH(finish_stats_kernel, dim3(unsigned(ceil_div(p.channels, kFinishChannels))), dim3(kFinishChannels * kRows),
-                  kFinishChannels * kRows * sizeof(Moments), stream, partial, cut.pieces, p.channels, made.mean, made.var);
+    finish_stats(partial, cut.pieces, p.channels, made, stream);
   });
 }
 

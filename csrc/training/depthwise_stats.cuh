@@ -175,10 +175,7 @@ template <class Tr> __global__ void __launch_bounds__(kThreads, Tr::kBlocks) dep
   if (threadIdx.x >= kTile || channel >= p.channels) return;
   Moments total = moments[threadIdx.x];
   for (int other = 1; other < Tr::kGroups; ++other) total.join(moments[other * kTile + threadIdx.x]);
-  float* const to = p.partial + int64_t(blockIdx.y) * 3 * p.channels + channel;
-  to[0] = float(total.count);
-  to[p.channels] = total.count > 0. ? float(total.mean()) : 0.f;
-  to[2 * int64_t(p.channels)] = total.count > 0. ? float(total.about_mean()) : 0.f;
+  write_piece(total, p.partial, blockIdx.y, p.channels, channel);
 }
 
 }  // namespace effnet_fast::training

@@ -79,12 +79,11 @@ def outcomes(
         for entrant in group:
             lanes[entrant.name].send("prepare", entrant.prepare, case, *entrant.arguments)
         for entrant in group:
-            lane = lanes[entrant.name]
-            answer = lane.answer(min(PREPARE_SECONDS, clock.left - racing))
-            answers[entrant.name] = NO_TIME if lane.process is None and clock.left <= racing else answer
+            answer = lanes[entrant.name].answer(min(PREPARE_SECONDS, clock.left - racing))
+            answers[entrant.name] = NO_TIME if answer.status == "late" and clock.left <= racing else answer
             advance(1)
     ready = {name: lanes[name] for name, answer in answers.items() if answer.status == "ok"}
-    raced = race(ready, *turns, advance=advance) if clock.left > 0 else dict.fromkeys(ready, NO_TIME)
+    raced = race(ready, *turns, advance=advance) if ready and clock.left > 0 else dict.fromkeys(ready, NO_TIME)
     for entrant in chosen:  # so that the next case finds the memory free
         if lanes[entrant.name].process is not None:
             lanes[entrant.name].ask(60, "release")
@@ -110,7 +109,7 @@ def steps(chosen: list[Entrant], rounds: int) -> int:
 def _outcome(prepared: Answer, raced: Answer | None) -> dict[str, Any]:
     if raced is None or raced.status != "ok":
         lost = raced or prepared
-        return {"status": lost.status, "reason": lost.value}
+        return {"status": "failed" if lost.status == "late" else lost.status, "reason": lost.value}
     times: Summary = raced.value
     return {
         "status": "timed",

@@ -188,7 +188,7 @@ Timer = HostTimer | EventTimer | GraphTimer
 
 
 class Answer(NamedTuple):
-    """``status`` is "ok", "refused", "skipped" or "failed"; ``value`` what was asked for, or the reason."""
+    """``status`` is "ok", "refused", "skipped", "late" or "failed"; ``value`` what was asked for, or the reason."""
 
     status: str
     value: Any
@@ -223,12 +223,12 @@ class Lane:
         try:
             if self.connection.poll(max(0.0, timeout)):
                 return self.connection.recv()
-            reason = f"no answer within {timeout:.0f} s"
+            status, reason = "late", f"no answer within {timeout:.0f} s"
         except (EOFError, ConnectionError):
             self.process.join(5)
-            reason = f"its process ended with {self.process.exitcode}"
+            status, reason = "failed", f"its process ended with {self.process.exitcode}"
         self.stop(0.0)
-        return Answer("failed", f"{reason}; see {self.log.name}")
+        return Answer(status, f"{reason}; see {self.log.name}")
 
     def ask(self, timeout: float, request: str, *arguments: Any) -> Answer:
         self.send(request, *arguments)

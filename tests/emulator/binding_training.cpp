@@ -1,4 +1,4 @@
-// Training's depthwise kernels as functions of NumPy arrays, which begin `misalign` elements late; outputs start as NaN.
+// Training's CUDA kernels as functions of NumPy arrays, which begin `misalign` elements late; outputs start as NaN.
 #include <array>
 #include <cmath>
 #include <tuple>
@@ -93,9 +93,37 @@ std::tuple<py::array, py::array, py::array> depthwise_backward(const py::array& 
   return {grad_x.take(), grad_weight.take(), sums.take()};
 }
 
+// x [N, pixels, C], weight [K, C], norm [3, C] or None, gate [N, C] or None; types are those of x and weight.
+std::tuple<py::array, py::array, py::array> pointwise_stats(const py::array& x, const py::array& weight, const OptionalArray& norm,
+                                                            const OptionalArray& gate, int activation,
+                                                            const std::array<int, 2>& types, int multiprocessors, int shared_bytes,
+                                                            unsigned seed) {
+  const Buffer images(x, 0), weights(weight, 0);
+  const std::optional<Buffer> norms = optional_buffer(norm, 0), gates = optional_buffer(gate, 0);
+  const int out = int(weight.shape(0));
+  Result y(x.dtype(), {x.shape(0), x.shape(1), out}, 0);
+  const py::dtype kept("f4");
+  Result mean(kept, {out}, 0), var(kept, {out}, 0);
+  const training::Pointwise p{{images.data(), floats(norms), floats(gates), Activation(activation)},
+                              weights.data(),
+                              x.shape(0),
+                              x.shape(1),
+                              int(x.shape(2)),
+                              out,
+                              DType(types[0]),
+                              DType(types[1])};
+  const training::Stats made{y.data(), mean.floats(), var.floats()};
+  if (p.dtype == DType::bf16)
+    emulated::pointwise_stats<bf16>(p, made, multiprocessors, shared_bytes, seed);
+  else
+    emulated::pointwise_stats<fp16>(p, made, multiprocessors, shared_bytes, seed);
+  return {y.take(), mean.take(), var.take()};
+}
+
 }  // namespace
 
 void bind_training(py::module_& m) {
   m.def("depthwise_stats", &depthwise_stats);
   m.def("depthwise_backward", &depthwise_backward);
+  m.def("pointwise_stats", &pointwise_stats);
 }

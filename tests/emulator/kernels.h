@@ -25,6 +25,10 @@ template <typename T> void depthwise_stats(const effnet_fast::training::Depthwis
 template <typename T> void depthwise_backward(const effnet_fast::training::Depthwise& p,
                                               const effnet_fast::training::Gradients& made, int multiprocessors, unsigned seed);
 
+// Runs csrc/training/pointwise_stats.cuh, for half types, on a GPU whose multiprocessors have so much shared memory.
+template <typename T> void pointwise_stats(const effnet_fast::training::Pointwise& p, const effnet_fast::training::Stats& made,
+                                           int multiprocessors, int shared_bytes, unsigned seed);
+
 // Runs csrc/conv/forward.cuh.
 void conv(const effnet_fast::conv::Params& p, int multiprocessors, unsigned seed);
 

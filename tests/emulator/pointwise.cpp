@@ -10,7 +10,7 @@ void emulated::pointwise(const effnet_fast::pointwise::Params& p, int multiproce
   emu::state().order.seed(seed);
   const Gpu gpu{multiprocessors, shared_bytes, shared_bytes - 1024};
 #ifdef ONE_KERNEL
-  launch_tensor<Traits<T, 48, 4, 2, true, false>>(in_32_bits(p), gpu, nullptr);
+  launch_tensor<Traits<T, 48, 4, 2, true, false>>(in_32_bits("", p), gpu, nullptr);
 #else
   launch_forward<T>(p, gpu, nullptr);
 #endif

@@ -2,20 +2,11 @@
 #include "training/depthwise_launch.cuh"
 
 #include "kernels.h"
+#include "pieces.h"
 
 namespace {
 
 using namespace effnet_fast::training;
-
-// Memory of so many floats for the pieces of a launch, which start as NaN.
-struct Pieces {
-  std::vector<std::unique_ptr<float[]>> all;
-  float* operator()(int64_t floats) {
-    float* const made = all.emplace_back(new float[floats]).get();
-    std::fill_n(made, floats, NAN);
-    return made;
-  }
-};
 
 template <typename F> void with_compiled_window(const Depthwise& p, const F& f) {
 #ifdef ONE_WINDOW

@@ -61,7 +61,7 @@ def cache_bytes(device: int) -> int:
 
 
 def is_faster(x: Tensor, channels: int, stride: int) -> bool:
-    """Whether the kernel beats two, by what an H200 took (benchmarks/results/expand-depthwise-cuda.json): with stride 2, few input
-    channels, and twice what L2 holds between the two. Else h costs more in this kernel than to write and read it."""
+    """Whether the kernel beats two, by what an H200 took in bf16 (benchmarks/results/expand-depthwise-cuda.json): with stride 2,
+    few input channels, and twice what L2 holds between the two. Else h costs more in this kernel than to write and read it."""
     between = x.shape[0] * channels * x.shape[2] * x.shape[3] * x.element_size()
-    return stride == 2 and x.shape[1] <= FEW and between > 2 * cache_bytes(x.device.index)
+    return x.dtype == torch.bfloat16 and stride == 2 and x.shape[1] <= FEW and between > 2 * cache_bytes(x.device.index)

@@ -47,15 +47,16 @@ FEWEST_PIXELS = 43  # of an image with a gate: a tile's gates are of four images
 FEWEST_TILES, FEWEST_GATED = 264, 2048
 
 
-def _native_can_run(x: Tensor) -> str | None:
+def native_can_run(x: Tensor) -> str | None:
     return native.why_not(x, cuda=True) if x.dtype in HALVES or not x.is_cuda else f"x is {x.dtype}; the CUDA kernel is for halves"
 
 
-def _unsupported(x: Tensor, weight: Tensor, gate: Tensor | None) -> dict[str, str] | None:
+def unsupported(x: Tensor, weight: Tensor, gate: Tensor | None, fewest_pixels: int = FEWEST_PIXELS) -> dict[str, str] | None:
+    """Why the CUDA kernel does not take them; ``fewest_pixels``: of an image with a gate."""
     if not x.is_cuda:
         return None
-    if gate is not None and x.shape[2] * x.shape[3] < FEWEST_PIXELS:
-        return {"native": f"images of {x.shape[2]}x{x.shape[3]} with gates: the CUDA kernel takes {FEWEST_PIXELS} pixels or more"}
+    if gate is not None and x.shape[2] * x.shape[3] < fewest_pixels:
+        return {"native": f"images of {x.shape[2]}x{x.shape[3]} with gates: the CUDA kernel takes {fewest_pixels} pixels or more"}
     if weight.shape[0] % 8 or weight.shape[1] % 8:
         return {"native": f"{weight.shape[1]} to {weight.shape[0]} channels: the CUDA kernel takes multiples of 8"}
     return {"native": "there are too many pixels for the CUDA kernel"} if _rows(x) > MOST_ROWS else None
@@ -88,7 +89,7 @@ def _slower(x: Tensor, weight: Tensor, gate: Tensor | None) -> dict[str, str] | 
     return None
 
 
-backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.pointwise_conv_bn_act.native, _native_can_run))
+backends.register(NAME, backends.Kernel("native", torch.ops.effnet_fast.pointwise_conv_bn_act.native, native_can_run))
 backends.register(NAME, backends.Kernel("triton", torch.ops.effnet_fast.pointwise_conv_bn_act.triton, triton_backend.can_run))
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
 
@@ -113,5 +114,5 @@ def pointwise_conv_bn_act(
     _check(x, weight, *norm, gate, residual, activation)
     if differentiates():
         check_no_gradient(NAME, x, weight, *norm[:4], gate, residual)
-    kernel = backends.choose(NAME, x, _unsupported(x, weight, gate), _slower(x, weight, gate))
+    kernel = backends.choose(NAME, x, unsupported(x, weight, gate), _slower(x, weight, gate))
     return kernel.run(x, weight, *norm, gate, residual, activation)

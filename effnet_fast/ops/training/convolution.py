@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends, native, triton_backend
+from effnet_fast.ops import backends, native, pointwise, triton_backend
 from effnet_fast.ops.common import (
     accumulator,
     check_activation,
@@ -25,6 +25,9 @@ from effnet_fast.ops.training import composed, normalization, reference
 from effnet_fast.ops.training.checks import check_conv, check_images, check_norm, check_read, check_weight
 
 KINDS = ("depthwise", "pointwise", "dense")
+# Of the pointwise CUDA kernel: pixels of an image with a gate, as a tile's gates are of four images at most; and channels of x with
+# a norm, which shared memory holds.
+FEWEST_PIXELS, MOST_CHANNELS = 21, 5632
 _CHECK: dict[str, Callable[..., None]] = {}
 
 
@@ -110,9 +113,12 @@ def _define(kind: str) -> None:
         ),
     }
     _CHECK[stats], _CHECK[backward] = check_stats, check_backward
-    why_not = functools.partial(native.why_not, cuda=kind == "depthwise")
+    on_cuda = functools.partial(native.why_not, cuda=True)
+    natively: dict[str, Callable[[Tensor], str | None]] = {"depthwise_conv_stats": on_cuda, "depthwise_conv_backward": on_cuda}
+    natively["pointwise_conv_stats"] = pointwise.native_can_run
     for name, run in references.items():
-        backends.register(name, backends.Kernel("native", getattr(torch.ops.effnet_fast, name).native, why_not))
+        can_run = natively.get(name, native.why_not)
+        backends.register(name, backends.Kernel("native", getattr(torch.ops.effnet_fast, name).native, can_run))
         backends.register(name, backends.Kernel("triton", getattr(torch.ops.effnet_fast, name).triton, triton_backend.can_run))
         backends.register(name, backends.Kernel("reference", run, backends.always))
 
@@ -146,23 +152,27 @@ def kind_of(weight: Tensor, channels: int, stride: int) -> str:
     return "depthwise" if weight.shape[1] == 1 and channels == weight.shape[0] else "dense"
 
 
-def _unsupported(kind: str, weight: Tensor, stride: int) -> dict[str, str] | None:
+def _unsupported(kind: str, what: str, x: Tensor, weight: Tensor, gate: Tensor | None, stride: int) -> dict[str, str] | None:
     rows, columns = weight.shape[2:]
-    if kind != "depthwise" or ((rows, columns) in KERNELS and stride in STRIDES):
+    if kind == "depthwise" and not ((rows, columns) in KERNELS and stride in STRIDES):
+        return {"native": f"kernel {rows}x{columns}, stride {stride}: it takes 3x3 and 5x5, stride 1 and 2"}
+    if kind != "pointwise" or what != "stats":
         return None
-    return {"native": f"kernel {rows}x{columns}, stride {stride}: it takes 3x3 and 5x5, stride 1 and 2"}
+    if x.is_cuda and weight.shape[1] > MOST_CHANNELS:
+        return {"native": f"{weight.shape[1]} input channels: the CUDA kernel takes {MOST_CHANNELS} at most"}
+    return pointwise.unsupported(x, weight, gate, FEWEST_PIXELS)
 
 
 def why_no_kernel(x: Tensor, channels: int, weight: Tensor, stride: int) -> str | None:
     """Why nothing but the reference convolves ``channels`` channels, of x's dtype and device, with ``weight``; or None."""
     kind = kind_of(weight, channels, stride)
-    unsupported = _unsupported(kind, weight, stride) or {}
+    unsupported = _unsupported(kind, "stats", x, weight, None, stride) or {}
     *kernels, _ = backends.kernels(_name(kind, "stats"))
     reasons = [kernel.can_run(x) or unsupported.get(kernel.backend) for kernel in kernels]
     return None if None in reasons else "; ".join(reasons)  # type: ignore[arg-type]
 
 
-def _run(what: str, x: Tensor, weight: Tensor, stride: int, *args: Any) -> Any:
+def _run(what: str, x: Tensor, weight: Tensor, gate: Tensor | None, stride: int, *args: Any) -> Any:
     eager = not torch.compiler.is_compiling()  # a compiler, which may not tell a layout, comes to the same checks in the op's fake
     if eager:
         check_images(f"conv_{what}", "x", x)
@@ -173,7 +183,7 @@ def _run(what: str, x: Tensor, weight: Tensor, stride: int, *args: Any) -> Any:
         _CHECK[name](*args)
         if differentiates():
             check_no_gradient(name, *(arg for arg in args if isinstance(arg, Tensor)))
-    return backends.choose(name, x, _unsupported(kind, weight, stride)).run(*args)
+    return backends.choose(name, x, _unsupported(kind, what, x, weight, gate, stride)).run(*args)
 
 
 def conv_stats(
@@ -196,7 +206,7 @@ def conv_stats(
 
     No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
-    return _run("stats", x, weight, stride, x, weight, norm, activation, gate, stride, padding)
+    return _run("stats", x, weight, gate, stride, x, weight, norm, activation, gate, stride, padding)
 
 
 def conv_backward(
@@ -239,6 +249,6 @@ def conv_backward(
     No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
     return _run(
-        "backward", x, weight, stride, grad, y, y_norm, y_coefficients, y_activation, y_gate, y_pool,
+        "backward", x, weight, gate, stride, grad, y, y_norm, y_coefficients, y_activation, y_gate, y_pool,
         x, weight, norm, activation, gate, residual, stride, padding, need_x, need_weight,
     )  # fmt: skip
