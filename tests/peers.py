@@ -14,11 +14,12 @@ from effnet_fast.ops.backends import Choice, tracing
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
-efficientnet_pytorch = pytest.importorskip("efficientnet_pytorch")
 
 
 def lukemelas(name: str, **arguments) -> nn.Module:
-    return efficientnet_pytorch.EfficientNet.from_name(name, drop_connect_rate=0.0, dropout_rate=0.0, **arguments)
+    efficientnet_pytorch = pytest.importorskip("efficientnet_pytorch")
+    arguments = {"drop_connect_rate": 0.0, "dropout_rate": 0.0} | arguments
+    return efficientnet_pytorch.EfficientNet.from_name(name, **arguments)
 
 
 # name -> (how it is made, how many blocks it has)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from peers import BLOCKS, NETS, ONE_EACH, block_and_input, efficientnet_pytorch, net, outcome, timm, torchvision
+from peers import BLOCKS, NETS, ONE_EACH, block_and_input, lukemelas, net, outcome, timm, torchvision
 from tolerance import assert_2x, assert_2x_of_all, largest
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -79,7 +79,7 @@ def test_stochastic_depth_draws_as_before():
     for model in (
         timm.create_model("efficientnet_b0", drop_path_rate=0.5, num_classes=3),
         torchvision.models.efficientnet_b0(stochastic_depth_prob=0.5, num_classes=3),
-        efficientnet_pytorch.EfficientNet.from_name("efficientnet-b0", drop_connect_rate=0.5, num_classes=3),
+        lukemelas("efficientnet-b0", drop_connect_rate=0.5, num_classes=3),
     ):
         plain, x = copy.deepcopy(model).train(), images(2, (33, 32))
         accelerate(model.train())

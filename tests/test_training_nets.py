@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -20,6 +22,8 @@ from effnet_fast.models import create_model
 from effnet_fast.ops import backends
 from effnet_fast.scaling import PUBLISHED
 
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
 
 @TRAINED
 @pytest.mark.parametrize("entrant", ["ours", "accelerated timm"])
@@ -27,6 +31,32 @@ from effnet_fast.scaling import PUBLISHED
 def test_activations_kept_are_at_most_40_percent_of_eagers(name, entrant):
     _, row = memory.measure(name, entrant)
     assert row["entrant"] == entrant and 0.25 < row["of_eager"] <= 0.40, row
+
+
+def test_a_table_of_what_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "NETS", {"efficientnet_b0": 1})
+    measure = memory.measure
+    monkeypatch.setattr(memory, "measure", lambda name, device: measure(name, "ours", device))
+    assert memory.main(["--out", str(tmp_path / "memory.json")]) == 0
+    told = json.loads((tmp_path / "memory.json").read_text())
+    assert told.keys() == json.loads((RESULTS / "memory-cpu.json").read_text()).keys() and told["device"] == "cpu"
+    printed = capsys.readouterr().out
+    assert [line.split()[:2] for line in printed.splitlines()[-2:]] == [["efficientnet_b0", "timm"], ["efficientnet_b0", "ours"]]
+    assert f"{100 * told['cases'][1]['of_eager']:.0f} %" in printed
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            memory.main(["--out", str(tmp_path / "other.json"), "--device", "cuda"])
+        assert "there is no CUDA device here; cpu would do" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", memory.NETS)
+def test_memory_of_a_step_on_a_gpu(name):
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    _, row = memory.measure(name, "ours", "cuda")
+    assert row["entrant"] == "ours" and 0.2 < row["of_eager"] <= 0.40 and row["peak_of_eager"] < 0.75, row
+    assert row["peak_an_image"] > row["bytes_an_image"]
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0", "efficientnetv2_s", "efficientnet_lite0"])
