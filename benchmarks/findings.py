@@ -19,6 +19,7 @@ PEERS: dict[str, Callable[[str], bool]] = {  # by kind, from an entrant's name
     "torch.compile": lambda name: name.startswith("compile"),
     "a runtime": lambda name: name.startswith(("ONNX Runtime", "OpenVINO")),
 }
+MOST_MEMORY = 0.5  # of eager PyTorch's, at work
 DRIFT = 0.1  # of a median: two passes of one entrant that differ by more are told
 NAMED = 12  # cases of a list, the worst first
 
@@ -81,7 +82,7 @@ def summary(results: Results) -> str:
 
 def sentences(results: Results) -> list[str]:
     return [
-        *(told for find in (_compiled, _behind, _targets, _model, _rotation, _drift) for told in find(results)),
+        *(told for find in (_compiled, _behind, _targets, _memory, _model, _rotation, _drift) for told in find(results)),
         *(f"{name} {status} on {_count(number, 'case')}: {reason}" for (status, name, reason), number in _lost(results).items()),
     ]
 
@@ -182,6 +183,25 @@ def _targets(results: Results) -> list[str]:
                 told.append(
                     f"Target {verdict}: {group}, {batch}, {target.least:g} times the speed of {target.over}: {reached:.2f}."
                 )
+    return told
+
+
+def _memory(results: Results) -> list[str]:
+    """Of nets on a CPU at batch 16: the frozen copy's beside eager PyTorch's least."""
+    told = []
+    if (results["suite"], results["device"]) != ("model", "cpu"):
+        return told
+    for case in results["cases"]:
+        bytes_of = {name: entrant["memory_bytes"] for name, entrant in timed(case).items() if "memory_bytes" in entrant}
+        eager = [value for name, value in bytes_of.items() if PEERS["eager"](name)]
+        if case["batch"] != 16 or "ours optimized" not in bytes_of or not eager:
+            continue
+        share = bytes_of["ours optimized"] / min(eager)
+        verdict = "met" if share <= MOST_MEMORY else "missed"
+        told.append(
+            f"Target {verdict}: {case['group']} at batch {case['batch']}, ours optimized, {MOST_MEMORY:g} of the memory that eager"
+            f" PyTorch takes at least: {share:.2f}."
+        )
     return told
 
 

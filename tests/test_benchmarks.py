@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
@@ -316,6 +317,17 @@ def test_kernels_alone_are_told_first(monkeypatch):
     assert "**Not raced:** whole nets on a GPU." in told and "**Not measured:** speed on a CPU." in told
 
 
+def test_memory_of_nets_is_against_eagers_least():
+    case = a_case("b0 n16", "b0", 16, **{"ours optimized": 1.0, "timm channels_last": 2.0, "torchvision": 2.0, "OpenVINO": 2.0})
+    for name, megabytes in {"ours optimized": 60, "timm channels_last": 200, "torchvision": 100, "OpenVINO": 10}.items():
+        case["entrants"][name]["memory_bytes"] = megabytes * 10**6
+    results = json.loads((ROOT / "benchmarks" / "results" / "model-cpu.json").read_text())
+    (told,) = findings._memory(results | {"cases": [case]})
+    assert told.startswith("Target missed: b0 at batch 16, ours optimized, 0.5 of the memory") and told.endswith(": 0.60.")
+    assert findings._memory(results | {"cases": [case | {"batch": 4}]}) == []
+    assert [line.split(",")[0] for line in findings._memory(results)] == ["Target met: b0 at batch 16"]
+
+
 def test_targets_of_nets_are_against_the_fastest_peer():
     """Of any kind, with a runtime's throughput; a net without one has none."""
     peers = {"timm channels_last": 9.0, "OpenVINO": 6.0, "OpenVINO throughput": 4.2, "compile default": 5.0}
@@ -383,6 +395,17 @@ def test_swapped_images_are_refused(tmp_path, batch):
     with pytest.raises(Refused, match="off by"):
         nets.checked(case, lambda state: lambda x: mean(swapped(x)), 2.0)
     assert nets.checked(case, lambda state: mean, 2.0).sets >= 2
+
+    halves = replace(case, dtype="bf16")
+    torch.manual_seed(0)
+    model = calibrate(create_model("efficientnet_b0"), (224, 224))
+    with torch.no_grad():
+        told = {"state": {}, "images": x.bfloat16(), "reference": model(x).double()}
+        right = copy.deepcopy(model).bfloat16()
+        torch.save(told | {"plain": right(x.bfloat16())}, case.weights)
+        with pytest.raises(Refused, match="off by"):
+            nets.checked(halves, lambda state: lambda x: right(swapped(x)), nets.peer_factor(halves))
+        assert nets.checked(halves, lambda state: right, nets.peer_factor(halves)).sets >= 2
 
     case = replace(one_of("kernels", "pointwise c80-480 14x14 n1"), batch=batch)
     eager = kernels._EAGER[case.group]

@@ -34,6 +34,7 @@ from effnet_fast.training import (
     unfreeze,
 )
 from effnet_fast.training import checkpoint as checkpoints
+from effnet_fast.training.distillation import Loss
 from effnet_fast.training.loop import ema_decay
 
 PLAIN = Recipe(epochs=2, batch_size=4, opt="sgd", lr=0.05, weight_decay=0.0)
@@ -291,9 +292,27 @@ def test_accumulated_gradients_are_the_large_batchs():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_and_checkpointing_train(dtype):
     recipe = replace(PLAIN, amp=True, amp_dtype=dtype, grad_checkpointing=True, epochs=14, lr=0.001)
-    history = train(net(), batches(recipe), recipe)
+    model, seen = net(), []
+
+    def look(module, args):
+        if module.training:
+            seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+
+    model.blocks[1][0].register_forward_pre_hook(look)
+    history = train(model, batches(recipe), recipe)
     losses = [row["train_loss"] for row in history]
     assert min(losses[-5:]) < losses[0]
+    assert set(seen) == {(True, getattr(torch, dtype))} and len(seen) == 2 * 3 * 14  # forward, and once more in backward
+
+
+def test_smoothing_and_momentum_reach_what_they_are_of():
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    for smoothing in (0.0, 0.3):
+        expected = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+        assert torch.equal(Loss(replace(PLAIN, smoothing=smoothing))(logits, logits, labels), expected)
+    model = net()
+    train(model, batches(), replace(PLAIN, epochs=1, bn_momentum=0.25))
+    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.25}
 
 
 def test_any_classifier_trains():
@@ -311,6 +330,11 @@ def test_any_classifier_trains():
         ValueError, match="cuda_graph is True, on cpu in 1 processes; one process on a CUDA device, or False, would do"
     ):
         train(Tiny(), batches(), replace(PLAIN, cuda_graph=True))
+    with pytest.raises(ValueError, match="cuda_graph and grad_checkpointing are True: .*; one of them would do"):
+        checks = types.SimpleNamespace(type="cuda")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "device", lambda name: checks)
+            Trainer(Tiny(), replace(PLAIN, cuda_graph=True, grad_checkpointing=True), batches(), device="cuda")
     with pytest.raises(ValueError, match="grad_checkpointing: Tiny has no"):
         train(Tiny(), batches(), replace(PLAIN, grad_checkpointing=True))
     for other, name in (

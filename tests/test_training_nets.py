@@ -59,6 +59,21 @@ def test_memory_of_a_step_on_a_gpu(name):
     assert row["peak_an_image"] > row["bytes_an_image"]
 
 
+def learned(model, x, labels, steps):
+    """Loss and gradients of the last of so many steps, running statistics, weights."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x.to(next(model.parameters()).dtype)), labels)
+        loss.backward()
+        optimizer.step()
+    gradients = {key: p.grad for key, p in model.named_parameters()}
+    statistics = {key: b for key, b in model.named_buffers() if b.is_floating_point()}
+    return {"loss": loss.detach()[None]} | gradients, statistics, dict(model.named_parameters())
+
+
+@TRAINED
 @pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0", "efficientnetv2_s", "efficientnet_lite0"])
 @pytest.mark.parametrize("steps", [1, 10])
 def test_whole_nets_learn_as_timms(name, steps):
@@ -68,17 +83,10 @@ def test_whole_nets_learn_as_timms(name, steps):
     ours, theirs = calibrate(create_model(name, **arguments), (64, 64)), timm.create_model(name, **arguments)
     theirs.load_state_dict(ours.state_dict())
     x, labels, made = channels_last(images(8, (64, 64))), torch.arange(8), []
-    for model in (ours, theirs, copy.deepcopy(theirs).double()):
-        model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x.to(next(model.parameters()).dtype)), labels)
-            loss.backward()
-            optimizer.step()
-        gradients = {key: p.grad for key, p in model.named_parameters()}
-        statistics = {key: b for key, b in model.named_buffers() if b.is_floating_point()}
-        made.append(({"loss": loss.detach()[None]} | gradients, statistics, dict(model.named_parameters())))
+    with backends.backend("native"):
+        assert all(row.plain is None for row in effnet_fast.explain(ours, x, grad=True))
+        made.append(learned(ours, x, labels, steps))
+    made += [learned(model, x, labels, steps) for model in (theirs, copy.deepcopy(theirs).double())]
     for what, of_models in zip(("loss and gradients", "statistics", "weights"), zip(*made, strict=True), strict=True):
         assert_2x_of_all(*of_models, what)
 

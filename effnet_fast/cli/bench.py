@@ -96,6 +96,9 @@ def _checked(arguments: argparse.Namespace) -> Any:
             check_output(option, path, None if option == "json" else ".png")
     if len(arguments.peers) > 1 and {"all", "none"} & set(arguments.peers):
         raise ValueError(f"--peers is {','.join(arguments.peers)}; all or none stands alone")
+    elsewhere = {"onnxruntime", "openvino"} & set(arguments.peers) if arguments.device == "cuda" else set()
+    if elsewhere:
+        raise ValueError(f"--peers is {','.join(arguments.peers)} and --device cuda; {' and '.join(sorted(elsewhere))} run on cpu")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda and there is no CUDA device here; cpu would do")
     if arguments.size and arguments.size < _SMALLEST:

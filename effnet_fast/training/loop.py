@@ -79,6 +79,8 @@ class Trainer:
         if recipe.cuda_graph and (self.device.type != "cuda" or distributed.processes() > 1):
             where = f"on {self.device} in {distributed.processes()} processes"
             raise ValueError(f"cuda_graph is True, {where}; one process on a CUDA device, or False, would do")
+        if recipe.cuda_graph and recipe.grad_checkpointing:
+            raise ValueError("cuda_graph and grad_checkpointing are True: a graph cannot run a forward again; one of them would do")
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as gradients come, so DDP copies none
         if self.device.type == "cuda":
