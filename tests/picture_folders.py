@@ -67,10 +67,10 @@ def flowers102(root: Path, monkeypatch) -> Path:
     monkeypatch.setattr(Flowers102, "_check_integrity", lambda self: True)
     folder = root / "flowers-102"
     (folder / "jpg").mkdir(parents=True)
-    for number in range(1, 7):
+    for number in range(1, 8):
         Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8)).save(folder / "jpg" / f"image_{number:05}.jpg")
-    scipy.io.savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 2, 3, 1, 2, 102]])})
-    splits = {"trnid": np.array([[1, 2, 3]]), "valid": np.array([[4, 5]]), "tstid": np.array([[6]])}
+    scipy.io.savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 2, 3, 1, 2, 102, 3]])})
+    splits = {"trnid": np.array([[1, 2, 3]]), "valid": np.array([[4, 5]]), "tstid": np.array([[6, 7]])}
     scipy.io.savemat(folder / "setid.mat", splits)
     return root
 

@@ -249,6 +249,9 @@ def test_eval_counts_the_labels_of_predict(folder: Path, tmp_path: Path, capsys:
     assert main(["eval", model, str(folder / "val")]) == 0  # the directory of classes itself
     told = capsys.readouterr().out
     assert f"{100 * np.mean(right):.2f} %" in told and "top-5" not in told
+    for split, count in (("train", len(list(folder.glob("train/*/*.png")))), ("val", 12)):
+        assert main(["eval", model, str(folder), "--split", split, "--json", "--workers", "0"]) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == count
 
 
 SIZES = {"cifar10": (50, 10, 10), "cifar100": (4, 4, 100), "flowers102": (3, 2, 102), "stanford_cars": (2, 2, 2)}
@@ -259,6 +262,8 @@ def test_torchvisions_data_sets(kind: str, tmp_path: Path, monkeypatch: pytest.M
     root = getattr(picture_folders, kind)(tmp_path / "data", monkeypatch)
     splits = [open_dataset(root, kind=kind, training=training) for training in (True, False)]
     assert (*map(len, splits), len(splits[0].classes)) == SIZES[kind]
+    if kind == "flowers102":  # whose test images chose no weights
+        assert len(open_dataset(root, kind=kind, training=False, split="test")) == 2
     for split in splits:
         image, label = split[0]
         assert image.mode == "RGB" and 0 <= label < len(split.classes)
@@ -333,8 +338,8 @@ BAD = [
     ("train data --model efficientnet_b0 --std 1 1 0", "std is (1.0, 1.0, 0.0)"),
     ("train data --model efficientnet_b0 --val-split dev", "data has no directory dev, of one directory of images for each class"),
     (
-        "train data --model efficientnet_b0 --dataset cifar10 --train-split train",
-        "the split is 'train', and cifar10",
+        "train data --model efficientnet_b0 --dataset cifar10 --train-split val",
+        "the split is 'val'; train or test, which cifar10 has, would do",
     ),
     ("train data --model efficientnet_b0 --teacher-path three.pth", "--teacher-path is three.pth, and there is no teacher"),
     ("train data --model efficientnet_b0 --teacher three.pth --teacher-path three.pth", "needs no --teacher-path; one of them"),

@@ -5,6 +5,7 @@ DATA is a directory with val (or validation, test) of one directory of images fo
 
 examples: effnet-fast eval pets-b0/best.pth pets
           effnet-fast eval efficientnet_b0 imagenet --pretrained --json
+          effnet-fast eval flowers/best.pth flowers --dataset flowers102 --split test
           torchrun --nproc-per-node 8 -m effnet_fast eval efficientnet_b5 imagenet --pretrained
 """
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("data", metavar="DATA", help="directory of the data set")
     parser.add_argument("--dataset", choices=DATASETS, default="folder", help="what DATA is (default: folder)")
+    parser.add_argument("--split", metavar="NAME", help="of DATA, as test (default: val, validation or test; flowers102: val)")
     parser.add_argument("--batch-size", type=count, default=64, metavar="N", help="images at a time (default 64)")
     parser.add_argument(
         "--workers", type=index, default=LOADERS, metavar="N", help=f"processes that load images (default {LOADERS})"
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = device_of(arguments.device)
     with distributed.process_group(device):
-        images = open_dataset(arguments.data, kind=arguments.dataset, training=False)
+        images = open_dataset(arguments.data, kind=arguments.dataset, training=False, split=arguments.split)
         loaded = load_model(arguments)
         model, preprocessing, classes, _ = loaded
         if classes is not None:

@@ -38,9 +38,9 @@ _SHORT = {"batch_size": ("-b",)}  # timm's
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="directory of the data set")
     parser.add_argument("--dataset", choices=DATASETS, default="folder", help="what DATA is (default: folder)")
-    parser.add_argument("--train-split", metavar="NAME", help="the folder in DATA to train on (default: train)")
+    parser.add_argument("--train-split", metavar="NAME", help="what of DATA to train on (default: train)")
     parser.add_argument(
-        "--val-split", metavar="NAME", help="the folder in DATA of held-out images (default: val, validation or test)"
+        "--val-split", metavar="NAME", help="held-out images of DATA (default: val, validation or test; flowers102: val)"
     )
     parser.add_argument("--dataset-download", action="store_true", help="fetch the data set into DATA where it is not there")
     parser.add_argument("--model", required=True, metavar="NAME", help="the network, or NAME.TAG for one set of pretrained weights")

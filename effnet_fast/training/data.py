@@ -21,13 +21,15 @@ from effnet_fast.training.policies import policy
 from effnet_fast.training.recipes import Recipe
 from effnet_fast.weights.preprocessing import Preprocessing
 
-# Folders of one folder for each class have these names; else the class in torchvision.datasets, and how its splits are asked for.
+# Folders of one folder for each class have these names; else the class in torchvision.datasets, and how its splits are asked for:
+# the first to train on, the second held out.
 TRAIN_FOLDERS, HELD_OUT_FOLDERS = ("train",), ("val", "validation", "test")
-_TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
-    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
-    "flowers102": ("Flowers102", {"split": "train"}, {"split": "val"}),
-    "stanford_cars": ("StanfordCars", {"split": "train"}, {"split": "test"}),
+_CIFAR = {"train": {"train": True}, "test": {"train": False}}
+_TORCHVISION: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "cifar10": ("CIFAR10", _CIFAR),
+    "cifar100": ("CIFAR100", _CIFAR),
+    "flowers102": ("Flowers102", {name: {"split": name} for name in ("train", "val", "test")}),
+    "stanford_cars": ("StanfordCars", {name: {"split": name} for name in ("train", "test")}),
 }
 DATASETS = ("folder", *_TORCHVISION)
 Transform = Callable[[Any], Tensor]
@@ -55,15 +57,13 @@ def open_dataset(
     path      "folder": a directory with ``train`` and ``val`` (or ``validation``, ``test``) of one directory of images a class;
               held out may be that directory itself. Else what torchvision calls root
     kind      one of ``DATASETS``
-    split     of a "folder": the directory in it, in place of those
+    split     in place of those: the directory in a "folder", else torchvision's name of a split
     download  fetch it where it is not there, as torchvision does (not Stanford Cars, whose server is gone)
 
     Raises FileNotFoundError or ValueError that says what is missing.
     """
     if kind not in DATASETS:
         raise ValueError(f"dataset is {kind!r}; one of {', '.join(DATASETS)} would do")
-    if split is not None and kind != "folder":
-        raise ValueError(f"the split is {split!r}, and {kind} has torchvision's own; None, or a dataset 'folder', would do")
     root = Path(path)
     if not root.is_dir() and not download:
         raise FileNotFoundError(f"{root} is no directory; one that holds the data set would do")
@@ -75,9 +75,12 @@ def open_dataset(
             return datasets.ImageFolder(folder, loader=read_image, is_valid_file=_is_image)
         except FileNotFoundError as error:
             raise ValueError(f"{folder} is no directory of one directory of images for each class: {error}") from error
-    name, *splits = _TORCHVISION[kind]
+    name, splits = _TORCHVISION[kind]
+    split = list(splits)[0 if training else 1] if split is None else split
+    if split not in splits:
+        raise ValueError(f"the split is {split!r}; {' or '.join(splits)}, which {kind} has, would do")
     try:
-        return getattr(datasets, name)(str(root), download=download, **splits[0 if training else 1])
+        return getattr(datasets, name)(str(root), download=download, **splits[split])
     except RuntimeError as error:
         raise ValueError(f"{root} does not hold {kind} as torchvision's {name} wants it: {error}") from error
 
