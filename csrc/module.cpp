@@ -40,7 +40,8 @@ static const char kSchemas[] =
     "plan_end(int plan, Tensor[] results) -> int[]\n"
     "plan_run(int plan, Tensor images, Tensor[] results) -> ()\n"
     "plan_held(int plan) -> int\n"
-    "plan_free(int plan) -> ()";
+    "plan_free(int plan) -> ()\n"
+    "return_memory() -> ()";
 
 // The text of a macro's value, which may have commas.
 #define TEXT(...) TEXT_OF(__VA_ARGS__)

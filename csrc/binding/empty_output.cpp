@@ -1,3 +1,4 @@
+// Results of the CPU's kernels, and effnet_fast::return_memory, whose schema is in effnet_fast/inference.
 #include <pthread.h>
 
 #include "../common/memory.h"
@@ -30,5 +31,13 @@ Tensor empty_output(const Tensor& x, const ConvShape& s, ScalarType dtype) {
                                   {channels * height * width, 1, channels * width, channels}, x.device(), dtype,
                                   [](void* data) { recycler().give_back(data); });
 }
+
+namespace {
+
+void return_memory() { recycler().return_pages(); }
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CompositeExplicitAutograd, m) { m.impl("return_memory", TORCH_BOX(&return_memory)); }
+
+}  // namespace
 
 }  // namespace effnet_fast::binding

@@ -116,9 +116,18 @@ void Recycler::return_idle() noexcept {
   const Clock::time_point now = Clock::now();
   if (now - looked_ < kBetween) return;
   looked_ = now;
+  return_unused_since(now - kLongest);
+}
+
+void Recycler::return_pages() noexcept {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  return_unused_since(Clock::time_point::max());
+}
+
+void Recycler::return_unused_since(Clock::time_point time) noexcept {
   for (const auto& [begin, bytes] : gaps_)
     for (size_t page = rounded_up(begin, kHugePage) / kHugePage; (page + 1) * kHugePage <= std::min(begin + bytes, usable_); ++page)
-      if (pages_[page].filled && pages_[page].freed + kLongest < now) {
+      if (pages_[page].filled && pages_[page].freed < time) {
         madvise(range_ + page * kHugePage, kHugePage, MADV_DONTNEED);
         pages_[page].filled = false;
       }

@@ -42,6 +42,7 @@ class Recycler {
   Recycler();
   void* take(size_t bytes);  // throws std::bad_alloc
   void give_back(void* data) noexcept;
+  void return_pages() noexcept;   // those of all gaps, now
   void lock() { mutex_.lock(); }  // around a fork: in the child nobody would unlock it
   void unlock() { mutex_.unlock(); }
 
@@ -54,6 +55,7 @@ class Recycler {
   };
   char* cut(size_t wanted);
   void return_idle() noexcept;
+  void return_unused_since(Clock::time_point time) noexcept;
 
   std::mutex mutex_;
   char* range_ = nullptr;

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from effnet_fast import ops
 from effnet_fast.inference.graphs import GRAPHS, CudaPool, Graphs, InPieces
 from effnet_fast.inference.pixels import image_batch, mean_and_std, scale_and_shift
-from effnet_fast.inference.plan import NativePlan
+from effnet_fast.inference.plan import NativePlan, return_memory
 from effnet_fast.inference.recording import Recording, Unplannable, run_joined
 from effnet_fast.interop import accelerate
 from effnet_fast.models import ResNet
@@ -220,6 +220,8 @@ class InferenceModel(nn.Module):
                 agree = _agree(plan(image), self._run_blocks(image))
         except Unplannable as reason:
             return str(reason)
+        finally:
+            return_memory()  # which every result of the recording had
         return plan if agree else "its plan gives another result than its blocks do"
 
     def _made_plans(self) -> list[tuple[tuple, NativePlan | str]]:

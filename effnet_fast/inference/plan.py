@@ -19,7 +19,14 @@ define_native("plan_end(int plan, Tensor[] results) -> int[]")
 define_native("plan_run(int plan, Tensor images, Tensor[] results) -> ()")
 define_native("plan_held(int plan) -> int")
 define_native("plan_free(int plan) -> ()")
+define_native("return_memory() -> ()")
 _OPS = torch.ops.effnet_fast
+
+
+def return_memory() -> None:
+    """Give the system back what kernels' results were in that are gone: on the CPU large ones take turns in memory that is kept."""
+    if native.REASON is None:
+        _OPS.return_memory()
 
 
 class Size(NamedTuple):
