@@ -70,12 +70,12 @@ gpu_tests() {
     mapfile -t ids < <(awk -v i=$i -v n=$shards 'NR % n == i' "$scratch/ids")
     [ ${#ids[@]} -gt 0 ] || continue
     TRITON_INTERPRET=0 timeout -s INT -k 10 $((limit - 15)) env --default-signal=INT \
-      python3 -m pytest -q -rf -p no:cacheprovider "${ids[@]}" >"$work/tests-$i.log" 2>&1 &
+      python3 -m pytest -v -rf -p no:cacheprovider "${ids[@]}" >"$work/tests-$i.log" 2>&1 &
     pids+=($!)
   done
   for i in "${pids[@]}"; do wait "$i" || lost=$((lost + 1)); done
   echo "$(wc -l <"$scratch/ids") tests in ${#pids[@]} processes, $lost of which failed or came to the limit"
-  grep -hE '^(FAILED|ERROR)' "$work"/tests-*.log | cut -c1-200 | head -n 30
+  grep -hE "^(FAILED|ERROR)|^tests/.* (FAILED|ERROR) " "$work"/tests-*.log | cut -c1-200 | head -n 30  # also of who was interrupted
   tail -qn 1 "$work"/tests-*.log
   [ "$lost" -eq 0 ]
 }

@@ -18,7 +18,7 @@
 // By those counts, which know no latency (effnet_fast/benchmark/kernel_time.py),
 // a batch of 128 bf16 images runs at 87 % (B0) and 96 % (B5) of the rate that HBM alone allows for x and y.
 //
-// An H200 runs B0's shapes in bf16 at 37 to 74 % of that rate (benchmarks/results/kernels-cuda.json), wide images best. What it
+// An H200 runs B0's shapes in bf16 at 40 to 75 % of that rate (benchmarks/results/kernels-cuda.json), wide images best. What it
 // took for 32 channels of 112x112 k3s1 | 96 of 112x112 k3s2 | 144 of 56x56 k3s1 and k5s2 | 672 of 14x14 k5s1, 256 images, in us:
 //   rows stored warp by warp, 32 bytes of each of 16 pixels at a time    165 | 345 | 191, 133 | 87
 //   rows out block by block, as whole lines; stages without branches     159 | 328 | 193, 127 | 89

@@ -11,11 +11,12 @@
 // Operations: C multiply-adds, norm and activation. HBM binds for B0 to B7 but in the last stages, where L2 and the tensor cores
 // come near it: at 4.3 TB/s over 132 SMs of 1.98 GHz an expanded output (C / K = 1/6) leaves 18 lane-instructions.
 //
-// An H200 runs B0's shapes in bf16 at 27 to 73 % of their bound (benchmarks/results/kernels-cuda.json), gated projections of large
+// An H200 runs B0's shapes in bf16 at 28 to 73 % of their bound (benchmarks/results/kernels-cuda.json), gated projections of large
 // images best. What binds expanded layers is instructions: SiLU and the norm took 9.5 an output, all else 4 to 6; bf16's SiLU is
-// tanh now, 3.5 with the norm, and not timed yet. What binds deep layers of few pixels is latency. Two steps bought most. Gates
-// through the ring, which were read from memory by a branch each, took 256 images of 672 to 112 channels of 14x14 from 162 to 61
-// us; SiLU of 16 pixels a warp at a time in place of 32 took 256 of 16 to 96 channels of 112x112 from 286 to 270 us.
+// tanh now, 3.5 with the norm, which took 128 images of 24 to 144 channels of 56x56 from 71 to 63 us. What binds deep layers of few
+// pixels is latency. Two steps bought most. Gates through the ring, which were read from memory by a branch each, took 256 images
+// of 672 to 112 channels of 14x14 from 162 to 61 us; SiLU of 16 pixels a warp at a time in place of 32 took 256 of 16 to 96
+// channels of 112x112 from 286 to 270 us.
 #pragma once
 #include "../common/epilogue.cuh"
 #include "../common/tensor_core.h"

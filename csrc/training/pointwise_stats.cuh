@@ -9,12 +9,13 @@
 // doubles, so that the variance loses few digits. A block writes one piece; ends.cuh adds pieces up. SiLU is the inference
 // kernel's, in bf16 by tanh (../common/epilogue.cuh says how far off); the backward's is exact to rounding.
 //
-// Bytes an output: 2 + 2 C / K, where C is few an expansion and where K is few a projection. Operations: C multiply-adds; an
-// element of x 3 to 8 (norm, SiLU of two special functions at most, gate) for each tile of columns; an output 4 to 5 for its sums.
-// HBM should bind: of 128 images of 24 to 144 channels of 56x56 it takes 32 us, of 144 to 24 as much. Not timed on a GPU yet. What
-// this replaces took an H200 157 and 201 us there (benchmarks/results/training-trials-cuda.json, products): a pass that writes what
-// is activated, cuDNN's product, and a pass that reads its result. The inference kernel, which has a norm and SiLU to do at its
-// end, takes 63 (benchmarks/results/kernels-cuda.json); 70 and 75 are expected here.
+// Bytes an output: 2 + 2 C / K, where C is few an expansion and where K is few a projection. Operations: C multiply-adds. From the
+// SASS of sm_90, an element of x takes about 14 lane-instructions for each tile of columns, with norm, SiLU, gate and what brings
+// it, and an output that is stored 5.5 for its sums. Instructions should bind, as in the inference kernel, and not HBM: 128 images
+// of 24 to 144 channels of 56x56, or of 144 to 24, are 32 us of bytes. Not timed on a GPU yet. What this replaces took an H200 157
+// and 201 us there (benchmarks/results/training-trials-cuda.json, products): a pass that writes what is activated, cuDNN's product,
+// and a pass that reads its result. The inference kernel, which has a norm and SiLU to do at its end, takes 63
+// (benchmarks/results/kernels-cuda.json); 70 and 75 are expected here.
 #pragma once
 #include "../pointwise/forward.cuh"
 #include "activation.cuh"
