@@ -79,8 +79,9 @@ def installed_kernels(arch: int, directory: Path) -> dict[str, tuple[Path, dict[
         # A .cu file is named as the namespace of its kernels, or, where they are another's with parts of its own, by these.
         name = min(kernels)
         folder = re.search(r"NS_\d+([a-z_]+?)\d+Expander", name) or re.match(r"_ZN11effnet_fast\d+([a-z_]+?)\d", name)
-        of_stats = any("PointwiseStats" in kernel for kernel in kernels)
-        found["pointwise_stats.cu" if of_stats else f"{folder[1]}.cu"] = (cubin, kernels)  # type: ignore[index]
+        own = {kind: any(f"Pointwise{kind.title()}" in kernel for kernel in kernels) for kind in ("stats", "backward")}
+        file = next((f"pointwise_{kind}" for kind, has in own.items() if has), folder[1])  # type: ignore[index]
+        found[f"{file}.cu"] = (cubin, kernels)
     return found
 
 

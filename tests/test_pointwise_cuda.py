@@ -103,12 +103,11 @@ def test_what_the_kernel_does_not_take():
     gate = torch.empty(0)
     assert pointwise.unsupported(x(2, 24, 7, 7), weight(40, 24), gate) is None
     assert "6x7" in pointwise.unsupported(x(2, 24, 6, 7), weight(40, 24), gate)["native"]
-    for_stats = functools.partial(convolution._unsupported, "pointwise", "stats")
+    for_stats = functools.partial(convolution._unsupported_stats, "pointwise")
     assert for_stats(x(2, 24, 3, 7), weight(40, 24), gate, 1) is for_stats(x(2, 24, 1, 1), weight(40, 24), None, 1) is None
     assert "21 pixels or more" in for_stats(x(2, 24, 4, 5), weight(40, 24), gate, 1)["native"]
     assert "multiples of 8" in for_stats(x(2, 20, 7, 7), weight(40, 20), None, 1)["native"]
     assert "5632 at most" in for_stats(x(2, 5640, 7, 7), weight(40, 5640), None, 1)["native"]
-    assert convolution._unsupported("pointwise", "backward", x(2, 20, 4, 5), weight(40, 20), gate, 1) is None
     assert pointwise._slower(x(256, 24, 56, 56), weight(144, 24), None) is None
     assert pointwise._slower(x(1, 24, 56, 56), weight(144, 24), None)["native"].startswith("few pixels")
     assert pointwise._slower(x(1, 24, 56, 56), weight(144, 24), gate) is None

@@ -27,6 +27,7 @@ LEAST_KERNELS = {
     "pointwise.cu": 24,
     "training.cu": 74,
     "pointwise_stats.cu": 15,
+    "pointwise_backward.cu": 13,
 }
 
 
@@ -57,6 +58,8 @@ def registers_allowed(name: str) -> int:
         return {2: 80, 3: 96, 4: 128}[int(re.findall(r"Li(\d)E", name)[0])]  # 6, 5 and 4 blocks of 128 threads an SM
     if "PointwiseStats" in name:
         return 168 if "Li96E" in name else 128  # 3 or 4 blocks of 128 threads an SM
+    if "PointwiseBackward" in name:
+        return 255 if "Li9E" in name else 128  # 1 or 2 blocks of 256 threads an SM
     if "pointwise13tensor_kernel" in name:
         columns, warps, fragments = map(int, re.findall(r"Li(\d+)E", name)[:3])
         few = columns * fragments <= 48

@@ -1,4 +1,4 @@
-// Training's ops for the CPU, and for CUDA the depthwise ones and the pointwise convolution. The schemas are in
+// Training's ops for the CPU, and those of depthwise and pointwise convolutions for CUDA. The schemas are in
 // effnet_fast/ops/training.
 #include "../training/params.h"
 
@@ -140,7 +140,7 @@ struct IsDepthwiseCuda : IsDepthwise {
 };
 
 struct IsPointwiseCuda : IsPointwise {
-  // The kernel would take a weight of another type, as training's parameters are beside halves, but would round it once a block.
+  // Of another type, as training's parameters are beside halves, the forward would round it once a block; the backward takes x's.
   static training::Pointwise params(const char* op, Arguments& a, const training::Read& read, const Tensor& x, const Tensor& weight,
                                     int64_t stride, const Sides& padding, const ConvShape& shape) {
     check_same_device(op, "weight", weight, x);
@@ -151,6 +151,11 @@ struct IsPointwiseCuda : IsPointwise {
     check(p.dtype != DType::fp32, stats, ": the CUDA kernel takes x of bfloat16 or float16");
     check(aligned16(made.y), stats, ": y must start at a multiple of 16 bytes");
     on_device_of(x, [&](const auto& allocate, void* stream) { training::pointwise_stats_cuda(p, made, allocate, stream); });
+  }
+  static void run(const training::Pointwise& p, const training::Gradients& made, const Tensor& x) {
+    check(p.dtype != DType::fp32, backward, ": the CUDA kernel takes x of bfloat16 or float16");
+    check(aligned16(made.grad_x), backward, ": grad_x must start at a multiple of 16 bytes");
+    on_device_of(x, [&](const auto& allocate, void* stream) { training::pointwise_backward_cuda(p, made, allocate, stream); });
   }
 };
 #endif
@@ -439,6 +444,8 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CUDA, m) {
   m.impl("pointwise_conv_stats.native", TORCH_BOX(&stats<IsPointwiseCuda>));
   m.impl("pointwise_conv_stats.native_out", TORCH_BOX(&stats_out<IsPointwiseCuda>));
+  m.impl("pointwise_conv_backward.native", TORCH_BOX(&backward<IsPointwiseCuda>));
+  m.impl("pointwise_conv_backward.native_out", TORCH_BOX(&backward_out<IsPointwiseCuda>));
   m.impl("depthwise_conv_stats.native", TORCH_BOX(&stats<IsDepthwiseCuda>));
   m.impl("depthwise_conv_stats.native_out", TORCH_BOX(&stats_out<IsDepthwiseCuda>));
   m.impl("depthwise_conv_backward.native", TORCH_BOX(&backward<IsDepthwiseCuda>));

@@ -30,7 +30,15 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], Shared row) {
                : "r"(row)
                : "memory");
 }
-// The reverse. Ampere has no stmatrix: the owner of each row is asked for its address, and four plain stores do it.
+// The same matrices turned: the lane gets rows 2q and 2q + 1 of column g of each.
+__device__ __forceinline__ void load_matrices_turned(uint32_t (&r)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+// The reverse of load_matrices. Ampere has no stmatrix: the owner of each row is asked for its address, and four plain stores do
+// it.
 __device__ __forceinline__ void store_matrices(Shared row, const uint32_t (&r)[4]) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]),

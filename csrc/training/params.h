@@ -75,6 +75,7 @@ void depthwise_backward_cpu(const Depthwise& p, const Gradients& made);
 using Allocate = std::function<float*(int64_t floats)>;
 void depthwise_stats_cuda(const Depthwise& p, const Stats& made, const Allocate& allocate, void* stream);  // on the current device
 void pointwise_stats_cuda(const Pointwise& p, const Stats& made, const Allocate& allocate, void* stream);  // likewise
+void pointwise_backward_cuda(const Pointwise& p, const Gradients& made, const Allocate& allocate, void* stream);
 void depthwise_backward_cuda(const Depthwise& p, const Gradients& made, const Allocate& allocate, void* stream);
 
 void norm_act_cpu(const Elements& p, const void* residual, void* out);

@@ -62,3 +62,14 @@ def _capability(index: int | None) -> tuple[int, int] | None:
 @functools.cache
 def _capability_of(index: int) -> tuple[int, int] | None:
     return None if torch.version.hip or not torch.cuda.is_available() else torch.cuda.get_device_capability(index)
+
+
+@constant
+def shared_memory(index: int | None) -> int:
+    """Bytes of it that a block may have on a GPU; where there is none at all, as many as a block needs."""
+    return 2**31 if index is None or not torch.cuda.is_available() else _shared_memory(index)
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]  # but by the stub

@@ -120,10 +120,48 @@ std::tuple<py::array, py::array, py::array> pointwise_stats(const py::array& x, 
   return {y.take(), mean.take(), var.take()};
 }
 
+// of_y: grad, y, norm, coefficients, gate or None, pool or None; need: of grad_x and of grad_weight; else as above.
+std::tuple<py::array, py::array, py::array> pointwise_backward(const py::array& x, const py::array& weight,
+                                                               const OptionalArray& norm, const OptionalArray& gate, int activation,
+                                                               const std::array<int, 2>& types,
+                                                               const std::vector<OptionalArray>& of_y, int y_activation,
+                                                               const OptionalArray& residual, const std::array<bool, 2>& need,
+                                                               int multiprocessors, int shared_bytes, unsigned seed) {
+  const Buffer images(x, 0), weights(weight, 0);
+  const std::optional<Buffer> norms = optional_buffer(norm, 0), gates = optional_buffer(gate, 0);
+  std::vector<std::optional<Buffer>> of;
+  for (const OptionalArray& array : of_y) of.push_back(optional_buffer(array, 0));
+  const std::optional<Buffer> added = optional_buffer(residual, 0);
+  const int out = int(weight.shape(0)), channels = int(x.shape(2));
+  Result grad_x(x.dtype(), {x.shape(0), x.shape(1), channels}, 0);
+  const py::dtype kept("f4");
+  Result grad_weight(kept, {out, channels}, 0), sums(kept, gate ? Shape{x.shape(0), 5, channels} : Shape{2, channels}, 0);
+  const training::Pointwise p{{images.data(), floats(norms), floats(gates), Activation(activation)},
+                              weights.data(),
+                              x.shape(0),
+                              x.shape(1),
+                              channels,
+                              out,
+                              DType(types[0]),
+                              DType(types[1])};
+  training::Gradients made{};
+  made.of_y = {of[0]->data(), of[1]->data(), floats(of[2]), floats(of[3]), floats(of[4]), floats(of[5]), Activation(y_activation)};
+  made.residual = added ? added->data() : nullptr;
+  made.grad_x = need[0] ? grad_x.data() : nullptr;
+  made.grad_weight = need[1] ? grad_weight.floats() : nullptr;
+  made.sums = need[0] && norm ? sums.floats() : nullptr;
+  if (p.dtype == DType::bf16)
+    emulated::pointwise_backward<bf16>(p, made, multiprocessors, shared_bytes, seed);
+  else
+    emulated::pointwise_backward<fp16>(p, made, multiprocessors, shared_bytes, seed);
+  return {grad_x.take(), grad_weight.take(), sums.take()};
+}
+
 }  // namespace
 
 void bind_training(py::module_& m) {
   m.def("depthwise_stats", &depthwise_stats);
   m.def("depthwise_backward", &depthwise_backward);
   m.def("pointwise_stats", &pointwise_stats);
+  m.def("pointwise_backward", &pointwise_backward);
 }

@@ -42,6 +42,8 @@ KERNELS = {
     "pointwise_fp16": ("pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16 -DONE_KERNEL"),
     "training_pointwise_bf16": ("training_pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
     "training_pointwise_fp16": ("training_pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
+    "training_pointwise_backward_bf16": ("training_pointwise_backward.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
+    "training_pointwise_backward_fp16": ("training_pointwise_backward.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
     "pointwise_cpu": ("pointwise_cpu.cpp", "-O0"),
     "conv": ("conv.cpp", ""),
     "training_bf16": ("training_depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),

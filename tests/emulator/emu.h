@@ -299,6 +299,14 @@ inline char* matrix_element(int matrix) {
   const unsigned now = state().current->named & 1;
   return state().fibers[(rank & ~31u) + matrix * 8 + rank % 32 / 4].rows[now] + rank % 4 * 4;
 }
+// Its two halves of a column.
+inline uint32_t turned_element(int matrix) {
+  const unsigned rank = state().current->rank, now = state().current->named & 1;
+  uint16_t halves[2];
+  for (int i = 0; i < 2; ++i)
+    std::memcpy(&halves[i], state().fibers[(rank & ~31u) + matrix * 8 + rank % 4 * 2 + i].rows[now] + rank % 32 / 4 * 2, 2);
+  return halves[0] | uint32_t(halves[1]) << 16;
+}
 __attribute__((noinline)) inline void name_row(char* row, const char* site) {
   check_shared_16(row, "a matrix's row");
   Fiber* const f = state().current;
@@ -409,6 +417,11 @@ template <int kKeep> void copy_async_wait() {
 inline void load_matrices(uint32_t (&r)[4], Shared row, std::source_location at = std::source_location::current()) {
   emu::name_row(row, emu::site_of(at));
   for (int m = 0; m < 4; ++m) std::memcpy(&r[m], emu::matrix_element(m), 4);
+  emu::barrier(emu::Wait::warp, ~0u, emu::site_of(at) + 1);
+}
+inline void load_matrices_turned(uint32_t (&r)[4], Shared row, std::source_location at = std::source_location::current()) {
+  emu::name_row(row, emu::site_of(at));
+  for (int m = 0; m < 4; ++m) r[m] = emu::turned_element(m);
   emu::barrier(emu::Wait::warp, ~0u, emu::site_of(at) + 1);
 }
 // Nothing waits behind it: other lanes may see these bytes only after a __syncwarp of the kernel's own.

@@ -29,6 +29,11 @@ template <typename T> void depthwise_backward(const effnet_fast::training::Depth
 template <typename T> void pointwise_stats(const effnet_fast::training::Pointwise& p, const effnet_fast::training::Stats& made,
                                            int multiprocessors, int shared_bytes, unsigned seed);
 
+// Runs csrc/training/pointwise_backward.cuh, likewise.
+template <typename T> void pointwise_backward(const effnet_fast::training::Pointwise& p,
+                                              const effnet_fast::training::Gradients& made, int multiprocessors, int shared_bytes,
+                                              unsigned seed);
+
 // Runs csrc/conv/forward.cuh.
 void conv(const effnet_fast::conv::Params& p, int multiprocessors, unsigned seed);
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast.ops import backends, native, pointwise, triton_backend
+from effnet_fast.ops import backends, gpu, native, pointwise, triton_backend
 from effnet_fast.ops.common import (
     accumulator,
     check_activation,
@@ -28,6 +28,9 @@ KINDS = ("depthwise", "pointwise", "dense")
 # Of the pointwise CUDA kernel: pixels of an image with a gate, as a tile's gates are of four images at most; and channels of x with
 # a norm, which shared memory holds.
 FEWEST_PIXELS, MOST_CHANNELS = 21, 5632
+# Of its backward: output channels of an x with a norm, and without one, of which registers hold the gradient of the weight; and
+# columns of x's channels that a block has, at most.
+MOST_OUT_NORMED, MOST_OUT, COLUMNS = 128, 288, 64
 _CHECK: dict[str, Callable[..., None]] = {}
 
 
@@ -115,7 +118,7 @@ def _define(kind: str) -> None:
     _CHECK[stats], _CHECK[backward] = check_stats, check_backward
     on_cuda = functools.partial(native.why_not, cuda=True)
     natively: dict[str, Callable[[Tensor], str | None]] = {"depthwise_conv_stats": on_cuda, "depthwise_conv_backward": on_cuda}
-    natively["pointwise_conv_stats"] = pointwise.native_can_run
+    natively["pointwise_conv_stats"] = natively["pointwise_conv_backward"] = pointwise.native_can_run
     for name, run in references.items():
         can_run = natively.get(name, native.why_not)
         backends.register(name, backends.Kernel("native", getattr(torch.ops.effnet_fast, name).native, can_run))
@@ -152,27 +155,50 @@ def kind_of(weight: Tensor, channels: int, stride: int) -> str:
     return "depthwise" if weight.shape[1] == 1 and channels == weight.shape[0] else "dense"
 
 
-def _unsupported(kind: str, what: str, x: Tensor, weight: Tensor, gate: Tensor | None, stride: int) -> dict[str, str] | None:
+def _unsupported_window(kind: str, weight: Tensor, stride: int) -> dict[str, str] | None:
     rows, columns = weight.shape[2:]
     if kind == "depthwise" and not ((rows, columns) in KERNELS and stride in STRIDES):
         return {"native": f"kernel {rows}x{columns}, stride {stride}: it takes 3x3 and 5x5, stride 1 and 2"}
-    if kind != "pointwise" or what != "stats":
-        return None
+    return None
+
+
+def _unsupported_stats(kind: str, x: Tensor, weight: Tensor, gate: Tensor | None, stride: int) -> dict[str, str] | None:
+    if kind != "pointwise":
+        return _unsupported_window(kind, weight, stride)
     if x.is_cuda and weight.shape[1] > MOST_CHANNELS:
         return {"native": f"{weight.shape[1]} input channels: the CUDA kernel takes {MOST_CHANNELS} at most"}
     return pointwise.unsupported(x, weight, gate, FEWEST_PIXELS)
 
 
+def _unsupported_backward(
+    kind: str, x: Tensor, weight: Tensor, norm: Tensor | None, stride: int, y_activation: str, y_pool: Tensor | None
+) -> dict[str, str] | None:
+    """Of a pointwise one on CUDA the rest is products of PyTorch's: those dominate where there are so many channels."""
+    if kind != "pointwise":
+        return _unsupported_window(kind, weight, stride)
+    if (refused := pointwise.unsupported(x, weight, None)) is not None or not x.is_cuda:
+        return refused
+    if y_activation != "identity" or y_pool is not None:
+        return {"native": "an activation or a pool behind y: the CUDA kernel's backward takes neither"}
+    out, columns = weight.shape[0], min(weight.shape[1], COLUMNS)
+    most = MOST_OUT if norm is None else MOST_OUT_NORMED
+    needed = out * (2 * columns + 540) + 39296  # csrc/training/pointwise_backward.cuh: two stages, and what stays; or a little less
+    if out > most or needed > gpu.shared_memory(x.device.index):
+        return {"native": f"{weight.shape[1]} to {out} channels: the CUDA kernel's backward takes fewer on this GPU"}
+    return None
+
+
 def why_no_kernel(x: Tensor, channels: int, weight: Tensor, stride: int) -> str | None:
     """Why nothing but the reference convolves ``channels`` channels, of x's dtype and device, with ``weight``; or None."""
     kind = kind_of(weight, channels, stride)
-    unsupported = _unsupported(kind, "stats", x, weight, None, stride) or {}
+    unsupported = _unsupported_stats(kind, x, weight, None, stride) or {}
     *kernels, _ = backends.kernels(_name(kind, "stats"))
     reasons = [kernel.can_run(x) or unsupported.get(kernel.backend) for kernel in kernels]
     return None if None in reasons else "; ".join(reasons)  # type: ignore[arg-type]
 
 
-def _run(what: str, x: Tensor, weight: Tensor, gate: Tensor | None, stride: int, *args: Any) -> Any:
+def _run(what: str, x: Tensor, weight: Tensor, stride: int, unsupported: Callable[[str], dict[str, str] | None], *args: Any) -> Any:
+    """``unsupported``: of a kind."""
     eager = not torch.compiler.is_compiling()  # a compiler, which may not tell a layout, comes to the same checks in the op's fake
     if eager:
         check_images(f"conv_{what}", "x", x)
@@ -183,7 +209,7 @@ def _run(what: str, x: Tensor, weight: Tensor, gate: Tensor | None, stride: int,
         _CHECK[name](*args)
         if differentiates():
             check_no_gradient(name, *(arg for arg in args if isinstance(arg, Tensor)))
-    return backends.choose(name, x, _unsupported(kind, what, x, weight, gate, stride)).run(*args)
+    return backends.choose(name, x, unsupported(kind)).run(*args)
 
 
 def conv_stats(
@@ -206,7 +232,11 @@ def conv_stats(
 
     No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
-    return _run("stats", x, weight, gate, stride, x, weight, norm, activation, gate, stride, padding)
+
+    def unsupported(kind: str) -> dict[str, str] | None:
+        return _unsupported_stats(kind, x, weight, gate, stride)
+
+    return _run("stats", x, weight, stride, unsupported, x, weight, norm, activation, gate, stride, padding)
 
 
 def conv_backward(
@@ -248,7 +278,11 @@ def conv_backward(
 
     No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
     """
+
+    def unsupported(kind: str) -> dict[str, str] | None:
+        return _unsupported_backward(kind, x, weight, norm, stride, y_activation, y_pool)
+
     return _run(
-        "backward", x, weight, gate, stride, grad, y, y_norm, y_coefficients, y_activation, y_gate, y_pool,
+        "backward", x, weight, stride, unsupported, grad, y, y_norm, y_coefficients, y_activation, y_gate, y_pool,
         x, weight, norm, activation, gate, residual, stride, padding, need_x, need_weight,
     )  # fmt: skip
