@@ -160,6 +160,13 @@ def test_two_convolutions_in_a_row_are_two_kernels():
     assert "one native call" in str(optimized)
 
 
+class Repeated(nn.Module):
+    """Grey as three equal colours."""
+
+    def forward(self, x):
+        return x.repeat(1, 3, 1, 1)
+
+
 class Ending(nn.Module):
     """A net, and something done to its features."""
 
@@ -322,20 +329,32 @@ def test_what_cannot_be_planned_runs_block_by_block():
     assert native.REASON is not None or "block by block: aten.hardswish.default is no kernel of ours" in str(optimized)
 
 
-@pytest.mark.parametrize(
-    ("x", "says"),
-    [
+@pytest.mark.parametrize("name", ["ours", "timm b0", "torchvision b0"])
+def test_bad_input_is_named_and_leaves_the_copy_usable(name):
+    net = small() if name == "ours" else PEERS[name]().eval()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(1, 3, 40, 40)
+    for bad, says in (
         (None, "x is a NoneType"),
         (torch.zeros(3, 40, 40), r"x is \(3, 40, 40\)"),
-        (torch.zeros(1, 3, 40, 40, dtype=torch.int32), "of torch.int32"),
-        (torch.zeros(1, 4, 40, 40), "weight is|channels"),
-    ],
-)
-def test_bad_input_is_named_and_leaves_the_copy_usable(x, says):
-    optimized = effnet_fast.optimize_for_inference(small())
-    with pytest.raises((ValueError, RuntimeError), match=says):
-        optimized(x)
-    assert optimized(torch.zeros(1, 3, 40, 40)).shape == (1, 10)
+        (torch.zeros(1, 3, 40, 40, dtype=torch.int32), r"x is \(1, 3, 40, 40\) of torch.int32"),
+        (torch.zeros(1, 1, 40, 40), r"x is \(1, 1, 40, 40\)"),
+        (torch.zeros(2, 4, 40, 40), r"x is \(2, 4, 40, 40\)"),
+        (torch.zeros(1, 40, 40, 3), r"x is \(1, 40, 40, 3\)"),
+        (torch.zeros(0, 4, 40, 40), r"x is \(0, 4, 40, 40\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"^InferenceModel: {says}.*; a batch of images \[N, 3, H, W\] of .* would do$"):
+            optimized(bad)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+    assert native.REASON is not None or [shape for (_, shape, _), _ in optimized._made_plans()] == [(3, 40, 40)]
+
+
+def test_a_net_may_make_colours_of_grey():
+    """So images of other channels than its first convolution's are not refused unasked."""
+    net = nn.Sequential(Repeated(), small()).eval()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 1, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
 
 
 def test_bad_models_are_named():

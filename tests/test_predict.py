@@ -272,6 +272,18 @@ def test_predict_refuses(photographs: list[Path]) -> None:
     net.eval()
     with pytest.raises(ValueError, match=r"another mean or std; optimize_for_inference\(preprocessing=\) would do"):
         list(predict(optimize_for_inference(net), photographs, Preprocessing(64, 72, mean=(0.5,) * 3)))
+    for channels, of_model, better in (
+        (1, 3, "3"),
+        (3, 1, "1"),
+        (5, 5, r"a model of 1 \(greyscale\) or 3 \(RGB\)"),
+        (3, 5, "a model"),
+    ):
+        errors: list[Exception] = []
+        with pytest.raises(
+            ValueError, match=f"channels is {channels}, and the model takes images of {of_model}; {better}.*would do"
+        ):
+            list(predict(small_net(of_model), photographs, SMALL, channels=channels, unreadable=errors.append))
+        assert not errors  # the files are sound
     net.classifier.bias.data[3] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         list(predict(net, photographs, SMALL))

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from effnet_fast import ops
 from effnet_fast.inference.graphs import GRAPHS, CudaPool, Graphs, InPieces
-from effnet_fast.inference.pixels import image_batch, mean_and_std, scale_and_shift
+from effnet_fast.inference.pixels import image_batch, mean_and_std, scale_and_shift, wrong_images
 from effnet_fast.inference.plan import NativePlan, return_memory
 from effnet_fast.inference.recording import Recording, Unplannable, run_joined
 from effnet_fast.interop import accelerate
@@ -160,9 +160,16 @@ class InferenceModel(nn.Module):
         x = self._checked(x)
         # The dtype is the copy's, whoever calls it; and what is kept outlives the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if len(x) == 0:
-                return self._run_blocks(x)
-            return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
+            try:
+                if len(x) == 0:
+                    return self._run_blocks(x)
+                return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
+            except (ValueError, RuntimeError) as error:
+                # Asked only here: a network may make its first convolution's channels of others.
+                channels = self.pixels.shape[1]
+                if x.shape[1] == channels or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ValueError(wrong_images(x, channels)) from error
 
     def _on_cuda(self, x: Tensor) -> Any:
         if is_tracing() and self.cuda_graphs:  # a graph tells nothing

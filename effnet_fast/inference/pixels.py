@@ -46,8 +46,13 @@ def image_batch(x: Any, channels: int) -> Tensor:
             return x
         if x.dtype == torch.uint8 and x.shape[3] == channels:
             return x.permute(0, 3, 1, 2)
+    raise ValueError(wrong_images(x, channels))
+
+
+def wrong_images(x: Any, channels: int) -> str:
+    """What ``x`` is instead of images of so many channels."""
     what = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-    raise ValueError(
+    return (
         f"InferenceModel: x is {what}; a batch of images [N, {channels}, H, W] of a floating type, or of uint8 and then also"
         f" [N, H, W, {channels}], would do"
     )

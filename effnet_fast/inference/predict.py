@@ -53,16 +53,21 @@ def predict(
     model       a classifier in eval mode, which :func:`optimize_for_inference` takes, or what that has made of one:
                 [N, channels, H, W] -> logits [N, K]
     top         labels for each image, at most K
+    channels    of the images and of the model: 3 (RGB) or 1 (greyscale)
     classes     K names
     unreadable  called with the error of a file that cannot be decoded, which is then left out; by default the error is raised
 
     Threads decode the next batch while the network's frozen copy runs, which is given the images as they are decoded. Raises
     ValueError for a model in training mode, a copy that normalises by other numbers than ``preprocessing``, a wrong number of
-    names, and logits that are not finite.
+    channels or names, and logits that are not finite.
     """
     if top < 1 or batch < 1:
         raise ValueError(f"predict: top is {top} and batch is {batch}; whole numbers >= 1 would do")
     serving = _frozen(model, preprocessing)
+    wanted = serving.pixels.shape[1]
+    if channels != wanted or channels not in (1, 3):
+        better = wanted if wanted in (1, 3) else "a model of 1 (greyscale) or 3 (RGB)"
+        raise ValueError(f"predict: channels is {channels}, and the model takes images of {wanted}; {better} would do")
 
     def load(path: Path) -> np.ndarray:
         image = read_image(path, channels)
