@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,34 @@ def test_throughput_gives_each_image_its_own_logits(case, peer):
         timer = getattr(nets, peer)(case, True)
     assert timer.facts["off_by"] < 1e-5 and len(timer.burst(0.0)) == 3
     assert [path.name for path in Path(case.weights).parent.glob("*.onnx")] == ["b0.pt.n1.onnx"]
+
+
+@pytest.mark.parametrize("peer", ["onnxruntime", "openvino"])
+def test_peers_run_on_as_many_threads_as_torch(case, peer, monkeypatch):
+    """All on one image, or each of ONNX Runtime's on one of its own."""
+    package = pytest.importorskip(peer, reason=f"{peer} is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    made, pools = [], []
+    monkeypatch.setattr(nets, "checked", lambda case, build, *_, **settings: build({}))
+    monkeypatch.setattr(nets, "ThreadPoolExecutor", pools.append)
+    if peer == "onnxruntime":
+        session = package.InferenceSession
+        monkeypatch.setattr(package, "InferenceSession", lambda *arguments: made.append(session(*arguments)) or made[-1])
+    else:
+        compile_model = package.Core.compile_model
+        monkeypatch.setattr(package.Core, "compile_model", lambda *arguments: made.append(compile_model(*arguments)) or made[-1])
+    one, before = replace(case, batch=1), torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for throughput in (False, True):
+                getattr(nets, peer)(one, throughput)
+    finally:
+        torch.set_num_threads(before)
+    if peer == "onnxruntime":
+        assert [session.get_session_options().intra_op_num_threads for session in made] == [1, 1, 2, 1] and pools == [1, 2]
+    else:
+        assert [model.get_property("INFERENCE_NUM_THREADS") for model in made] == [1, 1, 2, 2]
 
 
 def test_torchvision_has_the_same_weights_or_says_that_it_has_no_such_net(case, monkeypatch):

@@ -21,6 +21,7 @@ import torch
 import tqdm
 from PIL import Image
 
+from effnet_fast import scaling
 from effnet_fast.benchmark.latency import Latency
 from effnet_fast.cli import grid, main
 from effnet_fast.cli.digits import GRID_BASE, digits_trial
@@ -44,6 +45,7 @@ from effnet_fast.scaling import (
 from effnet_fast.scaling.grid import grid_laws
 from effnet_fast.scaling.law import PHI_TOLERANCE
 from effnet_fast.scaling.search import LADDER
+from effnet_fast.training import Trainer
 
 LAW = CompoundScaling()
 RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "grid-digits.json"
@@ -330,17 +332,34 @@ def test_a_damaged_file_is_told_as_such(tmp_path: Path, searched: str, damage, t
         grid_search(score, step=1.0, file=file)
 
 
-def test_a_trial_follows_from_the_net() -> None:
+def test_a_trial_follows_from_the_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one thread, however many there are, which are given back."""
     trial, net = digits_trial(1, (3,)), CompoundScaling(base=GRID_BASE).at(0)
-    assert trial(net) == trial(net) > 0.15
+    assert trial(net) > 0.15
+    threads, before, run = [], torch.get_num_threads(), Trainer.run_epoch
+    monkeypatch.setattr(Trainer, "run_epoch", lambda trainer: threads.append(torch.get_num_threads()) or run(trainer))
+    first = trial(net)
+    torch.set_num_threads(2)
+    try:
+        assert trial(net) == first
+        with pytest.raises(ValueError, match="fill no batch"):
+            replace(trial, recipe=replace(trial.recipe, batch_size=9999))(net)
+        assert torch.get_num_threads() == 2 and threads == [1, 1]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_grid_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The one law of this grid, trained for an epoch, and its picture; asked again, it trains nothing."""
     monkeypatch.setattr(grid, "GRID_BASE", replace(GRID_BASE, stages=GRID_BASE.stages[:1], resolution=6))
+    pool, processes, asked = scaling.grid.ProcessPoolExecutor, [], []
+    monkeypatch.setattr(scaling.grid, "ProcessPoolExecutor", lambda count, *rest: processes.append(count) or pool(count, *rest))
+    monkeypatch.setattr(grid, "grid_search", lambda *of, **how: asked.append(how["processes"]) or grid_search(*of, **how))
     out, plot = tmp_path / "grid.json", tmp_path / "grid.png"
     arguments = ["--step", "1", "--tolerance", "0.1", "--epochs", "1", "--seeds", "1", "--out", str(out), "--plot", str(plot)]
+    arguments += ["--processes", "1"]
     assert main(["grid", *arguments]) == 0
+    assert asked == [1] and processes == [1, 1]  # for the laws, of which there is one, and for the nets that the best is scaled to
     told = capsys.readouterr().out
     assert "the best 1 of 1 laws" in told and "phi=2" in told
     result = json.loads(out.read_text())

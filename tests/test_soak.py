@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import threading
 import time
 from pathlib import Path
 
@@ -191,7 +192,9 @@ def test_plans_that_outlive_their_eviction_are_seen(model, batches, few_plans, m
 
 
 @planned
-def test_a_soak_is_written_told_and_drawn(tmp_path, monkeypatch, capsys):
+def test_a_soak_is_written_told_and_drawn(tmp_path, monkeypatch, capsys, spoilt):
+    callers = set()
+    spoilt(lambda y: (callers.add(threading.get_ident()), y)[1])
     monkeypatch.setattr(soak, "SIZES", SIZES)
     monkeypatch.setattr(soak, "BATCHES", (1, 2))
     monkeypatch.setattr(soak, "INTERVAL", 0.1)
@@ -200,6 +203,7 @@ def test_a_soak_is_written_told_and_drawn(tmp_path, monkeypatch, capsys):
     results, printed = told(out), capsys.readouterr().out
     assert code == (0 if results["passed"] else 1) and ("passed" in printed) == results["passed"]
     assert results["wrong"] == 0 and f"{results['calls']:,} calls" in printed
+    assert len(callers - {threading.get_ident()}) == results["threads"] == 2
     assert findings.digest(out).encode() in (tmp_path / "soak-memory.png").read_bytes()
 
 
