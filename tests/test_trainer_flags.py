@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from picture_folders import image_folder
+from safetensors.torch import save_file
 from test_trainer import PLAIN, batches, images, net
 from torch import nn
 
@@ -24,7 +25,7 @@ from effnet_fast.inference.images import read_image
 from effnet_fast.training import PRESETS, Recipe, Trainer, build_optimizer, load_teacher, train
 from effnet_fast.training.data import mixing, training_transform
 from effnet_fast.training.policies import options_of, policy
-from effnet_fast.weights import Preprocessing, PretrainedUnavailable
+from effnet_fast.weights import Preprocessing, PretrainedUnavailable, source_of
 
 v2 = pytest.importorskip("torchvision.transforms.v2")
 SMALL = Preprocessing(24, 28)
@@ -269,6 +270,44 @@ def test_options_reach_the_data_and_the_checkpoint(folder: Path, tmp_path: Path,
     assert Path(called["seen"].dataset.dataset.root).name == "learn"
     image = next(iter(called["validation"].of_epoch(0)))[0]
     assert image.shape == (5, 3, 40, 40) and float(image.min()) >= -0.3 / 0.4 - 1e-6 and float(image.max()) <= 0.9 / 0.4
+
+
+@pytest.mark.parametrize("how", ["--pretrained", "--pretrained-path FILE", "a tag"])
+def test_training_begins_with_weights_and_a_new_classifier(
+    how: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything else is the file's, statistics too, and images are prepared as its weights want them."""
+    torch.manual_seed(1)
+    state = {name: torch.rand(value.shape) for name, value in effnet_fast.create_model("efficientnet_b0").state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    asked, began = [], {}
+
+    def downloaded(hub_id: str, file: str, **settings: Any) -> str:
+        asked.append(hub_id)
+        return str(tmp_path / file)
+
+    def trained(model: nn.Module, seen: Any, recipe: Recipe, **settings: Any) -> list[dict[str, float]]:
+        began.update(settings, state=copy.deepcopy(model.state_dict()), recipe=recipe, frozen=not all_train(model))
+        return [{"top1": 1.0}]
+
+    def all_train(model: nn.Module) -> bool:
+        return all(parameter.requires_grad for parameter in model.parameters())
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", downloaded)
+    monkeypatch.setattr(command, "train", trained)
+    options = how.replace("FILE", str(tmp_path / "model.safetensors")).split() if how.startswith("--") else []
+    name, tag = ("efficientnet_b0", "ra_in1k") if options else ("efficientnet_b0.ra4_e3600_r224_in1k", "ra4_e3600_r224_in1k")
+    assert main(["train", str(folder), "--model", name, *options, "-b", "4", "-j", "0", "--output", str(tmp_path / "out")]) == 0
+    head = {key: began["state"].pop(key) for key in ("classifier.weight", "classifier.bias")}
+    assert began["state"].keys() == state.keys() - head.keys()
+    for key, value in began["state"].items():
+        assert torch.equal(value, state[key].to(value.dtype)), key
+    assert head["classifier.weight"].shape == (3, 1280) and 0.1 < head["classifier.weight"].abs().max() <= 3**-0.5
+    assert head["classifier.weight"].min() < 0 and not head["classifier.bias"].any()
+    assert replace(began["recipe"], batch_size=PRESETS["finetune"].batch_size) == PRESETS["finetune"] and not began["frozen"]
+    if "FILE" not in how:
+        assert asked == [f"timm/efficientnet_b0.{tag}"]
+        assert began["same"]["preprocessing"] == source_of("efficientnet_b0", tag).preprocessing.to_dict()
 
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
