@@ -36,6 +36,7 @@ from effnet_fast.training import (
 from effnet_fast.training import checkpoint as checkpoints
 from effnet_fast.training.distillation import Loss
 from effnet_fast.training.loop import ema_decay
+from effnet_fast.training.optimizer import RMSpropTF
 
 PLAIN = Recipe(epochs=2, batch_size=4, opt="sgd", lr=0.05, weight_decay=0.0)
 
@@ -62,10 +63,65 @@ def test_presets_are_their_sources():
     assert replace(paper, batch_size=512).learning_rate(8) == pytest.approx(0.256)
     assert PRESETS["randaugment"].learning_rate(2) == pytest.approx(0.016)
     assert replace(PRESETS["cosine"], batch_size=32, grad_accum_steps=2).learning_rate(4) == pytest.approx(0.1)
-    optimizer = build_optimizer(net(), paper)
-    assert optimizer.defaults["alpha"] == 0.9 and optimizer.defaults["eps"] == 1e-3
+    tuned, cosine = PRESETS["finetune"], PRESETS["cosine"]
+    assert (tuned.aa, tuned.scale, tuned.clip_grad, tuned.smoothing) == ("randaugment", (0.35, 1.0), 1.0, 0.1)
+    assert (cosine.epochs, cosine.smoothing, cosine.mixup, cosine.aa, cosine.scale) == (200, 0.1, 0.2, "none", (0.08, 1.0))
     betas = [build_optimizer(net(), Recipe(opt_betas=given)).defaults["betas"] for given in (None, (0.8, 0.99))]
     assert betas == [(0.9, 0.999), (0.8, 0.99)]
+
+
+# At batches of four and three steps an epoch: the optimizer and its settings, then (epoch, step) -> the classifier's learning rate.
+TRAINED = {
+    "paper": (
+        RMSpropTF,
+        {"momentum": 0.9, "alpha": 0.9, "eps": 1e-3},
+        1e-5,
+        {(0, 0): 2.5e-4 / 15, (4, 2): 2.5e-4, (5, 0): 2.5e-4 * 0.97**2, (7, 0): 2.5e-4 * 0.97**2, (7, 1): 2.5e-4 * 0.97**3}
+        | {(349, 2): 2.5e-4 * 0.97**145},
+    ),
+    "randaugment": (
+        RMSpropTF,
+        {"momentum": 0.9, "alpha": 0.9, "eps": 1e-3},
+        1e-5,
+        {(0, 0): 1e-6 + 2.49e-4 / 9, (2, 2): 2.5e-4, (3, 0): 2.5e-4 * 0.97, (449, 2): 2.5e-4 * 0.97**187},
+    ),
+    "cosine": (
+        torch.optim.SGD,
+        {"momentum": 0.9, "nesterov": True, "dampening": 0},
+        1e-4,
+        {(0, 0): 1 / 9600, (4, 2): 1 / 640, (5, 0): 1 / 640}
+        | {(epoch, 1): math.cos(math.pi / 2 * (3 * epoch - 14) / 585) ** 2 / 640 for epoch in (6, 102, 199)},
+    ),
+    "finetune": (
+        torch.optim.AdamW,
+        {"betas": (0.9, 0.999), "eps": 1e-8},
+        0.05,
+        {(0, 0): 1 / 192000, (0, 2): 1 / 64000, (1, 0): 1 / 64000}
+        | {(epoch, 2): math.cos(math.pi / 2 * (3 * epoch - 1) / 57) ** 2 / 64000 for epoch in (1, 10, 19)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_train_as_they_say(name):
+    kind, settings, weight_decay, rates = TRAINED[name]
+    trainer = Trainer(net(), replace(PRESETS[name], batch_size=4), batches())
+    assert type(trainer.optimizer) is kind
+    decayed, numbers = {}, layers(trainer.model)
+    for (trainer.epoch, trainer.step), rate in rates.items():
+        next(trainer.run_epoch())
+        assert trainer.lr == pytest.approx(rate, rel=1e-12), (trainer.epoch, trainer.step)
+        for group in trainer.optimizer.param_groups:
+            assert {setting: group[setting] for setting in settings} == settings
+            decayed |= dict.fromkeys(map(id, group["params"]), group["weight_decay"])
+            if name == "finetune":
+                scales = {0.85 ** (max(numbers.values()) - numbers[of]) for of in group["param_names"]}
+                assert group["lr"] == pytest.approx(rate * scales.pop()) and not scales
+            else:
+                assert group["lr"] == trainer.lr
+    assert [decayed[id(p)] for p in trainer.model.parameters()] == [
+        weight_decay * (p.dim() > 1) for p in trainer.model.parameters()
+    ]
 
 
 @pytest.mark.parametrize(
