@@ -26,6 +26,7 @@ from states import same
 from effnet_fast.cli import COMMANDS, demo, digits, main
 from effnet_fast.cli.model import add_model_arguments, load_model
 from effnet_fast.models import EfficientNet, create_model, list_models
+from effnet_fast.ops import backends, native
 from effnet_fast.scaling import CompoundScaling, Cost
 from effnet_fast.weights import read, save_checkpoint, write
 
@@ -491,6 +492,20 @@ def test_the_demo_keeps_its_promise(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["predict", str(tmp_path / "digits" / "digits.pth"), str(one), "--json"]) == 0
     labels = json.loads(capsys.readouterr().out)["labels"]
     assert len(labels) == 5 and {label["name"] for label in labels} <= set("0123456789")
+
+
+@pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON))
+def test_the_demo_trains_by_the_kernels() -> None:
+    """All of its network, forward and backward, as it says."""
+    x, y = torch.randn(digits.BATCH, 1, digits.SIDE, digits.SIDE), torch.arange(digits.BATCH) % 10
+    with backends.tracing() as trace:
+        model = digits.train_model(x, y, 1)
+    assert not [entry for entry in trace if isinstance(entry, str)]  # why one ran as plain PyTorch
+    assert {choice.backend for choice in trace} == {"native"}
+    ops = [choice.op for choice in trace]
+    for op, count in (("conv", 1), ("depthwise_conv", 8), ("pointwise_conv", 16)):
+        assert ops.count(f"{op}_stats") == ops.count(f"{op}_backward") == count, op
+    assert demo._trained_fused(model, x) == "10 of 10 blocks fused"
 
 
 def test_a_demo_that_learns_too_little_fails(
