@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from pathlib import Path
@@ -136,9 +137,14 @@ def fifty_steps(name: str, dtype: torch.dtype | None) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [*((f"b{i}", torch.float16) for i in range(8)), ("b0", torch.bfloat16), ("b0", None)], ids=str
-)
+in_fp32 = functools.cache(functools.partial(fifty_steps, dtype=None))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((f"b{i}", torch.float16) for i in range(8)), ("b0", torch.bfloat16)], ids=str)
 @TRAINED
 def test_large_activations_stay_finite(name, dtype):
-    assert min(fifty_steps(name, dtype)[-10:]) < (0.5 if name == "b0" else math.log(4) / 2)  # half of chance
+    """As in float32, which begins at the same loss and learns as well."""
+    half, single = fifty_steps(name, dtype), in_fp32(name)
+    assert half[0] == pytest.approx(single[0], rel=0.1)
+    for losses in (half, single):
+        assert min(losses[-10:]) < (0.5 if name == "b0" else math.log(4) / 2)  # half of chance
