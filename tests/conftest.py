@@ -28,6 +28,11 @@ if SHIM not in sys.path:
 def pytest_sessionstart() -> None:
     import needs
 
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter
+
+        interpreter.patch_once_a_kernel()
+
     if lacks := needs.required_and_missing():
         pytest.exit("EFFNET_FAST_TESTS_REQUIRE names what is missing here: " + "; ".join(lacks), returncode=1)
 
