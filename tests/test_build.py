@@ -101,17 +101,24 @@ def test_wheel_without_cuda(project, tmp_path):
 @needs_compiler
 @needs_nvcc
 def test_wheel_with_cuda(project, tmp_path):
-    # Hardly a kernel is compiled, as nothing starts them: tests/test_resources.py has them all.
+    # Hardly a kernel is compiled, as nothing starts them: tests/test_resources.py has the GPU's, the wheel without CUDA the CPU's.
     header = project / "csrc" / "common" / "cuda.h"
     text, launches = re.subn(r"#define EFFNET_LAUNCH\(.*\n.*\n", "#define EFFNET_LAUNCH(...)\n", header.read_text())
     text, limits = re.subn(r"#define EFFNET_ALLOW_SHARED\(.*\n.*\n", "#define EFFNET_ALLOW_SHARED(...)\n", text)
     header.write_text(text)
     assert launches == limits == 1
+    with open(project / "csrc" / "common" / "simd.h", "a") as simd:
+        for macro, parameters, made in (
+            ("PER_ISA", "name, parameters, body, arguments", "void name parameters {}"),
+            ("PER_WIDTH", "name, body", "void name(const Task&, int) {}"),
+        ):
+            assert f"#define EFFNET_{macro}({parameters})" in (CSRC / "common" / "simd.h").read_text()
+            simd.write(f"#undef EFFNET_{macro}\n#define EFFNET_{macro}({parameters}) {made}\n")
     _, (wheel,) = build_wheel(project, EFFNET_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
     assert import_module(check_compiled(wheel, tmp_path), "_C.CUDA_KERNELS, _C.CUDA_ARCHITECTURES") == "1 sm_90"
     # Objects of an earlier build are not kept when a header of a .cu file has changed.
-    with open(project / "csrc" / "squeeze_excite" / "gate.cuh", "a") as gate:
-        gate.write("#error seeded\n")
+    with open(project / "csrc" / "conv" / "forward.cuh", "a") as header_of_the_first:
+        header_of_the_first.write("#error seeded\n")
     output, _ = build_wheel(project, EFFNET_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0", succeeds=False)
     assert "#error seeded" in output
 
