@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from effnet_fast.models import FAMILY
 NETS = {"efficientnet_b0": 8, "efficientnet_b5": 2}  # and images in a batch; on CUDA MORE times as many
 MORE = 8
 EAGER = "timm"
+COMPILED = "timm, torch.compile"
 
 
 def kept_bytes(model: Callable[[Tensor], Tensor], x: Tensor, own: nn.Module) -> int:
@@ -67,40 +68,45 @@ def held_bytes(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, int]:
     return kept, torch.cuda.max_memory_allocated() - before
 
 
-def entrants(name: str) -> dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]]:
-    """The nets by what they are called, in training mode: as they are called, and as modules."""
-    ours, eager, accelerated = effnet_fast.create_model(name, drop_rate=0.0, drop_path_rate=0.0), _timm(name), _timm(name)
-    effnet_fast.accelerate(accelerated)
-    checkpointed, ours_checkpointed = _timm(name), effnet_fast.create_model(name, drop_rate=0.0, drop_path_rate=0.0)
-    for model in (checkpointed, ours_checkpointed):
-        model.set_grad_checkpointing()
-    named = {
-        EAGER: eager,
-        "timm, checkpointing": checkpointed,
+def entrants(name: str, only: Collection[str] = ()) -> dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]]:
+    """The nets by what they are called, in training mode: as they are called, and as modules. Or ``only`` some, and eager's."""
+
+    def ours() -> nn.Module:
+        return effnet_fast.create_model(name, drop_rate=0.0, drop_path_rate=0.0)
+
+    def accelerated() -> nn.Module:
+        effnet_fast.accelerate(model := _timm(name))
+        return model
+
+    def checkpointed(model: nn.Module) -> nn.Module:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+        return model
+
+    makers: dict[str, Callable[[], nn.Module]] = {
+        EAGER: lambda: _timm(name),
+        "timm, checkpointing": lambda: checkpointed(_timm(name)),
         "ours": ours,
-        "ours, checkpointing": ours_checkpointed,
+        "ours, checkpointing": lambda: checkpointed(ours()),
         "accelerated timm": accelerated,
+        COMPILED: lambda: _timm(name),
     }
-    made: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]] = {key: (model.train(), model) for key, model in named.items()}
-    compiled = _timm(name).train()
-    made["timm, torch.compile"] = torch.compile(compiled), compiled
-    return made
+    models = {key: make().train() for key, make in makers.items() if not only or key in (EAGER, *only)}
+    return {key: (torch.compile(model) if key == COMPILED else model, model) for key, model in models.items()}
 
 
 def _timm(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
-def measure(name: str, only: str | None = None, device: str = "cpu") -> list[dict[str, Any]]:
-    """Of each entrant, or of ``only`` one and eager PyTorch: bytes an image, and their share of eager PyTorch's.
+def measure(name: str, only: Collection[str] = (), device: str = "cpu") -> list[dict[str, Any]]:
+    """Of each entrant, or of ``only`` some and eager PyTorch: bytes an image, and their share of eager PyTorch's.
 
     On a GPU plain PyTorch trains where nobody asks for ours: so ours is asked for there.
     """
     size, batch = FAMILY[name].resolution, NETS[name] * (MORE if device == "cuda" else 1)
     x = images(batch, (size, size)).contiguous(memory_format=torch.channels_last).to(device)
-    found = {key: value for key, value in entrants(name).items() if only in (None, key) or key == EAGER}
     rows = []
-    for key, (model, own) in tqdm(found.items(), desc=name, disable=None):
+    for key, (model, own) in tqdm(entrants(name, only).items(), desc=name, disable=None):
         row = {"net": name, "size": size, "batch": batch, "entrant": key}
         if device == "cpu":
             row["bytes_an_image"] = kept_bytes(model, x, own) / batch
