@@ -45,7 +45,7 @@ def kept_bytes(model: Callable[[Tensor], Tensor], x: Tensor, own: nn.Module) -> 
         storage = t.untyped_storage()
         if storage.data_ptr() not in apart:
             kept[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # the result of an op itself would hold the op, and that it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = model(x)

@@ -152,7 +152,7 @@ def saved_elements(net: nn.Module, x: torch.Tensor) -> int:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if (pointer := tensor.untyped_storage().data_ptr()) not in known and tensor.numel():
             seen[pointer] = tensor
-        return tensor
+        return tensor.detach()  # the result of an op itself would hold the op, and that it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = net(x)
