@@ -135,12 +135,13 @@ def test_a_plan_has_whom_it_is_asked_for():
         return [entrant.name for entrant in chosen]
 
     eager = nets.eager_of("efficientnet_b0")
-    always = ["ours", "accelerated timm", "ours optimized", f"{eager} channels_last", f"{eager} nchw"]
+    of_one = ["ours", "accelerated timm", "ours optimized", f"{eager} channels_last", f"{eager} nchw"]
+    always = [*of_one, f"{eager} channels_last, one by one"]
     assert names([]) == always
     assert names(["openvino"]) == [*always, "OpenVINO", "OpenVINO throughput"]
-    assert names(["onnxruntime"], batch=1) == [*always, "ONNX Runtime"]
+    assert names(["onnxruntime"], batch=1) == [*of_one, "ONNX Runtime"]
     assert names(["torchvision"]) == [*always, "torchvision"]
-    assert names([], net="efficientnetv2_b0")[3:] == ["eager channels_last", "eager nchw"]  # which timm does not have
+    assert names([], net="efficientnetv2_b0")[3:5] == ["eager channels_last", "eager nchw"]  # which timm does not have
     compiled = ["compile default", "compile freezing", "compile max-autotune"]
     assert names(["compile"]) == [*always, *compiled]
     assert [name for name in names(nets.PEERS, device="cuda") if name.startswith("compile")] == [
@@ -181,6 +182,7 @@ def test_with_no_peer_installed(case, monkeypatch):
         "ours optimized": 3,
         "eager channels_last": 3,
         "eager nchw": 3,
+        "eager channels_last, one by one": 3,
         "torchvision": "torchvision is not installed",
         **dict.fromkeys(("ONNX Runtime", "ONNX Runtime throughput"), "onnxruntime is not installed"),
         **dict.fromkeys(("OpenVINO", "OpenVINO throughput"), "openvino is not installed"),

@@ -33,6 +33,7 @@ from effnet_fast.ops.depthwise import triton_pieces
 from effnet_fast.ops.pointwise import triton as pointwise
 from effnet_fast.ops.squeeze_excite import triton as squeeze_excite
 from effnet_fast.ops.training import triton as passes
+from effnet_fast.ops.training import triton_squeeze_excite as gate_s_backward
 from effnet_fast.ops.training import triton_statistics as statistics
 from effnet_fast.ops.training import triton_vectors as of_norms
 
@@ -67,9 +68,9 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
                 signature.append((name, "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"))
         recorded.append((kernel, tuple(signature), tuple(sorted(constants.items())), num_warps, num_stages, maxnreg))
 
-    for module in (conv, depthwise, pointwise, squeeze_excite, passes, statistics, of_norms):
+    for module in (conv, depthwise, pointwise, squeeze_excite, passes, statistics, of_norms, gate_s_backward):
         module.run = record  # type: ignore[attr-defined]
-    for module in (pointwise, squeeze_excite, passes, statistics):
+    for module in (pointwise, squeeze_excite, passes, statistics, gate_s_backward):
         module.processors = lambda device: sms  # type: ignore[attr-defined]
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     x_dtype, weight_dtype = DTYPES[dtype]
@@ -130,6 +131,12 @@ def launches(models: list[str], batch: int, dtype: str, sms: int) -> Iterator[La
             size, squeezed = out, block.se_channels
             weights = weight(squeezed, wide, 1, 1), weight(squeezed), weight(wide, squeezed, 1, 1), weight(wide)
             squeeze_excite.launch(partial, size * size, *weights, "silu", gate=torch.empty(batch, wide, device="meta"))
+            of_gate = vectors(batch, 5, wide), vectors(batch, wide), vectors(batch, wide), *weights[:3], "silu", size * size
+            gradients = ("reduce", vectors(squeezed, wide)), ("expand", vectors(wide, squeezed))
+            biases = {"grad_reduce_bias": vectors(squeezed), "grad_expand_bias": vectors(wide)}
+            made = {"pool": vectors(batch, wide), "norm_sums": vectors(2, wide)} | biases
+            made |= {f"grad_{name}_weight": tensor for name, tensor in gradients}
+            gate_s_backward.squeeze_excite_backward(*of_gate, **made)
             point(wide, block.out_channels, size, True, block.residual, "identity")
             normed(wide, size, "silu")
             normed(block.out_channels, size, "identity")

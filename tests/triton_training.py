@@ -7,11 +7,13 @@ import itertools
 
 import pytest
 import test_training_ops as every_backend
+import test_training_squeeze_excite as squeeze_excite
 import torch
 from test_training_ops import DTYPES, POINTWISE, SHAPES
 
 from effnet_fast.ops import backends, training, triton_backend
 from effnet_fast.ops.training import triton as passes
+from effnet_fast.ops.training import triton_squeeze_excite
 from effnet_fast.ops.training import triton_statistics as statistics
 
 INTERPRETED = triton_backend.INTERPRETED
@@ -39,7 +41,7 @@ def backend():
 @pytest.fixture(params=[1, 9])
 def processors(request, monkeypatch):
     """One, whose programs have many tiles each, and as many as cut the batch and images into pieces."""
-    for module in (passes, statistics):
+    for module in (passes, statistics, triton_squeeze_excite):
         monkeypatch.setattr(module, "processors", lambda device: request.param)
     return request.param
 
@@ -95,6 +97,18 @@ def test_norm_vectors(dtype, channels):
 @pytest.mark.parametrize("values", [None, 1, 37, 2**33])
 def test_norm_coefficients(values, channels):
     every_backend.test_norm_coefficients(channels, values)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), in_turn(squeeze_excite.SHAPES[1:6] if INTERPRETED else squeeze_excite.SHAPES), ids=str)
+@pytest.mark.parametrize("activation", ["silu", "relu6"])
+def test_squeeze_excite(activation, shape, dtype, processors):
+    squeeze_excite.test_it(shape, activation, dtype)
+
+
+def test_squeeze_excite_is_registered_and_takes_views():
+    squeeze_excite.test_it_is_registered("triton")
+    squeeze_excite.test_views_and_the_same_bits_each_time()
+    squeeze_excite.test_many_hidden_units_are_left_to_pytorch()
 
 
 def test_vectors_that_are_not_finite_go_through():

@@ -35,12 +35,14 @@ def entrants(device: str, eager: str = "timm") -> list[Entrant]:
     graphs, which copy each call's input and replay; so ours and eager take part as graphs too. What compiles comes last, and is
     given up first where time is short.
     """
+    one_by_one = Entrant(f"{eager} channels_last, one by one", plain_eager, ("channels_last", False, True), quick=False, least=2)
     of_all = [
         Entrant("ours", ours),
         Entrant("accelerated timm", accelerated),
         Entrant("ours optimized", optimized),
         Entrant(f"{eager} channels_last", plain_eager, ("channels_last",)),
         Entrant(f"{eager} nchw", plain_eager, ("nchw",), quick=False),
+        *([one_by_one] if device == "cpu" else []),
         Entrant("torchvision", torchvision_eager, quick=False, peer="torchvision"),
     ]
     if device == "cuda":
@@ -109,10 +111,16 @@ def optimized(case: Case) -> Timer:
     return checked(case, build, 2.0)
 
 
-def plain_eager(case: Case, layout: str = "channels_last", graph: bool = False) -> Timer:
-    """Eager PyTorch: :func:`plain_net`."""
+def plain_eager(case: Case, layout: str = "channels_last", graph: bool = False, one_by_one: bool = False) -> Timer:
+    """Eager PyTorch: :func:`plain_net`, on all images at once or, where what lies between its operators then fits the caches, one
+    after the other."""
     eager_of(case.net)
-    return checked(case, lambda state: _placed(case, plain_net(case.net), state, layout), peer_factor(case), layout, graph)
+
+    def build(state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        net = _placed(case, plain_net(case.net), state, layout)
+        return (lambda x: torch.cat([net(image) for image in x.split(1)])) if one_by_one else net
+
+    return checked(case, build, peer_factor(case), layout, graph)
 
 
 def compiled(case: Case, options: dict[str, Any]) -> Timer:

@@ -1,5 +1,6 @@
 """Time a network beside its peers: ours as it is, timm's accelerated, and the copy for serving; eager PyTorch, torchvision,
-torch.compile, and on the CPU ONNX Runtime and OpenVINO, also for throughput (the batch as single images over threads or streams).
+torch.compile, and on the CPU ONNX Runtime and OpenVINO, also for throughput (the batch as single images over threads or streams),
+and eager PyTorch on one image after the other.
 
 All have the same weights, which are random, at the net's own resolution, and their logits are held to float64 before they are
 timed. Each runs in a process of its own and they take turns, in two passes. A time is the median of all calls, beside its

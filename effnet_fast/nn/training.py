@@ -21,10 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from effnet_fast.nn.padding import sides
 from effnet_fast.nn.parts import BlockParts, ConvNormAct, tensor_of, uses_batch, weight_of
-from effnet_fast.ops import backends
+from effnet_fast.ops import backends, squeeze_excite_gate
 from effnet_fast.ops import training as ops
 from effnet_fast.ops.common import accumulator, output_size, without_autocast
-from effnet_fast.ops.training.squeeze_excite import squeeze_excite, squeeze_excite_backward
 
 
 class _Layer(NamedTuple):
@@ -82,13 +81,14 @@ class _Block(torch.autograd.Function):
         read: Tensor = x
         norm, activation, gate, kept = None, "identity", None, []
         statistics: list[Tensor] = []
-        squeezed: list[Tensor] = []
+        squeezed: list[Tensor | None] = []
         for number, layer in enumerate(plan.layers):
             weight, norm_weight, norm_bias, mean, var = tensors[number * _PER_LAYER : (number + 1) * _PER_LAYER]
             if plan.squeeze_activation is not None and number == len(plan.layers) - 1:
                 pooled = ops.norm_act_mean(read, norm, activation)  # type: ignore[arg-type]
-                gate, hidden = squeeze_excite(pooled, plan.squeeze_activation, *tensors[-4:])  # type: ignore[arg-type]
-                squeezed = [pooled, hidden, gate]
+                gate = squeeze_excite_gate(pooled[:, None], 1, *tensors[-4:], activation=plan.squeeze_activation)  # type: ignore[arg-type]
+                reduce, bias, expand, _ = tensors[-4:]  # a bias may change before the backward, as plain PyTorch lets it
+                squeezed = [pooled, gate, reduce, None if bias is None else bias.detach().clone(), expand]
             y, batch_mean, batch_var = ops.conv_stats(
                 read,
                 weight,  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ class _Block(torch.autograd.Function):
                 kept += [weight, y, norm, inverse, values]
         out = ops.norm_act(read, norm, activation, keep, x if plan.residual else None)  # type: ignore[arg-type]
         if plan.keeps:
-            ctx.save_for_backward(x, keep, *kept, *squeezed, *tensors[len(plan.layers) * _PER_LAYER :: 2])
+            ctx.save_for_backward(x, keep, *kept, *squeezed)
         ctx.request = backends.requested()
         ctx.plan, ctx.like = plan, [None if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
         ctx.mark_non_differentiable(*statistics)
@@ -154,7 +154,7 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
             break
         before = kept[number - 1] if number > 0 else None
         if squeeze_activation is not None:
-            pooled, hidden, gate, reduce, expand = saved[len(layers) * size :]
+            pooled, gate, *weights = saved[len(layers) * size :]
         grad, grad_weight, sums = ops.conv_backward(
             grad,
             y,
@@ -182,11 +182,10 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
         if squeeze_activation is not None and before is not None:
             pixels = before.y.shape[2] * before.y.shape[3]
             activation, y_gate = layers[number - 1].activation, gate
-            y_pool, *of_weights = squeeze_excite_backward(
-                sums[:, 0], gate, hidden, pooled, squeeze_activation, reduce, expand, pixels
+            y_pool, sums, *of_weights = ops.squeeze_excite_backward(
+                sums, gate, pooled, *weights, activation=squeeze_activation, pixels=pixels
             )
             gradients[-4:] = [g if want else None for g, want in zip(of_weights, wanted[-4:], strict=True)]
-            sums = torch.addcmul(y_pool[:, None] * sums[:, 2::2], y_gate[:, None], sums[:, 1::2]).sum(0)
     made = [None if g is None else _like(g, *like) for g, like in zip(gradients, ctx.like, strict=True)]
     return grad if ctx.needs_input_grad[0] else None, None, None, *made
 

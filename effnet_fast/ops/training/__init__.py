@@ -19,6 +19,7 @@ Vectors, statistics and sums are fp32 beside fp32, bf16 and fp16 tensors, and fp
 
 from effnet_fast.ops.training.convolution import conv_backward, conv_stats, why_no_kernel
 from effnet_fast.ops.training.normalization import norm_act, norm_act_mean, norm_act_sums, norm_coefficients, norm_vectors
+from effnet_fast.ops.training.squeeze_excite import squeeze_excite_backward
 
 __all__ = [
     "conv_backward",
@@ -28,5 +29,6 @@ __all__ = [
     "norm_act_sums",
     "norm_coefficients",
     "norm_vectors",
+    "squeeze_excite_backward",
     "why_no_kernel",
 ]

@@ -112,6 +112,25 @@ def norm_coefficients(sums: Tensor, norm: Tensor, inverse: Tensor, values: int |
     return torch.stack([scale, grad_weight * inverse * share, total * share]), grad_weight
 
 
+def squeeze_excite_backward(
+    sums: Tensor,
+    gate: Tensor,
+    pooled: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    activation: str,
+    pixels: int,
+) -> tuple[Tensor, ...]:
+    reduce, bias, expand = (None if t is None else t.to(sums.dtype) for t in (reduce_weight, reduce_bias, expand_weight))
+    value, slope = activation_and_slope(F.linear(pooled, reduce.flatten(1), bias), activation)  # type: ignore[union-attr]
+    of_expanded = torch.ops.aten.sigmoid_backward(sums[:, 0], gate)
+    of_hidden = of_expanded @ expand.flatten(1) * slope  # type: ignore[union-attr]
+    pool = torch.addmm(pooled, of_hidden, reduce.flatten(1), beta=0, alpha=1 / pixels)  # type: ignore[union-attr]
+    norm_sums = torch.addcmul(pool[:, None] * sums[:, 2::2], gate[:, None], sums[:, 1::2]).sum(0)
+    return pool, norm_sums, of_hidden.T @ pooled, of_hidden.sum(0), of_expanded.T @ value, of_expanded.sum(0)
+
+
 _PASSES = composed.Passes(norm_act, norm_act_image_sums, norm_act_backward, norm_gradient)
 
 

@@ -1,66 +1,108 @@
-"""Squeeze-excite between two convolutions of a block in training: all of it is of size N x C, and plain PyTorch makes it."""
+"""The backward of the squeeze-excite between two convolutions of a block in training, all of which is of size N x C. Its forward is
+inference's :func:`effnet_fast.ops.squeeze_excite_gate`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "identity": lambda u: u,
-}
-_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": torch.ops.aten.silu_backward,
-    "relu": lambda grad, u: torch.ops.aten.threshold_backward(grad, u, 0),
-    "relu6": lambda grad, u: torch.ops.aten.hardtanh_backward(grad, u, 0, 6),
-    "identity": lambda grad, u: grad,
-}
+from effnet_fast.ops import backends, native, triton_backend
+from effnet_fast.ops.common import (
+    DTYPES,
+    check_activation,
+    check_integer,
+    check_no_gradient,
+    check_strided,
+    check_tensor,
+    differentiates,
+    either,
+)
+from effnet_fast.ops.library import define
+from effnet_fast.ops.training import reference
+
+NAME = "squeeze_excite_backward"
+MOST_HIDDEN = 256  # units, of the Triton kernel
+_SUMS = (torch.float32, torch.float64)
 
 
-def squeeze_excite(
-    pooled: Tensor, activation: str, reduce: Tensor, reduce_bias: Tensor | None, expand: Tensor, expand_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gate [N, C] of means ``pooled`` [N, C], and what the reduction gives before its activation, [N, R]."""
-    weights = [None if t is None else t.to(pooled.dtype) for t in (reduce, reduce_bias, expand, expand_bias)]
-    hidden = F.linear(pooled, weights[0].flatten(1), weights[1])  # type: ignore[union-attr]
-    active = _FORWARD[activation](hidden)
-    return torch.sigmoid(F.linear(active, weights[2].flatten(1), weights[3])), hidden  # type: ignore[union-attr]
+def _check(sums, gate, pooled, reduce_weight, reduce_bias, expand_weight, activation, pixels):
+    check_strided(NAME, "sums", sums)
+    if sums.dim() != 3 or sums.shape[1] != 5 or sums.shape[2] < 1:
+        raise ValueError(f"{NAME}: sums is {tuple(sums.shape)}; [N, 5, C] with C >= 1 would do")
+    if sums.dtype not in _SUMS:
+        raise TypeError(f"{NAME}: sums is {sums.dtype}; {either(_SUMS)} would do")
+    images, _, channels = sums.shape
+    for name, tensor in (("gate", gate), ("pooled", pooled)):
+        check_tensor(NAME, name, tensor, (images, channels), (sums.dtype,), sums.device)
+    check_strided(NAME, "reduce_weight", reduce_weight)
+    if reduce_weight.dim() != 4 or reduce_weight.shape[0] < 1:
+        raise ValueError(f"{NAME}: reduce_weight is {tuple(reduce_weight.shape)}; [R, {channels}, 1, 1] with R >= 1 would do")
+    hidden = reduce_weight.shape[0]
+    check_tensor(NAME, "reduce_weight", reduce_weight, (hidden, channels, 1, 1), DTYPES, sums.device)
+    check_tensor(NAME, "expand_weight", expand_weight, (channels, hidden, 1, 1), DTYPES, sums.device)
+    if reduce_bias is not None:
+        check_tensor(NAME, "reduce_bias", reduce_bias, (hidden,), DTYPES, sums.device)
+    check_activation(NAME, activation)
+    check_integer(NAME, "pixels", pixels, 1)
+
+
+def _allocate(sums, gate, pooled, reduce_weight, reduce_bias, expand_weight, activation, pixels):
+    channels, hidden = sums.shape[2], reduce_weight.shape[0]
+    shapes = gate.shape, (2, channels), (hidden, channels), (hidden,), (channels, hidden), (channels,)
+    return tuple(sums.new_empty(shape) for shape in shapes)
+
+
+def _flops(sums_shape, gate_shape, pooled_shape, reduce_shape, *args, out_shape, **kwargs) -> int:
+    return 10 * sums_shape[0] * reduce_shape[0] * reduce_shape[1]
+
+
+define(
+    NAME,
+    "Tensor sums, Tensor gate, Tensor pooled, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, str activation,"
+    " SymInt pixels",
+    ("pool", "norm_sums", "grad_reduce_weight", "grad_reduce_bias", "grad_expand_weight", "grad_expand_bias"),
+    reference=reference.squeeze_excite_backward,
+    check=_check,
+    allocate=_allocate,
+    flops=_flops,
+    backends=("triton",),
+)
+triton_backend.register(NAME, _check, _allocate, (torch.float32,), ("effnet_fast.ops.training.triton_squeeze_excite", NAME))
+# Not the reference as a function, which a compiler would trace under the autocast of the forward, and make halves of its products.
+_reference = torch.ops.effnet_fast.squeeze_excite_backward.reference
+backends.register(NAME, backends.Kernel("native", _reference, native.why_not))
+backends.register(NAME, backends.Kernel("triton", torch.ops.effnet_fast.squeeze_excite_backward.triton, triton_backend.can_run))
+backends.register(NAME, backends.Kernel("reference", _reference, backends.always))
 
 
 def squeeze_excite_backward(
-    grad: Tensor, gate: Tensor, hidden: Tensor, pooled: Tensor, activation: str, reduce: Tensor, expand: Tensor, pixels: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From the gate's gradient [N, C]: that of one of the ``pixels`` that a mean is of, [N, C], and those of both weights and
-    biases, [R, C], [R], [C, R], [C]."""
-    run = _backward_op if torch.compiler.is_compiling() else _backward
-    return run(grad, gate, hidden, pooled, activation, reduce, expand, pixels)
+    sums: Tensor,
+    gate: Tensor,
+    pooled: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    *,
+    activation: str,
+    pixels: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What lies between the backwards of a block's last convolution and of the one before it.
 
+    sums             [N, 5, C], what :func:`effnet_fast.ops.training.conv_backward` gives of a convolution with a gate, fp32 or fp64
+    gate, pooled     [N, C] each, like sums: ``gate = sigmoid(expand(activation(reduce(pooled))))``
+    reduce_weight    [R, C, 1, 1], reduce_bias [R] or None, expand_weight [C, R, 1, 1]; of any of the dtypes of images
+    pixels           of an image: ``pooled`` are means of so many
+    returns          pool [N, C], the gradient of a pixel through the mean, which that backward takes as ``y_pool`` beside the gate;
+                     norm_sums [2, C], the sums that it takes the coefficients from; and the gradients of both weights and biases,
+                     [R, C], [R], [C, R] and [C], all in the dtype of sums
 
-def _backward(
-    grad: Tensor, gate: Tensor, hidden: Tensor, pooled: Tensor, activation: str, reduce: Tensor, expand: Tensor, pixels: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    active, of_expanded = _FORWARD[activation](hidden), torch.ops.aten.sigmoid_backward(grad, gate)
-    of_hidden = _BACKWARD[activation](of_expanded @ expand.flatten(1).to(grad.dtype), hidden)
-    weights = of_hidden.T @ pooled, of_hidden.sum(0), of_expanded.T @ active, of_expanded.sum(0)
-    of_pixel = torch.addmm(pooled, of_hidden, reduce.flatten(1).to(grad.dtype), beta=0, alpha=1 / pixels)
-    return of_pixel, *weights
-
-
-# A compiler traces a backward under the autocast of its forward, which would make halves of these products: an op it leaves alone.
-_SCHEMA = (
-    "(Tensor grad, Tensor gate, Tensor hidden, Tensor pooled, str activation, Tensor reduce, Tensor expand, SymInt pixels)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_backward_op = torch.library.custom_op("effnet_fast::squeeze_excite_backward", _backward, mutates_args=(), schema=_SCHEMA)
-
-
-@_backward_op.register_fake
-def _(grad, gate, hidden, pooled, activation, reduce, expand, pixels):
-    (_, channels), (_, reduced) = gate.shape, hidden.shape
-    shapes = gate.shape, (reduced, channels), (reduced,), (channels, reduced), (channels,)
-    return tuple(grad.new_empty(shape) for shape in shapes)
+    No gradient. Raises ValueError or TypeError, naming the argument, on bad input.
+    """
+    args = (sums, gate, pooled, reduce_weight, reduce_bias, expand_weight, activation, pixels)
+    if not torch.compiler.is_compiling():  # a compiler comes to the same check in the op's fake
+        _check(*args)
+        if differentiates():
+            check_no_gradient(NAME, *args[:6])
+    hidden = reduce_weight.shape[0]
+    many = {"triton": f"R is {hidden}: the Triton kernel takes R up to {MOST_HIDDEN}"} if hidden > MOST_HIDDEN else None
+    return backends.choose(NAME, sums, many).run(*args)
