@@ -97,6 +97,9 @@ RUNS = [
     Run(2, 90, 40, 24, "silu", True, need=(False, True)),
     Run(2, 90, 40, 24, "silu", True, need=(True, False)),
     Run(3, 49, 144, 24, "silu", multiprocessors=1),
+    Run(3, 49, 144, 24, "silu", dtype=FP16),
+    Run(2, 50, 200, 80, "silu"),
+    Run(70, 2, 8, 8, "silu", keeps=True),  # of many pieces
     Run(2, 200, 32, 120, "relu6", dtype=FP16, keeps=True, residual=True),
     Run(9, 10, 80, 16, "identity", multiprocessors=1),
     Run(2, 40, 24, 32, "silu", need=(False, True)),
@@ -182,9 +185,9 @@ SEEDED = {
     "back-no-barrier": bug("    __syncthreads();  // g and x", "    // g and x", WRONG),
     "back-early-a": bug("if (Tr::kNormed) __syncthreads();  // a", "// a", WRONG),
     "back-slot": bug("    __syncthreads();  // g and x", "    load_next(free_slot);\n    __syncthreads();  // g and x", WRONG),
-    "back-no-zeros": bug("if (k_filled > K)", "if (false)", WRONG),
+    "back-last-k": bug("const bool whole = k + 8 < K;", "const bool whole = true;", WRONG),
     "back-lost-warp": bug("w < Tr::kWarps; ++w", "w < Tr::kWarps - 1; ++w", WRONG),
-    "back-kept-sums": bug("            sum = 0.f;\n", "", WRONG),
+    "back-kept-sums": bug("sums[s][e] = 0.f;", ";", WRONG),
     "back-short": bug("kWarps * kSums * kMostColumns * 4)", "0)", "outside shared|heap-buffer|SEGV|" + WRONG),
     "back-parts": bug("int64_t(now.task(p)) * kSums", "int64_t(now.image) * kSums", WRONG),
 }

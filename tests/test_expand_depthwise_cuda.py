@@ -21,7 +21,7 @@ from effnet_fast.benchmark import images as images_of
 from effnet_fast.models import FAMILY, create_model
 from effnet_fast.nn import fused
 from effnet_fast.nn.blocks import MBConv
-from effnet_fast.ops import backends, expand_depthwise
+from effnet_fast.ops import backends, expand_depthwise, gpu
 from effnet_fast.ops.expand_depthwise import is_one_kernel, launch
 from effnet_fast.ops.pointwise import HALVES
 from effnet_fast.scaling.config import BlockConfig
@@ -168,7 +168,7 @@ def test_a_block_runs_it_for_what_it_computes(change, monkeypatch):
 @pytest.mark.parametrize(("inputs", "case"), shapes()[::2], ids=str)
 def test_family_on_a_gpu(inputs, case, dtype):
     kernel, stride, width = case.kernel, case.stride, -(-case.width // case.stride)
-    if launch.shared_bytes(inputs, kernel, stride, width) > launch.shared_bytes_of(0):
+    if launch.shared_bytes(inputs, kernel, stride, width) > gpu.shared_memory(0):
         assert launch.why_too_large(torch.empty(1, inputs, case.height, case.width, device="cuda"), inputs, kernel, stride, width)
         pytest.skip("a block of this GPU has too little shared memory for it")
     check(inputs, case._replace(images=3), dtype)
@@ -251,7 +251,7 @@ def test_a_network_on_a_gpu(images):
         x = torch.empty(images, block.in_channels, size, size, dtype=torch.bfloat16, device="cuda")
         size = -(-size // block.stride)
         wanted = launch.shared_bytes(block.in_channels, block.kernel_size, block.stride, size)
-        if block.expanded_channels != block.in_channels and wanted <= launch.shared_bytes_of(0):
+        if block.expanded_channels != block.in_channels and wanted <= gpu.shared_memory(0):
             fitting += 1
             faster += launch.is_faster(x, block.expanded_channels, block.stride)
     assert len(ran) == fitting > 6 and {choice.backend for choice in ran} == {"native"}

@@ -4,6 +4,7 @@ rule. tests/test_emulator_pointwise.py runs its source without one."""
 from __future__ import annotations
 
 import functools
+import re
 from types import SimpleNamespace
 
 import cases
@@ -14,7 +15,7 @@ from plain import misaligned, norm, wide
 from tolerance import assert_2x
 
 from effnet_fast import ops
-from effnet_fast.ops import pointwise
+from effnet_fast.ops import gpu, pointwise
 from effnet_fast.ops.training import convolution
 
 OP = torch.ops.effnet_fast.pointwise_conv_bn_act
@@ -88,7 +89,7 @@ def test_views_and_the_out_form_on_a_gpu():
     torch.library.opcheck(OP.native, (x, weight, *args))
 
 
-def test_what_the_kernel_does_not_take():
+def test_what_the_kernel_does_not_take(monkeypatch):
     """Said before any kernel starts."""
 
     def x(*shape):
@@ -108,6 +109,21 @@ def test_what_the_kernel_does_not_take():
     assert "21 pixels or more" in for_stats(x(2, 24, 4, 5), weight(40, 24), gate, 1)["native"]
     assert "multiples of 8" in for_stats(x(2, 20, 7, 7), weight(40, 20), None, 1)["native"]
     assert "5632 at most" in for_stats(x(2, 5640, 7, 7), weight(40, 5640), None, 1)["native"]
+    backward = functools.partial(convolution._unsupported_backward, "pointwise")
+    normed, rest = torch.empty(0), (1, "identity", None)
+    assert backward(x(2, 24, 1, 1), weight(288, 24), None, *rest) is None
+    assert backward(x(2, 96, 1, 1), weight(128, 96), normed, *rest) is None
+    for told, refused in (
+        ("multiples of 8", backward(x(2, 20, 7, 7), weight(40, 20), None, *rest)),
+        ("takes neither", backward(x(2, 24, 7, 7), weight(40, 24), None, 1, "silu", None)),
+        ("takes neither", backward(x(2, 24, 7, 7), weight(40, 24), None, 1, "identity", torch.empty(0))),
+        ("296 output channels: .* 288 at most of an x without", backward(x(2, 24, 7, 7), weight(296, 24), None, *rest)),
+        ("136 output channels: .* 128 at most of an x with", backward(x(2, 24, 7, 7), weight(136, 24), normed, *rest)),
+    ):
+        assert re.search(told, refused["native"]), refused
+    monkeypatch.setattr(gpu, "shared_memory", lambda index: 99 << 10)
+    assert backward(x(2, 24, 7, 7), weight(96, 24), None, *rest) is None
+    assert "of 101376 bytes of shared memory" in backward(x(2, 24, 7, 7), weight(144, 24), None, *rest)["native"]
     assert pointwise._slower(x(256, 24, 56, 56), weight(144, 24), None) is None
     assert pointwise._slower(x(1, 24, 56, 56), weight(144, 24), None)["native"].startswith("few pixels")
     assert pointwise._slower(x(1, 24, 56, 56), weight(144, 24), gate) is None

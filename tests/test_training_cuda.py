@@ -108,7 +108,9 @@ def refused(case: cases.Pointwise) -> bool:
 def test_pointwise_backward_of_the_family(case, dtype):
     if refused(case):
         pytest.skip("PyTorch's products do it")
-    for images, with_gate in ((1, False), (5, case.gate)):
+    if dtype == torch.float16 and case.side > 60:
+        pytest.skip("its gradients of weights, sums over so many pixels, overflow in plain PyTorch")
+    for images, with_gate in ((1, False), (5, case.gate)) if dtype == torch.bfloat16 else ((1, case.gate),):
         x, *rest = pointwise(case, images, dtype)
         every_backend.check_conv(x, *rest, ("identity", with_gate, False), residual=not case.gate, dtype=dtype)
 

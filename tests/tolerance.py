@@ -19,6 +19,7 @@ def assert_2x(out: Tensor, plain: Tensor, ref64: Tensor, what: str = "") -> None
     assert out.shape == ref64.shape == plain.shape, f"{what}: shapes {out.shape}, {plain.shape}, {ref64.shape}"
     assert out.dtype == plain.dtype and ref64.dtype == torch.float64, f"{what}: dtypes {out.dtype}, {plain.dtype}, {ref64.dtype}"
     assert torch.isfinite(ref64).all(), f"{what}: the reference is not finite"
+    assert torch.isfinite(plain).all(), f"{what}: plain PyTorch's is not finite, and would excuse anything"
     wrong = why_wrong(out, plain, ref64)
     assert wrong is None, f"{what}: {wrong}"
 

@@ -123,6 +123,10 @@ template <typename T> __device__ __forceinline__ T from_float(float v) {
     return T{static_cast<uint16_t>(round_pair<T>(v, 0.f))};
   }
 }
+// Half e of some that lie two in a register.
+template <typename T, int N> __device__ __forceinline__ float value_of(const Vec<uint32_t, N>& pairs, int e) {
+  return to_float(T{uint16_t(pairs.at[e / 2] >> e % 2 * 16)});
+}
 // An element of an array of a type known at run time.
 __device__ __forceinline__ float load_float(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::fp32) return static_cast<const float*>(p)[i];

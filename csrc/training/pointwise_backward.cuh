@@ -20,7 +20,7 @@
 // to what shared memory holds, of which HBM should bind, and for projections of K to 128, of which instructions should. Not
 // timed on a GPU yet. What this replaces, a pass that writes g, one that writes a, two products of cuDNN's and a pass for the
 // sums, took an H200 253 us for 128 images of 24 to 144 channels of 56x56 and 418 for 144 to 24
-// (benchmarks/results/training-trials-cuda.json, products); their bytes are 68 and 64 us, and 90 and 150 are expected here.
+// (benchmarks/results/training-trials-cuda.json, products); their bytes are 68 and 63 us, and 90 and 150 are expected here.
 #pragma once
 #include <limits>
 
@@ -36,6 +36,7 @@ enum class Before { nothing, norm, norm_and_gate };  // what is read of x
 struct BackwardLayout {
   int k_row, c_row;       // bytes of a row of g and of x, z or W
   int y, x, gate, stage;  // of a stage, in which grad is first; its bytes
+  bool z_in_stage;
   int weight, z, coefficients, norm, bytes;
 };
 
@@ -80,13 +81,15 @@ template <typename T_, Before kBefore_, int kUnits_> struct PointwiseBackward {
 
   static BackwardLayout layout(int out_channels, int columns, int stages) {
     BackwardLayout at{};
-    const int k_filled = ceil_div(out_channels, 16) * 16;
-    at.k_row = (k_filled / 8 | 1) * 16, at.c_row = (columns / 8 | 1) * 16;
+    at.k_row = (out_channels / 8 | 1) * 16, at.c_row = (columns / 8 | 1) * 16;
     at.y = kRows * at.k_row, at.x = 2 * at.y, at.gate = at.x + kRows * at.c_row;
     at.stage = at.gate + (kGate ? 4 * kMostColumns : 0);
     at.weight = stages * at.stage;
-    at.z = at.weight + k_filled * at.c_row;  // and the sums of warps, after it
-    at.coefficients = at.z + max(kRows * at.c_row, kWarps * kSums * kMostColumns * 4);
+    // z and, after it, the sums of warps: in the place of y, of which g has been made by then, or of their own where that is short.
+    const int turned = max(kRows * at.c_row, kWarps * kSums * kMostColumns * 4), after = at.weight + out_channels * at.c_row;
+    at.z_in_stage = at.y >= turned;
+    at.z = at.z_in_stage ? at.y : after;
+    at.coefficients = after + (at.z_in_stage ? 0 : turned);
     at.norm = at.coefficients + 3 * out_channels * 4;
     at.bytes = at.norm + (kNormed ? 3 * kMostColumns * 4 : 0);
     return at;
@@ -113,10 +116,6 @@ struct TileOf {
   }
 };
 
-template <typename T, int N> __device__ __forceinline__ float value_of(const Vec<uint32_t, N>& piece, int e) {
-  return to_float(T{uint16_t(piece.at[e / 2] >> e % 2 * 16)});
-}
-
 // 8 floats of shared or global memory.
 __device__ __forceinline__ void load_floats(float (&to)[8], const float* from) {
 #pragma unroll
@@ -135,7 +134,8 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   using Quad = Vec<uint32_t, 2>;   // 4
   constexpr int kRows = Tr::kRows, kUnits = Tr::kUnits, kSums = Tr::kSums;
   EFFNET_DYNAMIC_SHARED(char, shared);
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);  // which tells the compiler that it is the same for all lanes
   const int K = p.out_channels, C = p.in_channels, groups = ceil_div(C, p.columns);
   const int first_channel = int(blockIdx.x) % groups * p.columns, number = int(blockIdx.x) / groups;
   const int columns = min(p.columns, C - first_channel);
@@ -145,11 +145,11 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
 
   // This thread's piece of 8 channels of every k_step-th row of grad and y.
   const int k_pieces = K / 8, k_step = Tr::kThreads / k_pieces, k_piece = thread % k_pieces;
-  const int k_row = thread / k_pieces < k_step ? thread / k_pieces : kRows;
+  const int k_first = thread / k_pieces < k_step ? thread / k_pieces : kRows;
   // And of x: it brings 8 channels, and makes something of 4, of twice as many rows: the sums of 8 would take too many registers.
   const int x_shift = columns > 32 ? 3 : 2, x_step = Tr::kThreads >> x_shift, x_piece = thread & (1 << x_shift) - 1;
-  const int x_row = x_piece * 8 < columns ? thread >> x_shift : kRows;
-  const int my_channel = (thread & (2 << x_shift) - 1) * 4, my_row = my_channel < columns ? thread >> x_shift + 1 : kRows;
+  const int x_first = x_piece * 8 < columns ? thread >> x_shift : kRows;
+  const int my_channel = (thread & (2 << x_shift) - 1) * 4, my_first = my_channel < columns ? thread >> x_shift + 1 : kRows;
   const int my_step = x_step / 2;
 
   TileOf ahead(p, number);
@@ -159,15 +159,15 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
       const int rows = left + 15 & ~15;  // those that fill 16 up are zeros
       const int64_t row = int64_t(ahead.image) * p.pixels + first;
       const Shared to = shared_address(shared) + slot * at.stage;
-      int64_t from = 2 * ((row + k_row) * K + k_piece * 8);
-      Shared here = to + (k_piece * 16 + k_row * at.k_row);
-      for (int r = k_row; r < rows; r += k_step, here += k_step * at.k_row, from += 2 * k_step * K) {
+      int64_t from = 2 * ((row + k_first) * K + k_piece * 8);
+      Shared here = to + (k_piece * 16 + k_first * at.k_row);
+      for (int r = k_first; r < rows; r += k_step, here += k_step * at.k_row, from += 2 * k_step * K) {
         copy_async(here, static_cast<const char*>(p.of_y.grad) + from, r < left ? 16 : 0);
         copy_async(here + at.y, static_cast<const char*>(p.of_y.y) + from, r < left ? 16 : 0);
       }
-      from = 2 * ((row + x_row) * C + first_channel + x_piece * 8);
-      here = to + (at.x + x_piece * 16 + x_row * at.c_row);
-      for (int r = x_row; r < rows; r += x_step, here += x_step * at.c_row, from += 2 * x_step * C)
+      from = 2 * ((row + x_first) * C + first_channel + x_piece * 8);
+      here = to + (at.x + x_piece * 16 + x_first * at.c_row);
+      for (int r = x_first; r < rows; r += x_step, here += x_step * at.c_row, from += 2 * x_step * C)
         copy_async(here, static_cast<const char*>(p.read.x) + from, r < left ? 16 : 0);
       if (Tr::kGate && thread * 4 < columns)
         copy_async(to + (at.gate + thread * 16), p.read.gate + (int64_t(ahead.image) * C + first_channel + thread * 4), 16);
@@ -176,16 +176,11 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
     copy_async_commit();
   };
 
-  // W, and where K ends within 16 zeros after it and after every row of g, which no copy reaches.
-  const int k_filled = ceil_div(K, 16) * 16;
-  for (int i = thread; i < k_filled * (columns / 8); i += Tr::kThreads) {
+  for (int i = thread; i < K * (columns / 8); i += Tr::kThreads) {
     const int k = i / (columns / 8), piece = i % (columns / 8);
     copy_async(shared_address(shared) + (at.weight + k * at.c_row + piece * 16),
-               static_cast<const char*>(p.weight) + 2 * (int64_t(k) * C + first_channel + piece * 8), k < K ? 16 : 0);
+               static_cast<const char*>(p.weight) + 2 * (int64_t(k) * C + first_channel + piece * 8), 16);
   }
-  if (k_filled > K)
-    for (int i = thread; i < p.stages * kRows; i += Tr::kThreads)
-      store(reinterpret_cast<uint32_t*>(shared + (i / kRows * at.stage + i % kRows * at.k_row + 2 * K)), Piece{});
   for (int slot = 0; slot < p.stages - 1; ++slot) load_next(slot);
   for (int k = thread; k < K; k += Tr::kThreads) {
     const float* const of = p.of_y.coefficients + k;
@@ -206,15 +201,29 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   const int share = ceil_div(columns / 8, Tr::kHalves), first_tile = warp / Tr::kRowWarps * share;
   const int last_tile = min(first_tile + share, columns / 8);
 
+  auto store_quad = [&](int64_t at, const Quad& quad) {  // by one instruction, which two halves are not
+    *reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(p.grad_x) + at) = quad.at[0] | uint64_t(quad.at[1]) << 32;
+  };
+  auto residual_at = [&](int64_t at) {
+    return load<2>(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.residual) + at));
+  };
+  auto add = [](Quad& quad, const Quad& more) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      quad.at[i] = round_pair<T>(value_of<T>(quad, 2 * i) + value_of<T>(more, 2 * i),
+                                 value_of<T>(quad, 2 * i + 1) + value_of<T>(more, 2 * i + 1));
+  };
+
   int read_slot = 0;
   for (TileOf now(p, number); now.image < p.images; now.next(p)) {
     const int stage = read_slot * at.stage, first = now.tile * kRows, left = min(p.pixels - first, kRows);
     const int64_t row = int64_t(now.image) * p.pixels + first;
     const int free_slot = (read_slot == 0 ? p.stages : read_slot) - 1;
     if (++read_slot == p.stages) read_slot = 0;
+    const int z_at = at.z + (at.z_in_stage ? stage : 0);
     pointwise::wait_for_oldest(p.stages);
     // g in the place of grad.
-    if (k_row < left) {
+    if (k_first < left) {
       float of_grad[8], of_y[8], shift[8];
       load_floats(of_grad, coefficients + k_piece * 8);
       load_floats(of_y, coefficients + K + k_piece * 8);
@@ -225,8 +234,8 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
 #pragma unroll
         for (int e = 0; e < 8; ++e) of_grad[e] *= gate[e];
       }
-      char* here = shared + (stage + k_piece * 16 + k_row * at.k_row);
-      for (int r = k_row; r < left; r += k_step, here += k_step * at.k_row) {
+      char* here = shared + (stage + k_piece * 16 + k_first * at.k_row);
+      for (int r = k_first; r < left; r += k_step, here += k_step * at.k_row) {
         Piece grad = load<4>(reinterpret_cast<const uint32_t*>(here));
         const Piece y = load<4>(reinterpret_cast<const uint32_t*>(here + at.y));
 #pragma unroll
@@ -244,27 +253,42 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
     }
     __syncthreads();  // g and x are there for all, and the slot of the last tile is free
     load_next(free_slot);
+    constexpr int kMostRows = kRows / 16;  // of this thread
+    [[maybe_unused]] Quad residual[kMostRows] = {};
+    if constexpr (!Tr::kNormed) {  // it comes while z is made; beside sums there are no registers for it, and who adds one
+      if (p.residual)
+#pragma unroll
+        for (int i = 0; i < kMostRows; ++i)
+          if (const int r = my_first + i * my_step; r < left) residual[i] = residual_at((row + r) * C + first_channel + my_channel);
+    }
 
     const int steps = ceil_div(left, 16);  // of 16 rows
     if (p.grad_x && warp % Tr::kRowWarps < steps) {
       float z[Tr::kTiles][4] = {};
       const int l = pin(lane), rows = warp % Tr::kRowWarps * 16;
       Shared a_row = ring + (stage + (rows + l % 16) * at.k_row + l / 16 * 16);
-      Shared b_row = ring + (at.weight + first_tile * 16 + l % 16 * at.c_row + l / 16 * 16);
+      const Shared b_rows = ring + (at.weight + first_tile * 16 + l / 16 * 16);
 #pragma unroll 2
-      for (int k = 0; k < K; k += 16, a_row += 32, b_row += 16 * at.c_row) {
+      for (int k = 0; k < K; k += 16, a_row += 32) {
         uint32_t a[4];
         load_matrices(a, a_row);
+        const Shared b_row = b_rows + min(k + l % 16, K - 1) * at.c_row;
+        const bool whole = k + 8 < K;  // else what follows these 8 is another row
 #pragma unroll
         for (int j = 0; j < Tr::kTiles; j += 2) {
           if (first_tile + j >= last_tile) break;
           uint32_t b[4];
           load_matrices_turned(b, b_row + j * 16);
-          mma_k16(T(), z[j], a, b[0], b[1]);
-          mma_k16(T(), z[j + 1], a, b[2], b[3]);
+          if (whole) {
+            mma_k16(T(), z[j], a, b[0], b[1]);
+            mma_k16(T(), z[j + 1], a, b[2], b[3]);
+          } else {
+            mma_k8(T(), z[j], a[0], a[1], b[0]);
+            mma_k8(T(), z[j + 1], a[0], a[1], b[2]);
+          }
         }
       }
-      char* const put = shared + (at.z + (rows + l / 4) * at.c_row + l % 4 * 4);
+      char* const put = shared + (z_at + (rows + l / 4) * at.c_row + l % 4 * 4);
 #pragma unroll
       for (int j = 0; j < Tr::kTiles; ++j) {
         if (first_tile + j >= last_tile) break;
@@ -275,61 +299,62 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
     }
     if (p.grad_x || Tr::kNormed) __syncthreads();  // z is there for all
 
-    if (p.grad_x || Tr::kNormed) {
+    if constexpr (!Tr::kNormed) {
+      if (p.grad_x) {
+#pragma unroll
+        for (int i = 0; i < kMostRows; ++i) {
+          const int r = my_first + i * my_step;
+          if (r >= left) break;
+          Quad z = load<2>(reinterpret_cast<const uint32_t*>(shared + (z_at + r * at.c_row + my_channel * 2)));
+          if (p.residual) add(z, residual[i]);
+          store_quad((row + r) * C + first_channel + my_channel, z);
+        }
+      }
+    } else {
       // Calls make(z, x) for this thread's channels of each of its rows: grad_x is what that leaves of z.
       auto each_row = [&](const auto& make) {
-        char* x = shared + (stage + at.x + my_row * at.c_row + my_channel * 2);
-        const char* of_z = shared + (at.z + my_row * at.c_row + my_channel * 2);
-        int64_t to = (row + my_row) * C + first_channel + my_channel;
-        for (int r = my_row; r < left; r += my_step) {
+        char* x = shared + (stage + at.x + my_first * at.c_row + my_channel * 2);
+        const char* of_z = shared + (z_at + my_first * at.c_row + my_channel * 2);
+        int64_t to = (row + my_first) * C + first_channel + my_channel;
+        for (int r = my_first; r < left; r += my_step) {
           Quad z{};
           if (p.grad_x) z = load<2>(reinterpret_cast<const uint32_t*>(of_z));
           make(z, reinterpret_cast<uint32_t*>(x));
-          if (p.residual) {
-            const Quad more = load<2>(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.residual) + to));
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              z.at[i] = round_pair<T>(value_of<T>(z, 2 * i) + value_of<T>(more, 2 * i),
-                                      value_of<T>(z, 2 * i + 1) + value_of<T>(more, 2 * i + 1));
-          }
-          if (p.grad_x) store(reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.grad_x) + to), z);
+          if (p.residual) add(z, residual_at(to));
+          if (p.grad_x) store_quad(to, z);
           x += my_step * at.c_row, of_z += my_step * at.c_row, to += my_step * C;
         }
       };
-      if constexpr (!Tr::kNormed) {
-        each_row([](Quad&, uint32_t*) {});
-      } else {
-        const float* const norm = norms + my_channel;
-        const Vec<float, 4> mean = load<4>(norm), scale = load<4>(norm + kMostColumns), bias = load<4>(norm + 2 * kMostColumns);
-        [[maybe_unused]] Vec<float, 4> gate{};
-        if constexpr (Tr::kGate) gate = load<4>(reinterpret_cast<const float*>(shared + (stage + at.gate)) + my_channel);
-        with_silu<false>(p.range, [&](auto silu) {
-          each_row([&](Quad& z, uint32_t* here) {
-            const Quad x = load<2>(here);
-            float read[4], slopes[4];
+      const float* const norm = norms + my_channel;
+      const Vec<float, 4> mean = load<4>(norm), scale = load<4>(norm + kMostColumns), bias = load<4>(norm + 2 * kMostColumns);
+      [[maybe_unused]] Vec<float, 4> gate{};
+      if constexpr (Tr::kGate) gate = load<4>(reinterpret_cast<const float*>(shared + (stage + at.gate)) + my_channel);
+      with_silu<false>(p.range, [&](auto silu) {
+        each_row([&](Quad& z, uint32_t* here) {
+          const Quad x = load<2>(here);
+          float read[4], slopes[4];
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const float centred = value_of<T>(x, e) - mean.at[e], of_z = value_of<T>(z, e);
-              const ValueAndSlope u = activate_with_slope<silu.value>(p.range, centred * scale.at[e] + bias.at[e]);
-              slopes[e] = of_z * u.slope;
-              if constexpr (Tr::kGate) {
-                read[e] = u.value * gate.at[e];
-                sums[0][e] += of_z * u.value;
-                sums[1][e] += slopes[e];
-                sums[2][e] += u.slope;
-                sums[3][e] += slopes[e] * centred;
-                sums[4][e] += u.slope * centred;
-              } else {
-                read[e] = u.value;
-                sums[0][e] += slopes[e];
-                sums[1][e] += slopes[e] * centred;
-              }
+          for (int e = 0; e < 4; ++e) {
+            const float centred = value_of<T>(x, e) - mean.at[e], of_z = value_of<T>(z, e);
+            const ValueAndSlope u = activate_with_slope<silu.value>(p.range, centred * scale.at[e] + bias.at[e]);
+            slopes[e] = of_z * u.slope;
+            if constexpr (Tr::kGate) {
+              read[e] = u.value * gate.at[e];
+              sums[0][e] += of_z * u.value;
+              sums[1][e] += slopes[e];
+              sums[2][e] += u.slope;
+              sums[3][e] += slopes[e] * centred;
+              sums[4][e] += u.slope * centred;
+            } else {
+              read[e] = u.value;
+              sums[0][e] += slopes[e];
+              sums[1][e] += slopes[e] * centred;
             }
-            store(here, Quad{round_pair<T>(read[0], read[1]), round_pair<T>(read[2], read[3])});
-            if constexpr (!Tr::kGate) z = Quad{round_pair<T>(slopes[0], slopes[1]), round_pair<T>(slopes[2], slopes[3])};
-          });
+          }
+          store(here, Quad{round_pair<T>(read[0], read[1]), round_pair<T>(read[2], read[3])});
+          if constexpr (!Tr::kGate) z = Quad{round_pair<T>(slopes[0], slopes[1]), round_pair<T>(slopes[2], slopes[3])};
         });
-      }
+      });
     }
     if (Tr::kNormed) __syncthreads();  // a is there for all
 
@@ -355,18 +380,21 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
 
     if constexpr (kSums > 0) {
       if (p.sum_pieces && now.tile + 1 == now.end) {
-        float* const of_warps = reinterpret_cast<float*>(shared + at.z);  // [kWarps][kSums][kMostColumns]
+        float* const of_warps = reinterpret_cast<float*>(shared + z_at);  // [kWarps][kSums][kMostColumns]
+        auto add_lanes = [&](int apart) {
 #pragma unroll
-        for (int s = 0; s < kSums; ++s)
+          for (int i = 0; i < 4 * kSums; ++i) sums[i / 4][i % 4] += __shfl_xor_sync(0xffffffffu, sums[i / 4][i % 4], apart);
+        };
+        add_lanes(16);
+        if (x_shift == 2) add_lanes(8);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& sum = sums[s][e];
-            sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-            const float near = __shfl_xor_sync(0xffffffffu, sum, 8);  // of the same channels, where 8 lanes have them all
-            sum += x_shift == 2 ? near : 0.f;
-            if (lane < 2 << x_shift && my_channel < columns) of_warps[(warp * kSums + s) * kMostColumns + my_channel + e] = sum;
-            sum = 0.f;
-          }
+        for (int s = 0; s < kSums; ++s) {
+          if (lane < 2 << x_shift && my_channel < columns)
+            store(of_warps + ((warp * kSums + s) * kMostColumns + my_channel),
+                  Vec<float, 4>{sums[s][0], sums[s][1], sums[s][2], sums[s][3]});
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[s][e] = 0.f;
+        }
         __syncthreads();
         for (int i = thread; i < kSums * columns; i += Tr::kThreads) {
           const int s = i / columns, c = i % columns;
@@ -384,13 +412,15 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
 #pragma unroll
     for (int i = 0; i < kUnits; ++i)
 #pragma unroll
-      for (int v = 0; v < 8; ++v) {
-        const int k = my_outs + (i * (Tr::kWarps * 16) >> across) + v / 2 % 2 * 8 + lane / 4;
-        const int c = my_columns + v / 4 * 8 + lane % 4 * 2 + v % 2;
-        if (k < K && c < columns) to[int64_t(k) * C + c] = weight_sums[i][v / 4][v % 4];
+      for (int v = 0; v < 4; ++v) {
+        const int k = my_outs + (i * (Tr::kWarps * 16) >> across) + v % 2 * 8 + lane / 4, c = my_columns + v / 2 * 8 + lane % 4 * 2;
+        const float* const two = weight_sums[i][v / 2] + v % 2 * 2;
+        if (k < K && c < columns) store(to + (int64_t(k) * C + c), Vec<float, 2>{two[0], two[1]});
       }
   }
 }
+
+namespace {  // one .cu file has these
 
 // out [groups, width], the sums over the pieces of partial [groups, pieces, width]. A block has `lanes` of width of a group; as
 // many blocks follow one another for each group as that takes.
@@ -413,11 +443,13 @@ __global__ void __launch_bounds__(kAddThreads)
 }
 
 // Starts that: of many pieces 32 at once, of few two.
-inline void add_pieces(const float* partial, int64_t groups, int64_t pieces, int64_t width, float* out, void* stream) {
+void add_pieces(const float* partial, int64_t groups, int64_t pieces, int64_t width, float* out, void* stream) {
   const int lanes = pieces > 64 ? 8 : 128;
   EFFNET_LAUNCH(add_pieces_kernel, dim3(unsigned(groups * ceil_div(width, int64_t(lanes)))), dim3(kAddThreads),
                 kAddThreads * sizeof(double), stream, partial, pieces, width, lanes, out);
 }
+
+}  // namespace
 
 // Whether so many blocks with so many stages fit a multiprocessor.
 template <class Tr> bool fits(const PointwiseBackwardLaunch& p, const pointwise::Gpu& gpu, int blocks, int stages) {
@@ -447,8 +479,8 @@ template <class Tr> PointwiseBackwardLaunch cut_of(PointwiseBackwardLaunch p, co
   return p;
 }
 
-template <class Tr> void launch_backward(PointwiseBackwardLaunch p, const Gradients& made, const pointwise::Gpu& gpu,
-                                         const Allocate& allocate, void* stream) {
+template <class Tr> void start_backward(PointwiseBackwardLaunch p, const Gradients& made, const pointwise::Gpu& gpu,
+                                        const Allocate& allocate, void* stream) {
   p = cut_of<Tr>(p, gpu);
   const int64_t weights = int64_t(p.out_channels) * p.in_channels, widths = int64_t(Tr::kSums) * p.in_channels;
   const bool one_part = Tr::kGate && p.parts == 1;  // which are the sums, then
@@ -479,6 +511,10 @@ inline PointwiseBackwardLaunch launch_of(const Pointwise& given, const Gradients
   p.grad_x = made.grad_x;
   p.images = int(given.images);
   p.pixels = int(given.pixels);
+  if (!given.read.gate && !made.of_y.gate && given.images * given.pixels <= 1 << 30) {  // images end nowhere
+    p.images = 1;
+    p.pixels = int(given.images * given.pixels);
+  }
   p.in_channels = given.in_channels;
   p.out_channels = given.out_channels;
   p.columns = columns_of(p.in_channels);
@@ -490,7 +526,7 @@ template <typename T> void launch_backward(const Pointwise& given, const Gradien
                                            const Allocate& allocate, void* stream) {
   const PointwiseBackwardLaunch p = launch_of(given, made);
   const int units = units_of(p.out_channels, p.columns);
-  const auto start = [&](auto tr) { launch_backward<decltype(tr)>(p, made, gpu, allocate, stream); };
+  const auto start = [&](auto tr) { start_backward<decltype(tr)>(p, made, gpu, allocate, stream); };
   const auto normed = [&](auto few, auto many) {
     units <= 2 && fits<decltype(few)>(p, gpu, decltype(few)::kBlocks, 2) ? start(few) : start(many);
   };

@@ -41,7 +41,7 @@ template <typename T> class Seen {
     rows([&](char*, const char* here) {
       const Vec<uint32_t, 4> piece = load<4>(reinterpret_cast<const uint32_t*>(here));
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] += value(piece, e);
+      for (int e = 0; e < 8; ++e) sum[e] += value_of<T>(piece, e);
       ++first;
     });
     const float share = reciprocal_fast(float(max(first, 1)));
@@ -51,7 +51,7 @@ template <typename T> class Seen {
   __device__ __forceinline__ void add(const Vec<uint32_t, 4>& piece) {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const float apart = value(piece, e) - value(shift_, e);
+      const float apart = value_of<T>(piece, e) - value_of<T>(shift_, e);
       sum_[e] += apart;
       squares_[e] += apart * apart;
     }
@@ -66,14 +66,11 @@ template <typename T> class Seen {
     }
   }
   __device__ __forceinline__ Moments moments(int e) const {
-    const double shift = value(shift_, e), count = count_;
+    const double shift = value_of<T>(shift_, e), count = count_;
     return {count, all_[e] + count * shift, all_squares_[e] + (2. * all_[e] + count * shift) * shift};
   }
 
  private:
-  __device__ __forceinline__ static float value(const Vec<uint32_t, 4>& piece, int e) {
-    return to_float(T{uint16_t(piece.at[e / 2] >> e % 2 * 16)});
-  }
   int count_ = 0;
   Vec<uint32_t, 4> shift_{};  // about the mean, as y is stored
   float sum_[8] = {}, squares_[8] = {};

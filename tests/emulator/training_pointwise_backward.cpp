@@ -13,7 +13,7 @@ template <typename T> void emulated::pointwise_backward(const effnet_fast::train
   Pieces pieces;
   const effnet_fast::pointwise::Gpu gpu{multiprocessors, shared_bytes, shared_bytes - 1024};
 #ifdef ONE_KERNEL
-  launch_backward<PointwiseBackward<T, Before::norm_and_gate, 2>>(launch_of(p, made), made, gpu, std::ref(pieces), nullptr);
+  start_backward<PointwiseBackward<T, Before::norm_and_gate, 2>>(launch_of(p, made), made, gpu, std::ref(pieces), nullptr);
 #else
   launch_backward<T>(p, made, gpu, std::ref(pieces), nullptr);
 #endif

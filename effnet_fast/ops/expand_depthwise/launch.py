@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from effnet_fast.ops import gpu
 from effnet_fast.ops.common import constant
 
 CHANNELS, COLUMNS = 48, 32  # of a block
@@ -30,22 +31,11 @@ def shared_bytes(inputs: int, kernel: int, stride: int, width: int) -> int:
     return max(loop, stage + norm + weights) + norm + (CHANNELS + -(-live * stride * pixels // 32) * 32) * pitch
 
 
-@functools.cache
-def _shared_bytes_of(device: int) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
-@constant
-def shared_bytes_of(device: int) -> int:
-    """That a block may have on that CUDA device."""
-    return _shared_bytes_of(device)
-
-
 def why_too_large(x: Tensor, inputs: int, kernel: int, stride: int, width: int) -> str | None:
     """Why shared memory does not suffice for that, or None; ``width``: of the output."""
     if not x.is_cuda:
         return None
-    wanted, there = shared_bytes(inputs, kernel, stride, width), shared_bytes_of(x.device.index)
+    wanted, there = shared_bytes(inputs, kernel, stride, width), gpu.shared_memory(x.device.index)
     return None if wanted <= there else f"{inputs} input channels: a block would take {wanted} of {there} bytes of shared memory"
 
 

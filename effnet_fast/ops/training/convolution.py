@@ -182,9 +182,13 @@ def _unsupported_backward(
         return {"native": "an activation or a pool behind y: the CUDA kernel's backward takes neither"}
     out, columns = weight.shape[0], min(weight.shape[1], COLUMNS)
     most = MOST_OUT if norm is None else MOST_OUT_NORMED
-    needed = out * (2 * columns + 540) + 39296  # csrc/training/pointwise_backward.cuh: two stages, and what stays; or a little less
-    if out > most or needed > gpu.shared_memory(x.device.index):
-        return {"native": f"{weight.shape[1]} to {out} channels: the CUDA kernel's backward takes fewer on this GPU"}
+    if out > most:
+        behind = "without" if norm is None else "with"
+        return {"native": f"{out} output channels: the CUDA kernel's backward takes {most} at most of an x {behind} a norm"}
+    # At most, with two stages of 64 rows: of an output channel 512 bytes of g and y in them, a row of W and 3 coefficients.
+    needed, there = out * (540 + 2 * columns) + 34048, gpu.shared_memory(x.device.index)
+    if needed > there:
+        return {"native": f"{out} output channels: a block would take up to {needed} of {there} bytes of shared memory"}
     return None
 
 
