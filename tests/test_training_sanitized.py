@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +13,8 @@ from emulator import build
 
 HERE = Path(__file__).parent / "emulator"
 KERNELS = ("training/depthwise_cpu.cpp", "training/pointwise_cpu.cpp", "training/norm_act_cpu.cpp", "pointwise/pointwise_cpu.cpp")
-# Not inlined, the kernels compile in a quarter of the time. What is called must then be compiled for the vectors of its callers.
-CALLED = ["-Dalways_inline=unused"]
-if platform.machine() == "x86_64":
-    CALLED += ["-mavx2", "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16"))]
-WARNINGS = ["-Wall", "-Werror", "-Wno-psabi"]
-FLAGS = ["-std=c++20", "-O0", "-g1", *build.SANITIZERS.split(), *WARNINGS, "-include", str(HERE / "cpu.h"), *CALLED]
+FLAGS = ["-std=c++20", "-g1", *build.CPU.split(), *build.SANITIZERS.split(), "-Wall", "-Werror", "-Wno-psabi"]
+FLAGS += ["-include", str(HERE / "cpu.h")]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers need g++")
 
