@@ -186,6 +186,7 @@ SEEDED = {
     "back-early-a": bug("if (Tr::kNormed) __syncthreads();  // a", "// a", WRONG),
     "back-slot": bug("    __syncthreads();  // g and x", "    load_next(free_slot);\n    __syncthreads();  // g and x", WRONG),
     "back-last-k": bug("const bool whole = k + 8 < K;", "const bool whole = true;", WRONG),
+    "back-z-too-large": bug("at.z_in_stage = at.y >= turned;", "at.z_in_stage = true;", WRONG),
     "back-lost-warp": bug("w < Tr::kWarps; ++w", "w < Tr::kWarps - 1; ++w", WRONG),
     "back-kept-sums": bug("sums[s][e] = 0.f;", ";", WRONG),
     "back-short": bug("kWarps * kSums * kMostColumns * 4)", "0)", "outside shared|heap-buffer|SEGV|" + WRONG),

@@ -150,7 +150,7 @@ SEEDED = {
     ),
     "stats-late-barrier": bug("    __syncthreads();  // nothing lands", "    // nothing lands", WRONG, "pointwise/forward.cuh"),
     "stats-shared-memory-too-short": bug("return norms(p) * int(sizeof(Affine))", "return 0", "outside shared|heap-buffer"),
-    "stats-lost-shift": bug("const double shift = value(shift_, e), count", "const double shift = 0, count", WRONG),
+    "stats-lost-shift": bug("const double shift = value_of<T>(shift_, e), count", "const double shift = 0, count", WRONG),
 }
 SEEDED_RUNS = [
     Run(5, 49, 200, 24, "silu", True, multiprocessors=1),

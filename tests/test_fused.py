@@ -115,6 +115,7 @@ def test_every_block_is_fused_in_eval_and_in_training():
             "norm_vectors",
             "norm_act_mean",
             "norm_act",
+            "squeeze_excite_gate",
         }
     with pytest.raises(ValueError, match="accelerate"):
         effnet_fast.explain(torch.nn.Conv2d(3, 3, 1), x)

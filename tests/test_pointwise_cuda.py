@@ -122,8 +122,8 @@ def test_what_the_kernel_does_not_take(monkeypatch):
     ):
         assert re.search(told, refused["native"]), refused
     monkeypatch.setattr(gpu, "shared_memory", lambda index: 99 << 10)
-    assert backward(x(2, 24, 7, 7), weight(96, 24), None, *rest) is None
-    assert "of 101376 bytes of shared memory" in backward(x(2, 24, 7, 7), weight(144, 24), None, *rest)["native"]
+    assert backward(x(2, 24, 7, 7), weight(144, 24), None, *rest) is None
+    assert "of 101376 bytes of shared memory" in backward(x(2, 40, 7, 7), weight(240, 40), None, *rest)["native"]
     assert pointwise._slower(x(256, 24, 56, 56), weight(144, 24), None) is None
     assert pointwise._slower(x(1, 24, 56, 56), weight(144, 24), None)["native"].startswith("few pixels")
     assert pointwise._slower(x(1, 24, 56, 56), weight(144, 24), gate) is None

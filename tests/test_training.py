@@ -414,11 +414,31 @@ def test_statistics_that_are_not_tracked_stay():
 def test_biases_may_change_before_the_backward_pass():
     """As in eager PyTorch, whose norms and convolutions do not need them there."""
     block, x = block_of(MBConv, PLAIN_MBCONV[1]), channels_last(torch.randn(3, 24, 9, 8))
-    y = block(x)
+    same = copy.deepcopy(block)
+    y, expected = block(x), same(x)
     with torch.no_grad():
         for bias in (block.bn1.bias, block.bn3.bias, block.se.conv_reduce.bias, block.se.conv_expand.bias):
             bias.zero_()
-    y.sum().backward()
+    for result in (y, expected):
+        (result * result.detach()).sum().backward()
+    for (name, changed), kept in zip(block.named_parameters(), same.parameters(), strict=True):
+        assert torch.equal(changed.grad, kept.grad), name
+
+
+@TRAINED
+@pytest.mark.parametrize("training", [True, False])
+def test_a_squeeze_excite_of_several_dtypes(training):
+    """Under autocast plain PyTorch takes parameters of any."""
+    block, x = block_of(MBConv, PLAIN_MBCONV[1]), channels_last(torch.randn(3, 24, 9, 8))
+    block.residual = False  # else the shortcut is float32, and children run one by one
+    block.se.conv_reduce.weight.data = block.se.conv_reduce.weight.data.bfloat16()
+    block.se.conv_expand.bfloat16()
+    if training:
+        check_step(block, x, autocast=torch.bfloat16)
+        return
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        block.eval()
+        torch.testing.assert_close(block(x), block.forward_children(x), rtol=0.05, atol=0.05)
 
 
 def test_the_reference_runs_on_any_device():

@@ -20,8 +20,8 @@ SHAPES = [  # images, channels, hidden units: none of them fills a tile, or all 
     (3, 40, 10),
     (37, 144, 6),
     (5, 100, 33),
-    (20, 480, 20),
     (2, 70, 130),
+    (20, 480, 20),
 ]
 
 
@@ -96,7 +96,8 @@ def test_views_and_the_same_bits_each_time():
     ("place", "value", "error", "message"),
     [
         (0, [1], TypeError, "sums is list; a torch.Tensor would do"),
-        (0, torch.ones(3, 4, 24), ValueError, r"sums is \(3, 4, 24\); \[N, 5, C\] with C >= 1 would do"),
+        (0, torch.ones(3, 4, 24), ValueError, r"sums is \(3, 4, 24\); \[N, 5, C\] with N and C >= 1 would do"),
+        (0, torch.ones(0, 5, 24), ValueError, r"sums is \(0, 5, 24\); \[N, 5, C\] with N and C >= 1 would do"),
         (0, torch.ones(3, 5, 24).half(), TypeError, "sums is torch.float16"),
         (1, torch.ones(3, 23), ValueError, r"gate is \(3, 23\); \(3, 24\) would do"),
         (2, torch.ones(3, 24).double(), TypeError, "pooled is torch.float64"),

@@ -99,7 +99,7 @@ def test_norm_coefficients(values, channels):
     every_backend.test_norm_coefficients(channels, values)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), in_turn(squeeze_excite.SHAPES[1:6] if INTERPRETED else squeeze_excite.SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), in_turn(squeeze_excite.SHAPES[1:7] if INTERPRETED else squeeze_excite.SHAPES), ids=str)
 @pytest.mark.parametrize("activation", ["silu", "relu6"])
 def test_squeeze_excite(activation, shape, dtype, processors):
     squeeze_excite.test_it(shape, activation, dtype)

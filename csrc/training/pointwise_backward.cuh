@@ -201,7 +201,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
   const int share = ceil_div(columns / 8, Tr::kHalves), first_tile = warp / Tr::kRowWarps * share;
   const int last_tile = min(first_tile + share, columns / 8);
 
-  auto store_quad = [&](int64_t at, const Quad& quad) {  // by one instruction, which two halves are not
+  auto store_quad = [&](int64_t at, const Quad& quad) {  // at once: two stores of 4 bytes would each fill half a sector
     *reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(p.grad_x) + at) = quad.at[0] | uint64_t(quad.at[1]) << 32;
   };
   auto residual_at = [&](int64_t at) {
@@ -273,7 +273,7 @@ template <class Tr> __global__ void __launch_bounds__(Tr::kThreads, Tr::kBlocks)
         uint32_t a[4];
         load_matrices(a, a_row);
         const Shared b_row = b_rows + min(k + l % 16, K - 1) * at.c_row;
-        const bool whole = k + 8 < K;  // else what follows these 8 is another row
+        const bool whole = k + 8 < K;  // else what follows these 8 is another row, or y, where z may be written now: it is not used
 #pragma unroll
         for (int j = 0; j < Tr::kTiles; j += 2) {
           if (first_tile + j >= last_tile) break;

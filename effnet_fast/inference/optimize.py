@@ -169,7 +169,7 @@ class InferenceModel(nn.Module):
                 channels = self.pixels.shape[1]
                 if x.shape[1] == channels or isinstance(error, torch.OutOfMemoryError):
                     raise
-                raise ValueError(wrong_images(x, channels)) from error
+                raise ValueError(f"{wrong_images(x, channels)}; the network says: {str(error).splitlines()[0]}") from error
 
     def _on_cuda(self, x: Tensor) -> Any:
         if is_tracing() and self.cuda_graphs:  # a graph tells nothing

@@ -21,6 +21,7 @@ from effnet_fast.nn.parts import (
     BlockParts,
     ConvNormAct,
     activation_name,
+    alike,
     norm_of,
     tensor_of,
     uses_batch,
@@ -117,15 +118,9 @@ def run_block(parts: BlockParts, x: Tensor) -> Tensor:
             x, partial = ops.depthwise_conv_bn_act(x if expand is None else run_conv(expand, x), weight, norm, **options)
         if squeeze_excite is not None:
             reduce, widen = squeeze_excite.reduce, squeeze_excite.expand
-            gate = ops.squeeze_excite_gate(
-                partial,
-                x.shape[2] * x.shape[3],
-                weight_of(reduce),
-                tensor_of(reduce, "bias"),
-                weight_of(widen),
-                tensor_of(widen, "bias"),
-                activation=squeeze_excite.activation,
-            )
+            weights = weight_of(reduce), tensor_of(reduce, "bias"), weight_of(widen), tensor_of(widen, "bias")
+            count, activation = x.shape[2] * x.shape[3], squeeze_excite.activation
+            gate = ops.squeeze_excite_gate(partial, count, *alike(weights, partial.dtype), activation=activation)  # type: ignore[arg-type]
     return run_conv(parts.project, x, residual=shortcut, gate=gate)
 
 

@@ -7,9 +7,10 @@ Children and tensors are taken from ``_modules``, ``_parameters`` and ``_buffers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -172,6 +173,14 @@ def norm_of(module: nn.BatchNorm2d) -> ops.Norm:
     weight, bias, mean, var = (tensor_of(module, name) for name in ("weight", "bias", "running_mean", "running_var"))
     assert mean is not None and var is not None  # or it uses_batch
     return ops.Norm(weight, bias, mean, var, module.eps)
+
+
+def alike(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """As they are where all have one dtype, else in ``dtype``: under autocast a net's parameters may have several."""
+    tensors = list(tensors)
+    if len({tensor.dtype for tensor in tensors if tensor is not None}) == 1:
+        return tensors
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def weight_of(conv: nn.Conv2d) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from effnet_fast.nn.padding import sides
-from effnet_fast.nn.parts import BlockParts, ConvNormAct, tensor_of, uses_batch, weight_of
+from effnet_fast.nn.parts import BlockParts, ConvNormAct, alike, tensor_of, uses_batch, weight_of
 from effnet_fast.ops import backends, squeeze_excite_gate
 from effnet_fast.ops import training as ops
 from effnet_fast.ops.common import accumulator, output_size, without_autocast
@@ -86,9 +86,11 @@ class _Block(torch.autograd.Function):
             weight, norm_weight, norm_bias, mean, var = tensors[number * _PER_LAYER : (number + 1) * _PER_LAYER]
             if plan.squeeze_activation is not None and number == len(plan.layers) - 1:
                 pooled = ops.norm_act_mean(read, norm, activation)  # type: ignore[arg-type]
-                gate = squeeze_excite_gate(pooled[:, None], 1, *tensors[-4:], activation=plan.squeeze_activation)  # type: ignore[arg-type]
-                reduce, bias, expand, _ = tensors[-4:]  # a bias may change before the backward, as plain PyTorch lets it
-                squeezed = [pooled, gate, reduce, None if bias is None else bias.detach().clone(), expand]
+                of_gate = alike(tensors[-4:], pooled.dtype)
+                gate = squeeze_excite_gate(pooled[:, None], 1, *of_gate, activation=plan.squeeze_activation)  # type: ignore[arg-type]
+                if plan.keeps:
+                    reduce, bias, expand, _ = tensors[-4:]  # a bias may change before the backward, as plain PyTorch lets it
+                    squeezed = [pooled, gate, reduce, None if bias is None else bias.detach().clone(), expand]
             y, batch_mean, batch_var = ops.conv_stats(
                 read,
                 weight,  # type: ignore[arg-type]

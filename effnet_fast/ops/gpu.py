@@ -67,7 +67,7 @@ def _capability_of(index: int) -> tuple[int, int] | None:
 @constant
 def shared_memory(index: int | None) -> int:
     """Bytes of it that a block of a CUDA kernel may have on a GPU; where there is no such GPU, as many as it needs."""
-    no_gpu = index is None or not torch.cuda.is_available() or torch.version.hip  # of HIP's, torch tells it of few
+    no_gpu = index is None or not torch.cuda.is_available() or torch.version.hip  # of HIP's torch does not tell it
     return 2**31 if no_gpu else _shared_memory(index)
 
 

@@ -180,16 +180,23 @@ def _unsupported_backward(
         return refused
     if y_activation != "identity" or y_pool is not None:
         return {"native": "an activation or a pool behind y: the CUDA kernel's backward takes neither"}
-    out, columns = weight.shape[0], min(weight.shape[1], COLUMNS)
-    most = MOST_OUT if norm is None else MOST_OUT_NORMED
+    out, most = weight.shape[0], MOST_OUT if norm is None else MOST_OUT_NORMED
     if out > most:
         behind = "without" if norm is None else "with"
         return {"native": f"{out} output channels: the CUDA kernel's backward takes {most} at most of an x {behind} a norm"}
-    # At most, with two stages of 64 rows: of an output channel 512 bytes of g and y in them, a row of W and 3 coefficients.
-    needed, there = out * (540 + 2 * columns) + 34048, gpu.shared_memory(x.device.index)
+    needed, there = _shared_bytes(weight.shape[1], out, norm is not None), gpu.shared_memory(x.device.index)
     if needed > there:
-        return {"native": f"{out} output channels: a block would take up to {needed} of {there} bytes of shared memory"}
+        return {"native": f"{out} output channels: a block would take {needed} of {there} bytes of shared memory"}
     return None
+
+
+def _shared_bytes(channels: int, out: int, normed: bool) -> int:
+    """Of a block with two stages of 64 rows, as csrc/training/pointwise_backward.cuh has them. With a norm there may be a gate."""
+    columns = -(-channels // (8 * -(-channels // COLUMNS))) * 8
+    g_row, x_row, sums = (out // 8 | 1) * 16, (columns // 8 | 1) * 16, 5 if normed else 0
+    turned = max(64 * x_row, 8 * sums * 4 * COLUMNS)  # z, and the sums of warps: where y was, if that is as large
+    stage = 2 * 64 * g_row + 64 * x_row + (4 * COLUMNS if normed else 0)
+    return 2 * stage + out * x_row + (0 if 64 * g_row >= turned else turned) + 12 * out + (12 * COLUMNS if normed else 0)
 
 
 def why_no_kernel(x: Tensor, channels: int, weight: Tensor, stride: int) -> str | None:

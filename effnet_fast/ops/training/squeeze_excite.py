@@ -27,8 +27,8 @@ _SUMS = (torch.float32, torch.float64)
 
 def _check(sums, gate, pooled, reduce_weight, reduce_bias, expand_weight, activation, pixels):
     check_strided(NAME, "sums", sums)
-    if sums.dim() != 3 or sums.shape[1] != 5 or sums.shape[2] < 1:
-        raise ValueError(f"{NAME}: sums is {tuple(sums.shape)}; [N, 5, C] with C >= 1 would do")
+    if sums.dim() != 3 or sums.shape[1] != 5 or sums.shape[0] < 1 or sums.shape[2] < 1:
+        raise ValueError(f"{NAME}: sums is {tuple(sums.shape)}; [N, 5, C] with N and C >= 1 would do")
     if sums.dtype not in _SUMS:
         raise TypeError(f"{NAME}: sums is {sums.dtype}; {either(_SUMS)} would do")
     images, _, channels = sums.shape
@@ -56,7 +56,7 @@ def _flops(sums_shape, gate_shape, pooled_shape, reduce_shape, *args, out_shape,
     return 10 * sums_shape[0] * reduce_shape[0] * reduce_shape[1]
 
 
-define(
+_run = define(
     NAME,
     "Tensor sums, Tensor gate, Tensor pooled, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, str activation,"
     " SymInt pixels",
@@ -68,8 +68,13 @@ define(
     backends=("triton",),
 )
 triton_backend.register(NAME, _check, _allocate, (torch.float32,), ("effnet_fast.ops.training.triton_squeeze_excite", NAME))
-# Not the reference as a function, which a compiler would trace under the autocast of the forward, and make halves of its products.
-_reference = torch.ops.effnet_fast.squeeze_excite_backward.reference
+
+
+def _reference(*args):
+    """A compiler would trace the function under the forward's autocast, and make halves of its products; it leaves the op alone."""
+    return torch.ops.effnet_fast.squeeze_excite_backward.reference(*args) if torch.compiler.is_compiling() else _run(*args)
+
+
 backends.register(NAME, backends.Kernel("native", _reference, native.why_not))
 backends.register(NAME, backends.Kernel("triton", torch.ops.effnet_fast.squeeze_excite_backward.triton, triton_backend.can_run))
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always))

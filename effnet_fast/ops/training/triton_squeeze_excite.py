@@ -1,12 +1,13 @@
-"""The backward of training's squeeze-excite in Triton: two launches where PyTorch's own ops are fifteen.
+"""The backward of training's squeeze-excite in Triton: two launches where PyTorch's own ops are eighteen.
 
-The first makes, for 16 images, R hidden units and a share of the channels, two products with the weights: the hidden units again,
-and the gradient of what was made of them. The second owns 16 channels and all hidden units. It walks over the images, 16 at once,
-adds up the shares, and makes of them what is of its channels: both gradients of weights, in registers, the gradient of the mean
-and, of that, the sums that the norm before the gate needs. There are no atomics: results are the same to the bit.
+The first makes, for 16 images, up to 64 hidden units and a share of the channels, two products with the weights: the hidden units
+again, and the gradient of what was made of them. The second owns 16 channels and all hidden units. It walks over the images, 16 at
+once, adds up the shares, and makes of them what is of its channels: both gradients of weights, in registers, the gradient of the
+mean and, of that, the sums that the norm before the gate needs. There are no atomics: results are the same to the bit.
 
-An image takes 10 C R multiply-adds in float32 and reads 7 C floats; weights are read once for 16 images in the first launch and
-once in the second, from L2. What binds is latency: of one walk over 128 images there are eight steps. Not timed on a GPU yet.
+An image takes 5 C R multiply-adds in float32 and 10 C floats that are read; the weights come once for 16 images in the first
+launch, from L2, and that of the reduction once in the second. What binds is latency: a walk over 128 images has eight steps. Not
+timed on a GPU yet.
 """
 
 from __future__ import annotations
