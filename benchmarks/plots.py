@@ -101,7 +101,8 @@ def _speed(told: dict[str, Any]) -> Any:
     axes.set_ylabel(f"speed-up over {baseline}")
     axes.set_title(_title(told), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    long = any(len(name) > 26 for name in colours)  # four columns of such would be wider than the picture
+    figure.legend(loc="outside lower center", ncols=3 if long else 4, fontsize=8, frameon=False)
     return figure
 
 
