@@ -189,7 +189,7 @@ def covering(found: dict[Launch, None]) -> list[Launch]:
         key = (
             kernel,
             dict(signature).get("x", dict(signature)[kernel.arg_names[0]]),
-            [kind for name, kind in signature if name in ("weight", "reduce", "reduce_weight")][:1],
+            tuple(kind for name, kind in signature if name in ("weight", "reduce", "reduce_weight")),
             tuple(
                 (name, value)
                 for name, value in constants

@@ -5,11 +5,12 @@
 //   z      = g W,  grad_W = g^T a,  a = activation(norm(x)) * gate, or x itself
 //   grad_x = z where x has no norm, or a gate; else z * activation'(norm(x));  and the residual; sums as params.h has them
 //
-// A block owns up to 64 of x's channels and a share of the images, whose rows it takes in tiles of 64 or 128 of one image. grad,
-// y and x come by cp.async through a ring of tiles; the thread that brings a piece of 8 channels of grad and y also makes g of
-// it, in the place of grad. Then both products are made from there by mma of 16 x 8 x 16: z by warps of 16 rows, and grad_W, 16
-// x 16 of it at a time, in registers that stay from tile to tile. z turns in shared memory, so that a thread has 4 channels of a
-// row of it beside those of x, of which it makes a in its place, and adds up their sums. W stays in shared memory.
+// A block owns up to 64 of x's channels and a share of the images, whose rows it takes in tiles of 64 or 128: of one image, which
+// costs a quarter of them at 14x14, or without gates of all images as one. grad, y and x come by cp.async through a ring of tiles;
+// the thread that brings a piece of 8 channels of grad and y also makes g of it, in the place of grad. Then both products are made
+// from there by mma of 16 x 8 x 16: z by warps of 16 rows, and grad_W, 16 x 16 of it at a time, in registers that stay from tile to
+// tile. z turns in shared memory, so that a thread has 4 channels of a row of it beside those of x, of which it makes a in its
+// place, and adds up their sums. W stays in shared memory.
 //
 // What is added up over tiles leaves in pieces that a second launch adds up, in fixed order (no atomics; the same bits each
 // time): sums of an image after 1024 rows, so that chains of floats are 64 long, and grad_W when a block ends.
