@@ -19,7 +19,7 @@
 // the SASS of sm_90 a g takes 8 lane-instructions with what brings it, for every 64 of C anew, and with a gate and SiLU an
 // element of x 29; the products, and what each tile costs, as much again where K or C is 24. Meant for expansions, C to 64 and K
 // to what shared memory holds, of which HBM should bind, and for projections of K to 128, of which instructions should. Not
-// timed on a GPU yet. What this replaces, a pass that writes g, one that writes a, two products of cuDNN's and a pass for the
+// run on a GPU yet. What this replaces, a pass that writes g, one that writes a, two products of cuDNN's and a pass for the
 // sums, took an H200 253 us for 128 images of 24 to 144 channels of 56x56 and 418 for 144 to 24
 // (benchmarks/results/training-trials-cuda.json, products); their bytes are 68 and 63 us, and 90 and 150 are expected here.
 #pragma once
