@@ -7,7 +7,7 @@ mean and, of that, the sums that the norm before the gate needs. There are no at
 
 An image takes 5 C R multiply-adds in float32 and 10 C floats that are read; the weights come once for 16 images in the first
 launch, from L2, and that of the reduction once in the second. What binds is latency: a walk over 128 images has eight steps. Not
-timed on a GPU yet.
+run on a GPU yet.
 """
 
 from __future__ import annotations
