@@ -41,6 +41,9 @@ static const char kSchemas[] =
     "plan_run(int plan, Tensor images, Tensor[] results) -> ()\n"
     "plan_held(int plan) -> int\n"
     "plan_free(int plan) -> ()\n"
+    "chain_begin(Tensor barrier) -> ()\n"
+    "chain_launch() -> ()\n"
+    "chain_end() -> ()\n"
     "return_memory() -> ()";
 
 // The text of a macro's value, which may have commas.

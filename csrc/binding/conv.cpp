@@ -2,6 +2,7 @@
 #include "../conv/params.h"
 
 #include "../inference/plan.h"
+#include "chain.h"
 #include "conv.h"
 
 namespace effnet_fast::binding {
@@ -34,10 +35,10 @@ void run_cuda(conv::Params& p, const Tensor& x, const OptionalTensor& residual) 
   const torch::stable::accelerator::DeviceGuard guard(device);
   OptionalTensor copy;
   if (!aligned(p.residual)) {
-    copy = torch::stable::clone(*residual);
+    copy = on_16_bytes(*residual);
     p.residual = copy->const_data_ptr();
   }
-  conv::forward_cuda(p, current_cuda_stream(device));
+  start(p, conv::forward_cuda, device);
 }
 #endif
 

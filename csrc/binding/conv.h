@@ -56,14 +56,20 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-inline Tensor as_channels_last(const Tensor& t) {
-  return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+inline Tensor in_channels_last(const Tensor& t) {
+  before_other_kernels();
+  return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
 }
+inline Tensor as_channels_last(const Tensor& t) { return is_channels_last(t) ? t : in_channels_last(t); }
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // What CUDA's kernels read 16 bytes at a time: a copy of a view at an odd place, which is rare.
-inline Tensor on_16_bytes(const Tensor& t) { return t.is_cpu() || aligned16(t.const_data_ptr()) ? t : torch::stable::clone(t); }
+inline Tensor on_16_bytes(const Tensor& t) {
+  if (t.is_cpu() || aligned16(t.const_data_ptr())) return t;
+  before_other_kernels();
+  return torch::stable::clone(t);
+}
 
 inline void check_output(const char* op, const char* name, const Tensor& y, const Tensor& x, const ConvShape& s, ScalarType dtype) {
   check_shape(op, name, y, {x.size(0), s.out_channels, s.out_height, s.out_width});

@@ -2,6 +2,7 @@
 #include "../depthwise/params.h"
 
 #include "../inference/plan.h"
+#include "chain.h"
 #include "conv.h"
 
 namespace effnet_fast::binding {
@@ -26,7 +27,7 @@ template <typename Run> void write_depthwise(const Tensor& x, const Tensor& weig
   check_apart(kDepthwise, "partial", partial, x);
   check(partial.scalar_type() == ScalarType::Float && partial.is_contiguous(), kDepthwise, ": partial must be contiguous float32");
 
-  const Tensor input = x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  const Tensor input = x.stride(1) == 1 || x.size(1) == 1 ? x : in_channels_last(x);
   const ConvTensors t = conv_tensors(kDepthwise, x, weight, norm);
   auto p = conv_params<depthwise::ForwardParams>(kDepthwise, input, t, stride, padding, activation, shape, y,
                                                  dtype_of(kDepthwise, "x", x));
@@ -50,20 +51,21 @@ void run_cuda(depthwise::ForwardParams& p, const Tensor& x, const Tensor& weight
   const bool on_tensor_cores = p.dtype != DType::fp32 && p.channels % 8 == 0;
   if (on_tensor_cores) {
     check(aligned(p.y, 16) && aligned(p.partial, 8), kDepthwise, ": y must start at a multiple of 16 bytes, partial of 8");
-    if (stride(0) % 8 || stride(2) % 8 || stride(3) % 8) input = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+    if (stride(0) % 8 || stride(2) % 8 || stride(3) % 8) input = in_channels_last(input);
     if (!aligned(input.const_data_ptr(), 16)) {  // perhaps channels_last already, so that contiguous would return it as it is
+      before_other_kernels();
       const Tensor copy = torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), std::nullopt,
                                                x.device(), std::nullopt, MemoryFormat::ChannelsLast);
       input = torch::stable::copy_(const_cast<Tensor&>(copy), input);
     }
   }
-  if (!aligned(taps.const_data_ptr(), 16)) taps = torch::stable::clone(taps);
+  taps = on_16_bytes(taps);
   p.x = input.const_data_ptr();
   p.x_image = stride(0);
   p.x_row = stride(2);
   p.x_pixel = stride(3);
   p.weight = taps.const_data_ptr();
-  depthwise::forward_cuda(p, current_cuda_stream(device));
+  start(p, depthwise::forward_cuda, device);
 }
 #endif
 

@@ -1,6 +1,7 @@
 // effnet_fast::expand_depthwise_conv_bn_act.native. The schema is in effnet_fast/ops/expand_depthwise.
 #include "../expand_depthwise/params.h"
 
+#include "chain.h"
 #include "conv.h"
 
 #ifdef EFFNET_FAST_CUDA
@@ -46,7 +47,7 @@ void expand_depthwise_out(const Tensor& x, const Tensor& expand_weight, const Op
   p.pieces = int(pieces);
   check(aligned16(p.y) && reinterpret_cast<uintptr_t>(p.partial) % 8 == 0, kOp,
         ": y must start at a multiple of 16 bytes, partial of 8");
-  if (p.batch > 0) expand_depthwise::forward_cuda(p, current_cuda_stream(device));
+  if (p.batch > 0) start(p, expand_depthwise::forward_cuda, device);
 }
 
 std::tuple<Tensor, Tensor> expand_depthwise_made(const Tensor& x, const Tensor& expand_weight,

@@ -2,6 +2,7 @@
 #include "../pointwise/params.h"
 
 #include "../inference/plan.h"
+#include "chain.h"
 #include "conv.h"
 
 namespace effnet_fast::binding {
@@ -25,7 +26,7 @@ void run_cuda(const pointwise::Params& p, const Tensor& x) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   check(p.dtype != DType::fp32, kPointwise, ": the CUDA kernel takes x of bfloat16 or float16");
   check(aligned16(p.y), kPointwise, ": y must start at a multiple of 16 bytes");
-  pointwise::forward_cuda(p, current_cuda_stream(device));
+  start(p, pointwise::forward_cuda, device);
 }
 #endif
 

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../inference/plan.h"
+#include "chain.h"
 #include "torch.h"
 
 namespace effnet_fast::binding {
@@ -70,7 +71,7 @@ void run_cpu(const squeeze_excite::GateParams& p, int32_t) { inference::call(p, 
 #ifdef EFFNET_FAST_CUDA
 void run_cuda(const squeeze_excite::GateParams& p, int32_t device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
-  squeeze_excite::gate_cuda(p, current_cuda_stream(device));
+  start(p, squeeze_excite::gate_cuda, device);
 }
 #endif
 

@@ -93,11 +93,20 @@ inline Activation activation_of(const char* op, const std::string& name) {
   return Activation::identity;
 }
 
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+// To be called before a thread starts anything on CUDA but by chain.h: what its chain has comes first. On the CPU it does nothing.
+void before_other_kernels();
+
+inline Tensor as_contiguous(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  before_other_kernels();
+  return torch::stable::contiguous(t);
+}
 
 // A weight, a bias or a norm's vector as the kernels read it. They compute in fp32 and have no fp64 form.
 inline Tensor as_parameter(const Tensor& t) {
-  return as_contiguous(t.scalar_type() == ScalarType::Double ? torch::stable::to(t, ScalarType::Float) : t);
+  if (t.scalar_type() != ScalarType::Double) return as_contiguous(t);
+  before_other_kernels();
+  return as_contiguous(torch::stable::to(t, ScalarType::Float));
 }
 
 // The current stream of torch on that CUDA device, a cudaStream_t.

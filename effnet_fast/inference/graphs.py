@@ -9,10 +9,11 @@ a few KB.
 
 from __future__ import annotations
 
+import statistics
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+FEW = 4  # images
+ROUNDS, REPLAYS = 5, 10  # of graphs that are compared
 GRAPHS = 16  # that a network keeps: each shape, batch size included, layout and dtype has its own
 _CAPTURING = threading.Lock()  # torch allows one capture in a process
 
@@ -41,17 +44,24 @@ class Key(NamedTuple):
         """A copy of ``x`` as a graph wants it."""
         return torch.empty(self.shape, dtype=self.dtype, device=x.device, memory_format=self.form).copy_(x)
 
+    def noise(self, device: torch.device) -> Tensor:
+        """Images of it as good as any, the same each time; nobody else's random numbers change."""
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=self.form)
+        return x.normal_(generator=generator) if self.dtype.is_floating_point else x.random_(256, generator=generator)
+
     def __str__(self) -> str:
         form = "channels_last" if self.form == torch.channels_last else "NCHW"
         return f"{'x'.join(map(str, self.shape))} {form} {self.dtype}"
 
 
 class Graph(NamedTuple):
-    """``replay`` computes ``results`` of what ``x`` holds; all three stay where they are."""
+    """``replay`` computes ``results`` of what ``x`` holds; all three stay where they are. ``told``: what it is, in words."""
 
     x: Tensor
     results: Any
     replay: Callable[[], None]
+    told: str = "a CUDA graph"
 
     def static_bytes(self) -> int:
         return sum(t.nbytes for t in tree_flatten((self.x, self.results))[0] if isinstance(t, Tensor))
@@ -66,8 +76,22 @@ class Pool(Protocol):
     def turn(self) -> AbstractContextManager[None]:
         """What the current stream is given inside comes after all turns before this one."""
 
+    def milliseconds(self, graphs: Sequence[Graph]) -> list[float]:
+        """That a replay of each takes."""
+
     def bytes(self) -> int:
         """That it holds of the device's memory."""
+
+
+class Few(NamedTuple):
+    """Another way to run a batch of few images, which may be faster.
+
+    run    its text tells what it does in a pass
+    agree  whether two results of a pass are the same but for rounding
+    """
+
+    run: Run
+    agree: Callable[[Any, Any], bool]
 
 
 def _forget_workspaces() -> None:
@@ -121,6 +145,20 @@ class CudaPool:
                 _forget_workspaces()
         return Graph(static, results, graph.replay)
 
+    def milliseconds(self, graphs: Sequence[Graph]) -> list[float]:
+        taken: list[list[float]] = [[] for _ in graphs]
+        with self.turn():
+            for _ in range(ROUNDS):
+                for graph, times in zip(graphs, taken, strict=True):
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    start.record()
+                    for _ in range(REPLAYS):
+                        graph.replay()
+                    end.record()
+                    end.synchronize()
+                    times.append(start.elapsed_time(end) / REPLAYS)
+        return [statistics.median(times) for times in taken]
+
     def bytes(self) -> int:
         return sum(segment["total_size"] for segment in self._pool.snapshot())
 
@@ -130,12 +168,13 @@ class Graphs:
 
     dtype   of the images that ``run`` is given, where the caller's are of a floating type
     pool    makes the memory when there is none
+    few     for up to ``FEW`` images: both are captured, and that whose replays are faster stays
 
     The graph that was not used for longest goes where there would be more than ``GRAPHS``.
     """
 
-    def __init__(self, run: Run, dtype: torch.dtype, pool: Callable[[], Pool]) -> None:
-        self._run, self._dtype, self._make_pool = run, dtype, pool
+    def __init__(self, run: Run, dtype: torch.dtype, pool: Callable[[], Pool], few: Few | None = None) -> None:
+        self._run, self._dtype, self._make_pool, self._few = run, dtype, pool, few
         self._graphs: OrderedDict[Key, Graph | str] = OrderedDict()  # or why there is none; they go before their pool
         self._pool: Pool | None = None
         self._lock = threading.Lock()
@@ -153,7 +192,7 @@ class Graphs:
             graph = self._graphs.get(key)
             if graph is None:
                 try:
-                    graph = pool.capture(self._run, x, key)
+                    graph = self._captured(pool, x, key)
                 except Uncapturable as reason:
                     graph = str(reason)
                     warnings.warn(f"{key} runs without a CUDA graph from now on: {graph}", stacklevel=2)
@@ -167,6 +206,27 @@ class Graphs:
                 graph.x.copy_(x)
                 graph.replay()
                 return tree_map_only(Tensor, torch.clone, graph.results)
+
+    def _captured(self, pool: Pool, x: Tensor, key: Key) -> Graph:
+        plain = pool.capture(self._run, x, key)
+        if self._few is None or len(x) > FEW:
+            return plain
+        try:
+            other = pool.capture(self._few.run, x, key)
+        except (Uncapturable, RuntimeError) as reason:
+            return plain._replace(told=f"{plain.told}; another way failed: {str(reason).splitlines()[0]}")
+        answers = []
+        with pool.turn():
+            for graph in (plain, other):  # one may lie where the other computes
+                graph.x.copy_(key.noise(x.device))
+                graph.replay()
+                answers.append(tree_map_only(Tensor, torch.clone, graph.results))
+        if not self._few.agree(*answers):
+            return plain._replace(told=f"{plain.told}; with {self._few.run} it would give another result")
+        took, instead = pool.milliseconds((plain, other))
+        if instead < took:
+            return other._replace(told=f"{plain.told} with {self._few.run}, {instead:.3f} ms in place of {took:.3f}")
+        return plain._replace(told=f"{plain.told}, {took:.3f} ms; with {self._few.run} it would take {instead:.3f}")
 
     def clear(self) -> None:
         """Give all memory back."""
@@ -186,7 +246,7 @@ class Graphs:
     def lines(self) -> list[str]:
         with self._lock:
             graphs = self._graphs.items()
-            return [f"  {key}: {graph if isinstance(graph, str) else 'a CUDA graph'}" for key, graph in graphs]
+            return [f"  {key}: {graph if isinstance(graph, str) else graph.told}" for key, graph in graphs]
 
 
 class InPieces:

@@ -236,4 +236,5 @@ PYBIND11_MODULE(emulated, m) {
   m.def("depthwise", &depthwise);
   m.def("conv", &conv);
   bind_training(m);
+  bind_chain(m);
 }

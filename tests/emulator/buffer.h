@@ -33,3 +33,4 @@ inline std::optional<Buffer> optional_buffer(const OptionalArray& a, int misalig
 }
 
 void bind_training(py::module_& m);  // binding_training.cpp
+void bind_chain(py::module_& m);     // binding_chain.cpp

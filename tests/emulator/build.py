@@ -29,8 +29,9 @@ rule link
   command = g++ -shared {sanitizers} $in -o $out
 build binding.o: binding {here}/binding.cpp
 build binding_training.o: binding {here}/binding_training.cpp
+build binding_chain.o: binding {here}/binding_chain.cpp
 """
-BINDING = "binding.o binding_training.o"
+BINDING = "binding.o binding_training.o binding_chain.o"
 # Of the CPU's kernels, which without optimisation compile in half the time, and not inlined in a quarter of that. What is called
 # must then be compiled for the vectors of its callers, which this machine must have, or be of one kind.
 VECTORS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
@@ -52,6 +53,8 @@ KERNELS = {
     "training_pointwise_fp16": ("training_pointwise.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
     "training_pointwise_backward_bf16": ("training_pointwise_backward.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
     "training_pointwise_backward_fp16": ("training_pointwise_backward.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
+    "chain_bf16": ("chain.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),
+    "chain_fp16": ("chain.cpp", "-DEMULATED_TYPE=effnet_fast::fp16"),
     "pointwise_cpu": ("pointwise_cpu.cpp", CPU),
     "conv": ("conv.cpp", ""),
     "training_bf16": ("training_depthwise.cpp", "-DEMULATED_TYPE=effnet_fast::bf16"),

@@ -1,5 +1,6 @@
 // What the binding (without sanitizers) calls of the emulated kernels (with them).
 #pragma once
+#include "chain/params.h"
 #include "conv/params.h"
 #include "depthwise/params.h"
 #include "expand_depthwise/params.h"
@@ -33,6 +34,10 @@ template <typename T> void pointwise_stats(const effnet_fast::training::Pointwis
 template <typename T> void pointwise_backward(const effnet_fast::training::Pointwise& p,
                                               const effnet_fast::training::Gradients& made, int multiprocessors, int shared_bytes,
                                               unsigned seed);
+
+// Runs csrc/chain/chain.cuh, for half types, on a GPU whose blocks may have so much shared memory.
+template <typename T>
+void chain(const std::vector<effnet_fast::chain::Step>& steps, unsigned* barrier, int multiprocessors, int shared_bytes, unsigned seed);
 
 // Runs csrc/conv/forward.cuh.
 void conv(const effnet_fast::conv::Params& p, int multiprocessors, unsigned seed);

@@ -1,0 +1,31 @@
+// Which kernels a chain takes.
+#include "params.h"
+
+#include <climits>
+
+namespace effnet_fast::chain {
+namespace {
+
+bool is_half(DType dtype) { return dtype == DType::bf16 || dtype == DType::fp16; }
+template <typename... Pointers> bool on_16_bytes(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+}  // namespace
+
+bool takes(const depthwise::ForwardParams& p) {
+  return is_half(p.dtype) && p.weight_dtype == p.dtype && p.channels % 8 == 0 && on_16_bytes(p.x, p.y) && p.x_image % 8 == 0 &&
+         p.x_row % 8 == 0 && p.x_pixel % 8 == 0 && p.batch * p.out_height * p.out_width <= kMostRows;
+}
+
+bool takes(const squeeze_excite::GateParams& p) {
+  return is_half(p.dtype) && p.channels % 8 == 0 && p.channels <= kMostChannels && p.reduced <= kMostChannels &&
+         p.batch <= kMostRows && on_16_bytes(p.partial, p.reduce_weight, p.expand_weight);
+}
+
+bool takes(const pointwise::Params& p) {
+  return is_half(p.dtype) && p.weight_dtype == p.dtype && p.in_channels % 8 == 0 && p.out_channels % 8 == 0 &&
+         p.y_row == p.out_channels && on_16_bytes(p.x, p.weight, p.gate, p.residual, p.y) && p.rows <= kMostRows;
+}
+
+}  // namespace effnet_fast::chain

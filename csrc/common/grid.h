@@ -1,0 +1,62 @@
+// All blocks of a grid at once: they lie on the GPU together, and meet at a barrier in two halves. Under g++ what CUDA has for it
+// comes from the emulator's emu.h.
+#pragma once
+#include "cuda.h"
+#ifdef __CUDACC__
+
+// A parameter that is read where it lies, not copied for each thread.
+#define EFFNET_GRID_CONSTANT(type, name) const __grid_constant__ type name
+
+namespace effnet_fast {
+
+// What another block has written, and all that came before that there.
+__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
+  unsigned v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
+// Starts a grid whose blocks all run at the same time, or fails where the GPU has no room for that.
+template <typename... Parameters, typename... Arguments> void launch_together(void (*kernel)(Parameters...), unsigned blocks,
+                                                                              unsigned threads, size_t shared_bytes, void* stream,
+                                                                              const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  EFFNET_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace effnet_fast
+#endif
+
+namespace effnet_fast {
+
+// Every thread of every block says that it has come so far: what it wrote until then, others may read after grid_wait, which is to
+// be given what this returns. The counter is zero before its first use. A meeting adds 2^31 to it in all, however many blocks there
+// are, so that its highest bit turns when the last one has come.
+__device__ __forceinline__ unsigned grid_arrive(unsigned* counter) {
+  __syncthreads();
+  unsigned before = 0;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    before = atomicAdd(counter, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
+  }
+  return before;
+}
+// Waits for all the others. That one thread acquires and the block then meets is enough for all of its threads: no line that L1
+// had before is read.
+__device__ __forceinline__ void grid_wait(const unsigned* counter, unsigned before) {
+  if (threadIdx.x == 0)
+    while (((load_acquire(counter) ^ before) & 0x80000000u) == 0) {
+    }
+  __syncthreads();
+}
+
+}  // namespace effnet_fast

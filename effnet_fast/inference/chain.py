@@ -1,0 +1,140 @@
+"""A network of few images on CUDA with the kernels that follow one another started as one (csrc/chain).
+
+Depthwise and 1x1 convolutions and squeeze-excite gates wait, whichever backend would have run them, until an operator comes that is
+none of them; then all that wait are one launch. Their results have their memory at once, and as they run in the order in which
+they came, what has gone by then may be where another is, as on a stream. On the CPU nothing waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_fast.inference.recording import Convolution, Joining
+from effnet_fast.ops import native
+from effnet_fast.ops.common import output_size
+from effnet_fast.ops.depthwise import KERNELS, STRIDES
+from effnet_fast.ops.depthwise.launch import multiprocessors
+from effnet_fast.ops.library import define_native
+
+define_native("chain_begin(Tensor barrier) -> ()")
+define_native("chain_launch() -> ()")
+define_native("chain_end() -> ()")
+_OPS = torch.ops.effnet_fast
+
+HALVES = (torch.bfloat16, torch.float16)
+GROUP = 32  # channels that a block convolves depthwise at once
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why nothing would wait there, or None."""
+    if device.type != "cuda":
+        return f"it is for CUDA, not for {device.type}"
+    if dtype not in HALVES:
+        return f"it is for {HALVES[0]} and {HALVES[1]}, not for {dtype}"
+    return native.REASON or native.why_no_cuda(device)
+
+
+class Chaining(Joining):
+    """Runs a pass as :class:`Joining` does, but for what waits.
+
+    barrier   [1] int32 where the images are, zero before its first use, of no two passes at the same time
+    blocks    multiprocessors of that GPU
+    launched  of how many kernels each launch was, so far
+    """
+
+    def __init__(self, barrier: Tensor, blocks: int, pixels: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(pixels, dtype)
+        self._barrier, self._blocks, self._waiting = barrier, blocks, 0
+        self._taken: dict[str, Callable[..., Callable[[], Any] | None]] = {
+            "effnet_fast::depthwise_conv_bn_act": self._depthwise,
+            "effnet_fast::squeeze_excite_gate": self._gate,
+            "effnet_fast::pointwise_conv_bn_act": self._pointwise,
+        }
+        self.launched: list[int] = []
+
+    def joined(self, model: Callable[[Tensor], Any], image: Tensor) -> Any:
+        _OPS.chain_begin(self._barrier)
+        try:
+            return super().joined(model, image)
+        finally:
+            _OPS.chain_end()
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is torch.ops.aten.empty.memory_format:  # reads and writes nothing
+            return super().run(func, args, kwargs)
+        take = self._taken.get(func._schema.name)
+        call = None if take is None else take(*args)
+        if call is None:
+            self._launch()
+            return super().run(func, args, kwargs)
+        self._waiting += 1
+        return call()
+
+    def computed(self, convolution: Convolution) -> Tensor:
+        if convolution.norm is None:  # no op of ours
+            self._launch()
+            return super().computed(convolution)
+        with self:
+            return super().computed(convolution)
+
+    def _fill_placeholders(self) -> None:
+        self._launch()
+        super()._fill_placeholders()
+
+    def _launch(self) -> None:
+        if self._waiting:
+            _OPS.chain_launch()
+            self.launched.append(self._waiting)
+        self._waiting = 0
+
+    # What is to be called in place of an op, or None for one that csrc/chain does not take.
+
+    def _depthwise(self, x: Tensor, weight: Tensor, *args: Any) -> Callable[[], Any] | None:
+        *norm, stride, padding, activation, pieces = args
+        if not _alike(x, weight) or weight.shape[2:] not in KERNELS or stride not in STRIDES:
+            return None
+        if pieces:  # so many that no block is without one
+            images, channels, height, width = x.shape
+            top, bottom, left, right = padding
+            height = output_size(height, weight.shape[2], stride, top, bottom)
+            width = output_size(width, weight.shape[3], stride, left, right)
+            pieces = max(1, min(self._blocks // (images * -(-channels // GROUP)), height * width))
+        return lambda: _OPS.depthwise_conv_bn_act.native(x, weight, *norm, stride, padding, activation, pieces)
+
+    def _gate(self, partial: Tensor, count: int, weight: Tensor, *args: Any) -> Callable[[], Any] | None:
+        if partial.dtype != torch.float32 or weight.dtype not in HALVES or weight.shape[1] % 8:
+            return None
+        return lambda: _OPS.squeeze_excite_gate.native(partial, count, weight, *args)
+
+    def _pointwise(self, x: Tensor, weight: Tensor, *args: Any) -> Callable[[], Any] | None:
+        if not _alike(x, weight) or weight.shape[1] % 8:
+            return None
+        return lambda: _OPS.pointwise_conv_bn_act.native(x, weight, *args)
+
+
+def _alike(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are of one half type, and output channels fill 16 bytes."""
+    return x.dtype in HALVES and weight.dtype == x.dtype and weight.shape[0] % 8 == 0
+
+
+class Chains:
+    """``model``'s pass, run so; ``launched``: of how many kernels each launch of the last one was."""
+
+    def __init__(self, model: nn.Module, pixels: Tensor, dtype: torch.dtype) -> None:
+        self._model, self._pixels, self._dtype = model, pixels, dtype
+        self._barrier = torch.zeros(1, dtype=torch.int32).to(pixels.device)  # which waits until it is there
+        self._blocks = multiprocessors(pixels.device.index) if pixels.is_cuda else 1
+        self.launched: Sequence[int] = ()
+
+    def __call__(self, x: Tensor) -> Any:
+        chaining = Chaining(self._barrier, self._blocks, self._pixels, self._dtype)
+        results = chaining.joined(self._model, x)
+        self.launched = chaining.launched
+        return results
+
+    def __str__(self) -> str:
+        return f"{sum(self.launched)} kernels in {len(self.launched)}"

@@ -1,0 +1,210 @@
+"""The chain of kernels in one launch for CUDA, its own source run on the CPU under AddressSanitizer and UBSan: each step against
+what plain PyTorch makes of the step's own input, by the 2x rule; several orders of threads and numbers of blocks; seeded bugs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from emulator import build as emulator
+from emulator.arrays import ACTIVATIONS, DTYPES, from_raw, raw
+from tolerance import assert_2x
+
+from effnet_fast.ops.common import output_size
+from effnet_fast.ops.depthwise.reference import depthwise_conv_bn_act
+from effnet_fast.ops.pointwise.reference import pointwise_conv_bn_act
+from effnet_fast.ops.squeeze_excite.reference import squeeze_excite_gate
+
+missing = emulator.missing()
+pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
+BF16, FP16 = torch.bfloat16, torch.float16
+SEEDS = range(2)
+LARGE, SMALL = 227 << 10, 24 << 10  # bytes of shared memory of a block: enough for the weights of gates, or not
+EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Block:
+    """An MBConv: expanded to ``expanded`` channels, or not where that is 0; a gate of ``reduced`` hidden units, or none."""
+
+    expanded: int
+    out: int
+    kernel: int = 3
+    stride: int = 1
+    reduced: int = 0
+    pieces: int = 3
+
+
+@dataclass(frozen=True)
+class Net:
+    """Of images [images, channels, height, width]; ``head``: output channels of a 1x1 convolution at its end."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    blocks: tuple[Block, ...]
+    head: int = 0
+    activation: str = "silu"
+    dtype: torch.dtype = BF16
+    multiprocessors: int = 3
+    shared_bytes: int = LARGE
+
+
+class Made(NamedTuple):
+    """A step's result: the number of its array, its shape as a tensor, and what makes it of arrays by number in a dtype."""
+
+    number: int
+    shape: tuple[int, ...]
+    make: Any
+
+
+class Chain:
+    """What the emulator is given, and what is to come of it."""
+
+    def __init__(self, net: Net) -> None:
+        torch.manual_seed(0)
+        self.net, self.arrays, self.steps, self.made = net, [], [], []
+        self.types: list[torch.dtype] = []
+        n, c, h, w = net.images, net.channels, net.height, net.width
+        x = self.given(torch.randn(n, h, w, c).to(net.dtype))
+        for block in net.blocks:
+            shape, skip = (n, c, h, w), x
+            inner, channels = x, c
+            if block.expanded:
+                channels = block.expanded
+                inner = self.pointwise(x, shape, channels, net.activation)
+            h, w = (output_size(size, block.kernel, block.stride, *[block.kernel // 2] * 2) for size in (h, w))
+            inner, partial = self.depthwise(inner, (n, channels, *shape[2:]), (h, w), block)
+            gate = self.gate(partial, channels, h * w, block.reduced) if block.reduced else -1
+            residual = skip if block.stride == 1 and block.out == c else -1
+            x, c = self.pointwise(inner, (n, channels, h, w), block.out, "identity", gate, residual), block.out
+        if net.head:
+            self.pointwise(x, (n, c, h, w), net.head, net.activation)
+
+    def given(self, t: torch.Tensor) -> int:
+        self.arrays.append(raw(t))
+        self.types.append(t.dtype)
+        return len(self.arrays) - 1
+
+    def result(self, shape: tuple[int, ...], make: Any, dtype: torch.dtype | None = None) -> int:
+        """[N, C, H, W] lies as [N, H, W, C]."""
+        lies = (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else shape
+        number = self.given(torch.full(lies, float("nan"), dtype=dtype or self.net.dtype))
+        self.made.append(Made(number, shape, make))
+        return number
+
+    def norm(self, channels: int) -> list[int]:
+        vectors = torch.rand(channels) + 0.5, torch.randn(channels) / 2, torch.randn(channels) / 2, torch.rand(channels) + 0.5
+        return [self.given(v) for v in vectors]
+
+    def pointwise(self, x, shape, out, activation, gate=-1, residual=-1) -> int:
+        n, c, h, w = shape
+        weight, norm = self.given((torch.randn(out, c) / c**0.5).to(self.net.dtype)), self.norm(out)
+
+        def make(of):
+            vectors = [of(v) for v in norm]
+            gates = None if gate < 0 else of(gate)
+            rest = None if residual < 0 else image(of(residual))
+            return pointwise_conv_bn_act(image(of(x)), of(weight)[:, :, None, None], *vectors, EPS, gates, rest, activation)
+
+        y = self.result((n, out, h, w), make)
+        self.steps.append((2, [x, weight, *norm, gate, residual, y], [n * h * w, h * w, c, out], ACTIVATIONS[activation]))
+        return y
+
+    def depthwise(self, x, shape, size, block: Block) -> tuple[int, int]:
+        n, c, h, w = shape
+        k, pieces = block.kernel, block.pieces if block.reduced else 0
+        weight, norm = self.given((torch.randn(c, k, k) / k).to(self.net.dtype)), self.norm(c)
+
+        def make(of):
+            vectors, padding = [of(v) for v in norm], [k // 2] * 4
+            made = depthwise_conv_bn_act(
+                image(of(x)), of(weight)[:, None], *vectors, EPS, block.stride, padding, self.net.activation, 1
+            )
+            return made[0]
+
+        y = self.result((n, c, *size), make)
+        partial = -1
+        if pieces:  # their sum is what is said of them: of what was stored
+            partial = self.result((n, pieces, c), lambda of: of(y).to(of(norm[0]).dtype).sum((1, 2))[:, None], torch.float32)
+        sizes = [n, c, h, w, *size, k, block.stride, k // 2, k // 2, pieces]
+        self.steps.append((0, [x, weight, *norm, y, partial], sizes, ACTIVATIONS[self.net.activation]))
+        return y, partial
+
+    def gate(self, partial, channels, count, reduced) -> int:
+        dtype = self.net.dtype
+        weights = [
+            self.given((torch.randn(*shape) / shape[-1] ** 0.5).to(dtype))
+            for shape in ((reduced, channels), (reduced,), (channels, reduced), (channels,))
+        ]
+        n, pieces = self.arrays[partial].shape[:2]
+
+        def make(of):
+            reduce, reduce_bias, expand, expand_bias = (of(v) for v in weights)
+            return squeeze_excite_gate(
+                of(partial), count, reduce[..., None, None], reduce_bias, expand[..., None, None], expand_bias, self.net.activation
+            )
+
+        gate = self.result((n, channels), make, torch.float32)
+        self.steps.append((1, [partial, *weights, gate], [n, pieces, channels, reduced, count], ACTIVATIONS[self.net.activation]))
+        return gate
+
+    def call(self, seed: int) -> tuple[str, tuple]:
+        net = self.net
+        return "chain", (self.arrays, self.steps, DTYPES[net.dtype], net.multiprocessors, net.shared_bytes, seed)
+
+    def check(self, arrays: list) -> None:
+        found = [from_raw(a, dtype) for a, dtype in zip(arrays, self.types, strict=True)]
+        for made in self.made:
+            told = f"{self.net}: result {made.number}"
+            ours = found[made.number]
+            plain, exact = made.make(lambda i: found[i]), made.make(lambda i: found[i].double())
+            if len(made.shape) == 4:
+                ours = image(ours)
+            elif plain.dim() == 3:  # partial sums, of which plain PyTorch makes one
+                ours = ours.double().sum(1, keepdim=True).to(plain.dtype)
+            assert_2x(ours, plain, exact, told)
+
+
+def image(t: torch.Tensor) -> torch.Tensor:
+    return t.permute(0, 3, 1, 2)
+
+
+# Every kind of step: kernels and strides, images that fill no tile of 16 and groups that fill no 32 channels, one image and several
+# in a tile, pieces that blocks have several of and none, gates whose weights are staged or not, tiles that warps share or do not.
+NETS = [
+    Net(1, 32, 12, 11, (Block(0, 16, reduced=8), Block(96, 24, 3, 2, 4), Block(144, 24, 5, 1, 6)), head=40),
+    Net(1, 8, 5, 3, (Block(0, 8),), multiprocessors=1),
+    Net(2, 16, 7, 7, (Block(48, 16, 5, 2, 10), Block(40, 16, 3, 1, 3, 7)), activation="relu6", multiprocessors=5),
+    Net(3, 24, 3, 5, (Block(136, 40, 3, 1, 12, 2), Block(240, 40, 5, 1, 10, 1)), dtype=FP16, shared_bytes=SMALL),
+    Net(1, 40, 4, 4, (Block(480, 112, 5, 1, 28, 1), Block(0, 112, 3, 2)), head=64, multiprocessors=40, activation="relu"),
+    Net(1, 8, 31, 29, (Block(48, 8, 3, 1, 2, 30),), dtype=FP16, multiprocessors=2),
+    Net(5, 64, 2, 1, (Block(384, 64, 5, 1, 16, 1),), head=256, multiprocessors=8),
+]
+
+
+@pytest.fixture(scope="module")
+def modules(shared_directory) -> dict[str, Path]:
+    with shared_directory("emulator") as directory:
+        return emulator.build(directory, SEEDED)
+
+
+def check(module: Path, nets: list[Net]) -> None:
+    chains = [Chain(net) for net in nets]
+    results = iter(emulator.run(module, [chain.call(seed) for chain in chains for seed in SEEDS]))
+    for chain in chains:
+        outs = [next(results) for _ in SEEDS]
+        same = all(a.tobytes() == b.tobytes() for out in outs for a, b in zip(out, outs[0], strict=True))
+        assert same, f"{chain.net}: the order of threads changes the result"
+        chain.check(outs[0])
+
+
+def test_every_step(modules):
+    check(modules["sound"], NETS)
+
+
+SEEDED: dict[str, emulator.Bug] = {}
