@@ -70,7 +70,8 @@ class Chain:
         self.net, self.arrays, self.steps, self.made = net, [], [], []
         self.types: list[torch.dtype] = []
         n, c, h, w = net.images, net.channels, net.height, net.width
-        x = self.given(torch.randn(n, h, w, c).to(net.dtype))
+        bright = torch.arange(1, n + 1)[:, None, None, None]  # so that no two images have the same gates
+        x = self.given((torch.randn(n, h, w, c) * bright).to(net.dtype))
         for block in net.blocks:
             shape, skip = (n, c, h, w), x
             inner, channels = x, c
@@ -138,7 +139,7 @@ class Chain:
     def gate(self, partial, channels, count, reduced) -> int:
         dtype = self.net.dtype
         weights = [
-            self.given((torch.randn(*shape) / shape[-1] ** 0.5).to(dtype))
+            self.given((3 * torch.randn(*shape) / shape[-1] ** 0.5).to(dtype))
             for shape in ((reduced, channels), (reduced,), (channels, reduced), (channels,))
         ]
         n, pieces = self.arrays[partial].shape[:2]
@@ -207,4 +208,66 @@ def test_every_step(modules):
     check(modules["sound"], NETS)
 
 
-SEEDED: dict[str, emulator.Bug] = {}
+def test_any_number_of_blocks_gives_the_same_y(modules):
+    """Where as many warps share a tile, which follows from it too: of few channels none do."""
+    nets = [Net(2, 8, 9, 7, (Block(24, 8, 3, 1, 2, 5),), multiprocessors=m) for m in (1, 2, 7, 132)]
+    check(modules["sound"], nets)
+    outs = emulator.run(modules["sound"], [Chain(net).call(0) for net in nets])
+    assert all(a.tobytes() == b.tobytes() for out in outs for a, b in zip(out, outs[0], strict=True))
+
+
+def test_more_steps_than_a_launch_takes(modules):
+    """The second launch goes on with the barrier as the first has left it."""
+    check(modules["sound"], [Net(1, 8, 3, 3, (Block(8, 8, 3, 1),) * 50, multiprocessors=2)])
+
+
+def bug(text: str, replacement: str, says: str, path: str = "chain/chain.cuh") -> emulator.Bug:
+    return emulator.Bug(path, text, replacement, says, "chain_bf16")
+
+
+WRONG = "off by|not finite|changes the result|AddressSanitizer"
+GRID = "common/grid.h"
+SEEDED = {
+    "chain-no-wait": bug("grid_wait(program.barrier, before);", "__syncthreads();", WRONG),
+    "chain-early": bug(
+        "if (i + 1 < program.count) before = grid_arrive",
+        "if (i + 1 < program.count && i) before = grid_arrive",
+        WRONG + "|wait for each",
+    ),
+    "chain-count": bug("0x80000000u - (gridDim.x - 1)", "0x80000000u - gridDim.x", "blocks wait for each other", GRID),
+    "chain-any": bug("& 0x80000000u) == 0", "& 0xffffffffu) == 0", WRONG, GRID),
+    "chain-alone": bug("  __syncthreads();\n  unsigned before", "  unsigned before", WRONG, GRID),
+    "chain-late": bug("    }\n  __syncthreads();\n}", "    }\n}", WRONG, GRID),
+    "chain-next": bug("shared + i % 2 * kStepBytes)[threadIdx.x]", "shared)[threadIdx.x]", WRONG + "|runtime error"),
+    "chain-taps": bug("if (!first) __syncthreads();  // the piece", "// the piece", WRONG),
+    "chain-sums": bug("    __syncthreads();  // all warps'", "    // all warps'", WRONG),
+    "chain-border": bug("unsigned(column + j) < unsigned(p.width)", "true", WRONG),
+    "chain-staged": bug("    copy_async_wait<0>();\n", "", WRONG),
+    "chain-mean": bug("    __syncthreads();  // the mean", "    // the mean", WRONG),
+    "chain-hidden": bug("    __syncthreads();  // the hidden", "    // the hidden", WRONG),
+    "chain-gates": bug("int64_t(my_rows[1] / pixels)", "int64_t(my_rows[0] / pixels)", WRONG),
+    "chain-rows": bug("min(row + g + 8, rows - 1)", "row + g + 8", "heap-buffer"),
+    "chain-depth": bug(
+        "chunk + u < last_chunk && c < C ? load<4>(reinterpret_cast<const uint32_t*>(x",
+        "chunk + u < last_chunk ? load<4>(reinterpret_cast<const uint32_t*>(x",
+        WRONG,
+    ),
+    "chain-columns": bug(
+        "int64_t(min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth)", "int64_t((tile_column + g / 2 * 2 * kWidth)", "heap-buffer"
+    ),
+    "chain-shares": bug("if (base != first) __syncthreads();  // those", "// those", WRONG),
+    "chain-short": bug("return step.parts > 1 ? sums_bytes(step.width) : 0", "return 0", "heap-buffer|outside shared"),
+}
+# Blocks with several pieces, slices and tiles, and tiles that warps share.
+SEEDED_NETS = [
+    NETS[0],
+    Net(3, 40, 5, 5, (Block(480, 40, 5, 1, 28, 4),), head=64, multiprocessors=2),
+    Net(1, 256, 7, 7, (Block(0, 40),), multiprocessors=1),
+    Net(2, 8, 3, 3, (Block(0, 16, 3, 1, 4, 1),), multiprocessors=1),
+]
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_seeded_bug_is_caught(name, modules):
+    with pytest.raises((AssertionError, RuntimeError), match=SEEDED[name].says):
+        check(modules[name], SEEDED_NETS)

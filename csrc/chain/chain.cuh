@@ -85,7 +85,8 @@ __device__ __forceinline__ void depthwise_step(const Step& step, char* memory, c
       const T tap = static_cast<const T*>(p.weight)[int64_t(first_channel) * kKernel * kKernel + i];
       work.taps[i % (kKernel * kKernel)].at[i / (kKernel * kKernel)] = to_float(tap);
     }
-    if (int(threadIdx.x) < channels) work.norms[threadIdx.x] = before_silu<T>(fold_norm(p, first_channel + threadIdx.x), ending.silu);
+    if (int(threadIdx.x) < channels)
+      work.norms[threadIdx.x] = before_silu<T>(fold_norm(p, first_channel + threadIdx.x), ending.silu);
     if (first) {
       wait();
     } else {
@@ -109,8 +110,8 @@ __device__ __forceinline__ void depthwise_step(const Step& step, char* memory, c
 #pragma unroll
         for (int j = 0; j < kKernel; ++j) {
           const bool real = unsigned(row + i) < unsigned(p.height) && unsigned(column + j) < unsigned(p.width);
-          seen[i * kKernel + j] = real ? load<2>(reinterpret_cast<const uint32_t*>(from + (i * p.x_row + j * p.x_pixel)))
-                                       : Vec<uint32_t, 2>{};
+          seen[i * kKernel + j] =
+              real ? load<2>(reinterpret_cast<const uint32_t*>(from + (i * p.x_row + j * p.x_pixel))) : Vec<uint32_t, 2>{};
         }
       float v[4] = {};
 #pragma unroll
@@ -169,7 +170,8 @@ template <typename T, typename Wait> __device__ __forceinline__ void gate_step(c
     if (!first) __syncthreads();
     if (works && step.staged) {
       const Shared to = shared_address(weights);
-      for (int i = threadIdx.x * 16; i < reduce_bytes; i += kThreads * 16) copy_async(to + i, reinterpret_cast<const char*>(reduce) + i, 16);
+      for (int i = threadIdx.x * 16; i < reduce_bytes; i += kThreads * 16)
+        copy_async(to + i, reinterpret_cast<const char*>(reduce) + i, 16);
       for (int i = threadIdx.x * 16; i < channels * R * 2; i += kThreads * 16)
         copy_async(to + (int(reduce_bytes) + i), reinterpret_cast<const char*>(expand) + i, 16);
       copy_async_commit();
@@ -274,7 +276,8 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
 #pragma unroll
       for (int t = 0; t < kWidth; ++t) {
         const int c = (chunk + u) * 32 + q * 8;
-        b[u][t] = chunk + u < last_chunk && c < C ? load<4>(reinterpret_cast<const uint32_t*>(weight + (int64_t(2 * t) * C + c))) : zeros;
+        b[u][t] =
+            chunk + u < last_chunk && c < C ? load<4>(reinterpret_cast<const uint32_t*>(weight + (int64_t(2 * t) * C + c))) : zeros;
       }
   };
   auto begin = [&](int at) {
@@ -297,7 +300,8 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
     float acc[kWidth][4] = {};
     if (tile < last) {
       const int my_rows[2] = {min(row + g, rows - 1), min(row + g + 8, rows - 1)};
-      const T* const x[2] = {static_cast<const T*>(p.x) + int64_t(my_rows[0]) * C, static_cast<const T*>(p.x) + int64_t(my_rows[1]) * C};
+      const T* const x[2] = {static_cast<const T*>(p.x) + int64_t(my_rows[0]) * C,
+                             static_cast<const T*>(p.x) + int64_t(my_rows[1]) * C};
       const float* const gates[2] = {p.gate ? p.gate + int64_t(my_rows[0] / pixels) * C : nullptr,
                                      p.gate ? p.gate + int64_t(my_rows[1] / pixels) * C : nullptr};
       for (int chunk = first_chunk; chunk < last_chunk; chunk += kAhead) {
@@ -326,7 +330,8 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
           }
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const uint32_t both[4] = {a[u][0].at[2 * half], a[u][1].at[2 * half], a[u][0].at[2 * half + 1], a[u][1].at[2 * half + 1]};
+            const uint32_t both[4] = {a[u][0].at[2 * half], a[u][1].at[2 * half], a[u][0].at[2 * half + 1],
+                                      a[u][1].at[2 * half + 1]};
 #pragma unroll
             for (int t = 0; t < kWidth; ++t) mma_k16(T(), acc[t], both, b[u][t].at[2 * half], b[u][t].at[2 * half + 1]);
           }
@@ -421,7 +426,8 @@ template <typename T> __global__ void __launch_bounds__(kThreads, 1) chain_kerne
 inline double pointwise_clocks(const pointwise::Params& p, int width, int parts, int blocks) {
   constexpr double kTrip = 600, kBytesAClock = 32, kMeeting = 150, kSum = 8;
   const int chunks = ceil_div(p.in_channels, 32), each = ceil_div(chunks, parts);
-  const int64_t tiles = ceil_div(p.rows, int64_t{16}) * ceil_div(p.out_channels, 8 * width), share = ceil_div(tiles, int64_t(blocks));
+  const int64_t tiles = ceil_div(p.rows, int64_t{16}) * ceil_div(p.out_channels, 8 * width),
+                share = ceil_div(tiles, int64_t(blocks));
   const int64_t rounds = ceil_div(share * parts, int64_t(kWarps));
   const double bytes = double(share) * chunks * 64 * (16 + 8 * width);
   const double sums = parts > 1 ? kMeeting + kSum * width * parts : 0;

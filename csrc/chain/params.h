@@ -14,10 +14,10 @@ enum class Kind { depthwise, gate, pointwise };
 // What one kernel would be given, and how chain.cuh deals it out to the blocks.
 struct Step {
   Kind kind;
-  int items;   // that blocks share: tiles of 16 pixels; pieces of 32 channels of an image; slices of an image's gates
-  int across;  // of items, those side by side: tiles of channels; groups of 32 channels; slices
-  int parts;   // pointwise: warps that share a tile; depthwise: pieces of an image; gate: channels of a slice
-  int width;   // pointwise: 8 output channels each of a tile
+  int items;    // that blocks share: tiles of 16 pixels; pieces of 32 channels of an image; slices of an image's gates
+  int across;   // of items, those side by side: tiles of channels; groups of 32 channels; slices
+  int parts;    // pointwise: warps that share a tile; depthwise: pieces of an image; gate: channels of a slice
+  int width;    // pointwise: 8 output channels each of a tile
   bool staged;  // gate: its weights come to shared memory ahead
   union {
     depthwise::ForwardParams depthwise;

@@ -29,7 +29,8 @@ chain::Step step_of(const PlainStep& plain, const std::vector<Buffer>& buffers, 
       p.x = at(0), p.weight = at(1), p.y = at(6), p.partial = reinterpret_cast<float*>(at(7));
       set_norm(p, 2);
       p.batch = sizes.at(0);
-      p.channels = sizes.at(1), p.height = sizes.at(2), p.width = sizes.at(3), p.out_height = sizes.at(4), p.out_width = sizes.at(5);
+      p.channels = sizes.at(1), p.height = sizes.at(2), p.width = sizes.at(3), p.out_height = sizes.at(4),
+      p.out_width = sizes.at(5);
       p.kernel = sizes.at(6), p.stride = sizes.at(7), p.pad_top = sizes.at(8), p.pad_left = sizes.at(9), p.pieces = sizes.at(10);
       p.x_pixel = p.channels, p.x_row = p.x_pixel * p.width, p.x_image = p.x_row * p.height;
       p.activation = Activation(activation);
@@ -40,7 +41,8 @@ chain::Step step_of(const PlainStep& plain, const std::vector<Buffer>& buffers, 
       p.partial = reinterpret_cast<const float*>(at(0));
       p.reduce_weight = at(1), p.reduce_bias = at(2), p.expand_weight = at(3), p.expand_bias = at(4);
       p.gate = reinterpret_cast<float*>(at(5));
-      p.batch = sizes.at(0), p.pieces = sizes.at(1), p.channels = sizes.at(2), p.reduced = sizes.at(3), p.count = float(sizes.at(4));
+      p.batch = sizes.at(0), p.pieces = sizes.at(1), p.channels = sizes.at(2), p.reduced = sizes.at(3),
+      p.count = float(sizes.at(4));
       p.activation = Activation(activation);
       p.dtype = dtype;
       return chain::Step(p);
@@ -56,8 +58,8 @@ chain::Step step_of(const PlainStep& plain, const std::vector<Buffer>& buffers, 
 }
 
 // All arrays as they are after the steps.
-std::vector<py::array> run(const std::vector<py::array>& arrays, const std::vector<PlainStep>& plain, int dtype, int multiprocessors,
-                           int shared_bytes, unsigned seed) {
+std::vector<py::array> run(const std::vector<py::array>& arrays, const std::vector<PlainStep>& plain, int dtype,
+                           int multiprocessors, int shared_bytes, unsigned seed) {
   std::vector<Buffer> buffers;
   for (const py::array& a : arrays) buffers.emplace_back(a, 0);
   std::vector<chain::Step> steps;

@@ -1,5 +1,5 @@
-// CUDA kernel source on the CPU: each thread of a block is a fiber. The blocks of a cluster, or of a grid that is launched together,
-// run together, clusters one after another.
+// CUDA kernel source on the CPU: each thread of a block is a fiber. The blocks of a cluster, or of a grid that is launched
+// together, run together, clusters one after another.
 //
 // Beyond the arithmetic it checks: threads run in a random order between barriers, some warps only when no other can, dynamic
 // shared memory starts as NaN, barriers and warp primitives must be reached by every lane at the same place, and AddressSanitizer

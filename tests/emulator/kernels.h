@@ -36,8 +36,8 @@ template <typename T> void pointwise_backward(const effnet_fast::training::Point
                                               unsigned seed);
 
 // Runs csrc/chain/chain.cuh, for half types, on a GPU whose blocks may have so much shared memory.
-template <typename T>
-void chain(const std::vector<effnet_fast::chain::Step>& steps, unsigned* barrier, int multiprocessors, int shared_bytes, unsigned seed);
+template <typename T> void chain(const std::vector<effnet_fast::chain::Step>& steps, unsigned* barrier, int multiprocessors,
+                                 int shared_bytes, unsigned seed);
 
 // Runs csrc/conv/forward.cuh.
 void conv(const effnet_fast::conv::Params& p, int multiprocessors, unsigned seed);
