@@ -241,19 +241,19 @@ SEEDED = {
     "chain-next": bug("shared + i % 2 * kStepBytes)[threadIdx.x]", "shared)[threadIdx.x]", WRONG + "|runtime error"),
     "chain-taps": bug("if (!first) __syncthreads();  // the piece", "// the piece", WRONG),
     "chain-sums": bug("    __syncthreads();  // all warps'", "    // all warps'", WRONG),
-    "chain-border": bug("unsigned(column + j) < unsigned(p.width)", "true", WRONG),
+    "chain-border": bug("unsigned(column + i) < unsigned(p.width)", "true", WRONG),
     "chain-staged": bug("    copy_async_wait<0>();\n", "", WRONG),
     "chain-mean": bug("    __syncthreads();  // the mean", "    // the mean", WRONG),
     "chain-hidden": bug("    __syncthreads();  // the hidden", "    // the hidden", WRONG),
-    "chain-gates": bug("int64_t(my_rows[1] / pixels)", "int64_t(my_rows[0] / pixels)", WRONG),
-    "chain-rows": bug("min(row + g + 8, rows - 1)", "row + g + 8", "heap-buffer"),
+    "chain-gates": bug("int64_t(my_row / pixels)", "int64_t(min(row + g, rows - 1) / pixels)", WRONG),
+    "chain-rows": bug("min(row + g + 8 * h, rows - 1)", "row + g + 8 * h", "heap-buffer"),
     "chain-depth": bug(
         "chunk + u < last_chunk && c < C ? load<4>(reinterpret_cast<const uint32_t*>(x",
         "chunk + u < last_chunk ? load<4>(reinterpret_cast<const uint32_t*>(x",
         WRONG,
     ),
     "chain-columns": bug(
-        "int64_t(min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth)", "int64_t((tile_column + g / 2 * 2 * kWidth)", "heap-buffer"
+        "min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth)", "(tile_column + g / 2 * 2 * kWidth)", "heap-buffer"
     ),
     "chain-shares": bug("if (base != first) __syncthreads();  // those", "// those", WRONG),
     "chain-short": bug("return step.parts > 1 ? sums_bytes(step.width) : 0", "return 0", "heap-buffer|outside shared"),

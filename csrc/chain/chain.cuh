@@ -97,21 +97,31 @@ __device__ __forceinline__ void depthwise_step(const Step& step, char* memory, c
 
     const int channel = lane * 4;
     const bool inside = channel < channels;
-    const T* const x = static_cast<const T*>(p.x) + (image * p.x_image + first_channel + channel);
+    const char* const x = pin_global(static_cast<const char*>(p.x) + 2 * (image * p.x_image + first_channel + channel));
+    const int row_bytes = int(p.x_row) * 2, pixel_bytes = int(p.x_pixel) * 2;
     T* const y = static_cast<T*>(p.y) + (image * pixels * p.channels + first_channel + channel);
     const int last = int(int64_t(piece + 1) * pixels / step.parts);
     float sums[4] = {};
     for (int pixel = int(int64_t(piece) * pixels / step.parts) + slot; inside && pixel < last; pixel += kSlots) {
       const int row = pixel / p.out_width * p.stride - p.pad_top, column = pixel % p.out_width * p.stride - p.pad_left;
-      const T* const from = x + (row * p.x_row + column * p.x_pixel);
+      const char* rows[kKernel];
+      unsigned columns[kKernel];  // bytes from the first column of the image on
+      bool row_inside[kKernel], column_inside[kKernel];
+#pragma unroll
+      for (int i = 0; i < kKernel; ++i) {
+        row_inside[i] = unsigned(row + i) < unsigned(p.height);
+        rows[i] = x + int64_t(row + i) * row_bytes;
+        column_inside[i] = unsigned(column + i) < unsigned(p.width);
+        columns[i] = unsigned(column + i) * pixel_bytes;
+      }
       Vec<uint32_t, 2> seen[kKernel * kKernel];
 #pragma unroll
       for (int i = 0; i < kKernel; ++i)
 #pragma unroll
         for (int j = 0; j < kKernel; ++j) {
-          const bool real = unsigned(row + i) < unsigned(p.height) && unsigned(column + j) < unsigned(p.width);
-          seen[i * kKernel + j] =
-              real ? load<2>(reinterpret_cast<const uint32_t*>(from + (i * p.x_row + j * p.x_pixel))) : Vec<uint32_t, 2>{};
+          seen[i * kKernel + j] = {};
+          if (row_inside[i] && column_inside[j])
+            seen[i * kKernel + j] = load<2>(reinterpret_cast<const uint32_t*>(rows[i] + columns[j]));
         }
       float v[4] = {};
 #pragma unroll
@@ -186,7 +196,7 @@ template <typename T, typename Wait> __device__ __forceinline__ void gate_step(c
     const int across = min(C / 4, kThreads), shares = kThreads / across, share = threadIdx.x / across;
     if (share < shares) {
       for (int c = threadIdx.x % across * 4; c < C; c += 4 * kThreads) {
-        const float* from = p.partial + (image * p.pieces * C + c);
+        const float* const from = pin_global(p.partial + (image * p.pieces * C + c));
         float sum[4] = {};
 #pragma unroll 8
         for (int piece = share; piece < p.pieces; piece += shares) {
@@ -265,7 +275,7 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
   const Ending ending = ending_of(p.activation);
   const Vec<uint32_t, 4> zeros{};
 
-  Affine norms[2 * kWidth];
+  Affine norm{};  // of channel `lane` of the tile's
   Vec<uint32_t, 4> b[kAhead][kWidth];
   int tile, row, column;  // the lane's: rows g and g + 8 of 16 from `row` on, 2 kWidth channels from `column` on
   const T* weight;
@@ -286,11 +296,10 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
     row = tile / step.across * 16;
     const int tile_column = tile % step.across * 8 * kWidth;
     column = tile_column + q * 2 * kWidth;
-    weight = static_cast<const T*>(p.weight) + int64_t(min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth) + g % 2) * C;
+    const int weight_row = min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth) + g % 2;
+    weight = pin_global(static_cast<const T*>(p.weight) + int64_t(weight_row) * C);
     load_b(first_chunk);
-    if (part == 0)
-#pragma unroll
-      for (int i = 0; i < 2 * kWidth; ++i) norms[i] = before_silu<T>(fold_norm(p, min(column + i, K - 1)), ending.silu);
+    if (part == 0) norm = before_silu<T>(fold_norm(p, min(tile_column + lane, K - 1)), ending.silu);
   };
 
   begin(first);
@@ -299,11 +308,14 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
     if (base != first) begin(base);
     float acc[kWidth][4] = {};
     if (tile < last) {
-      const int my_rows[2] = {min(row + g, rows - 1), min(row + g + 8, rows - 1)};
-      const T* const x[2] = {static_cast<const T*>(p.x) + int64_t(my_rows[0]) * C,
-                             static_cast<const T*>(p.x) + int64_t(my_rows[1]) * C};
-      const float* const gates[2] = {p.gate ? p.gate + int64_t(my_rows[0] / pixels) * C : nullptr,
-                                     p.gate ? p.gate + int64_t(my_rows[1] / pixels) * C : nullptr};
+      const T* x[2];
+      const float* gates[2] = {};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int my_row = min(row + g + 8 * h, rows - 1);
+        x[h] = pin_global(static_cast<const T*>(p.x) + int64_t(my_row) * C);
+        if (p.gate) gates[h] = pin_global(p.gate + int64_t(my_row / pixels) * C);
+      }
       for (int chunk = first_chunk; chunk < last_chunk; chunk += kAhead) {
         Vec<uint32_t, 4> a[kAhead][2];
 #pragma unroll
@@ -355,7 +367,14 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
           for (int e = 0; e < 4; ++e) acc[t][e] += v.at[e];
         }
     }
-    if (part > 0 || tile >= last || column >= K) continue;
+    if (part > 0 || tile >= last) continue;
+    Affine norms[2 * kWidth];
+#pragma unroll
+    for (int i = 0; i < 2 * kWidth; ++i) {
+      norms[i].scale = __shfl_sync(0xffffffffu, norm.scale, q * 2 * kWidth + i);
+      norms[i].shift = __shfl_sync(0xffffffffu, norm.shift, q * 2 * kWidth + i);
+    }
+    if (column >= K) continue;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (row + g + 8 * h >= rows) break;

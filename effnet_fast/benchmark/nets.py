@@ -19,6 +19,7 @@ from effnet_fast.benchmark.case import DTYPES, PEER_FACTOR, Case, Entrant
 from effnet_fast.benchmark.machine import last_level_cache
 from effnet_fast.benchmark.timing import EventTimer, HostTimer, Refused, Replayed, Skipped, Timer, copies, held, peak
 from effnet_fast.benchmark.tolerance import largest, why_wrong
+from effnet_fast.inference.graphs import FEW
 from effnet_fast.models import config_of
 from effnet_fast.weights import key_map
 
@@ -48,6 +49,7 @@ def entrants(device: str, eager: str = "timm") -> list[Entrant]:
     if device == "cuda":
         return [
             *of_all,
+            Entrant("ours optimized, one launch", optimized, (True,)),
             Entrant("ours, graph", ours, (True,)),
             Entrant("accelerated timm, graph", accelerated, (True,)),
             Entrant(f"{eager} channels_last, graph", plain_eager, ("channels_last", True)),
@@ -102,11 +104,14 @@ def accelerated(case: Case, graph: bool = False) -> Timer:
     return checked(case, build, 2.0, graph=graph)
 
 
-def optimized(case: Case) -> Timer:
+def optimized(case: Case, one_launch: bool = False) -> Timer:
     """effnet_fast's own model after :func:`effnet_fast.optimize_for_inference`."""
+    if one_launch and (case.batch > FEW or case.dtype == "fp32"):
+        raise Skipped(f"is for batches of up to {FEW} in half precision")
 
     def build(state: dict[str, Tensor]) -> nn.Module:
-        return effnet_fast.optimize_for_inference(_placed(case, effnet_fast.create_model(case.net), state))
+        net = _placed(case, effnet_fast.create_model(case.net), state)
+        return effnet_fast.optimize_for_inference(net, one_launch=one_launch)
 
     return checked(case, build, 2.0)
 
