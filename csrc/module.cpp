@@ -43,7 +43,7 @@ static const char kSchemas[] =
     "plan_free(int plan) -> ()\n"
     "chain_begin(Tensor barrier) -> ()\n"
     "chain_launch() -> ()\n"
-    "chain_end() -> ()\n"
+    "chain_end() -> int\n"
     "return_memory() -> ()";
 
 // The text of a macro's value, which may have commas.

@@ -55,15 +55,23 @@ class Waiting:
         self.launched.append(len(self.waiting))
         self.waiting.clear()
 
-    def chain_end(self) -> None:
+    def chain_end(self) -> int:
+        if not self.recording:
+            return 0
         self.recording, self.dropped = False, len(self.waiting)
         self.waiting.clear()
+        return len(self.launched)
 
 
 @pytest.fixture
 def waiting(monkeypatch) -> Waiting:
     monkeypatch.setattr(chain, "_OPS", made := Waiting())
     return made
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """Not here: what waits may still read what was there."""
 
 
 @pytest.fixture(autouse=True)
@@ -92,10 +100,10 @@ def test_nobody_reads_what_waits(name, waiting):
     chains = Chains(net, torch.ones(2, 3), BF16)
     for made, expected, truth in zip(leaves(chains(x.to(BF16))), plain, exact, strict=True):
         assert_2x(made, expected, truth, name)
-    assert waiting.launched == chains.launched and waiting.dropped == 0 and not waiting.recording
+    assert waiting.launched == chains.waited and waiting.dropped == 0 and not waiting.recording
     if name in LAUNCHED:
-        assert (len(chains.launched), chains.launched[-1]) == LAUNCHED[name]
-        assert str(chains) == f"{sum(chains.launched)} kernels in {len(chains.launched)}"
+        assert (chains.launches, chains.waited[-1]) == LAUNCHED[name]
+        assert str(chains) == f"{sum(chains.waited)} kernels in {chains.launches}"
 
 
 def test_a_pass_that_fails_launches_nothing(waiting):
@@ -126,6 +134,36 @@ def test_what_a_chain_does_not_take_does_not_wait(name, waiting):
     exact, plain = net.double()(x.double()), net.to(dtype)(x.to(dtype))
     assert_2x(Chains(net, torch.ones(2, 3), dtype)(x.to(dtype)), plain, exact)
     assert waiting.launched == []
+
+
+def test_what_nobody_reads_but_keeps_is_computed(waiting):
+    """After the pass, when nothing waits any more."""
+    depthwise = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+    norm = torch.nn.BatchNorm2d(16)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1, bias=False), torch.nn.BatchNorm2d(16), depthwise, norm).eval().to(BF16)
+    x, kept = torch.randn(1, 3, 9, 8, dtype=BF16), []
+
+    class Keeping(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept.append(net(x))
+            return x * 2
+
+    assert torch.equal(Chains(Keeping(), torch.ones(2, 3), BF16)(x), x * 2)
+    torch.testing.assert_close(kept[0], net(x), rtol=0.02, atol=0.02)
+    assert not waiting.recording and waiting.dropped == 0
+
+
+def test_where_new_memory_is_written_there_is_no_pass(waiting):
+    chains, x = Chains(torch.nn.Identity(), torch.ones(2, 3), BF16), torch.randn(1, 3, 8, 8, dtype=BF16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="use_deterministic_algorithms"):
+            chains(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with effnet_fast.backend("reference"), pytest.raises(RuntimeError, match="backend 'reference' is asked for"):
+        chains(x)
+    assert not waiting.recording and chains(x) is x
 
 
 def test_where_there_are_none():

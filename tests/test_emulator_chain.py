@@ -236,16 +236,17 @@ SEEDED = {
     ),
     "chain-count": bug("0x80000000u - (gridDim.x - 1)", "0x80000000u - gridDim.x", "blocks wait for each other", GRID),
     "chain-any": bug("& 0x80000000u) == 0", "& 0xffffffffu) == 0", WRONG, GRID),
-    "chain-alone": bug("  __syncthreads();\n  unsigned before", "  unsigned before", WRONG, GRID),
+    "chain-alone": bug("  __syncthreads();\n  return", "  return", WRONG, GRID),
     "chain-late": bug("    }\n  __syncthreads();\n}", "    }\n}", WRONG, GRID),
-    "chain-next": bug("shared + i % 2 * kStepBytes)[threadIdx.x]", "shared)[threadIdx.x]", WRONG + "|runtime error"),
+    "chain-next": bug("shared + i % 2 * kStepBytes)[word]", "shared)[word]", WRONG + "|runtime error"),
     "chain-taps": bug("if (!first) __syncthreads();  // the piece", "// the piece", WRONG),
     "chain-sums": bug("    __syncthreads();  // all warps'", "    // all warps'", WRONG),
     "chain-border": bug("unsigned(column + i) < unsigned(p.width)", "true", WRONG),
     "chain-staged": bug("    copy_async_wait<0>();\n", "", WRONG),
     "chain-mean": bug("    __syncthreads();  // the mean", "    // the mean", WRONG),
     "chain-hidden": bug("    __syncthreads();  // the hidden", "    // the hidden", WRONG),
-    "chain-gates": bug("int64_t(my_row / pixels)", "int64_t(min(row + g, rows - 1) / pixels)", WRONG),
+    "chain-gates": bug("my_row / pixels;", "min(row + g, rows - 1) / pixels;", WRONG),
+    "chain-no-gates": bug("      __syncthreads();  // the gates", "      // the gates", WRONG),
     "chain-rows": bug("min(row + g + 8 * h, rows - 1)", "row + g + 8 * h", "heap-buffer"),
     "chain-depth": bug(
         "chunk + u < last_chunk && c < C ? load<4>(reinterpret_cast<const uint32_t*>(x",
@@ -256,7 +257,7 @@ SEEDED = {
         "min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth)", "(tile_column + g / 2 * 2 * kWidth)", "heap-buffer"
     ),
     "chain-shares": bug("if (base != first) __syncthreads();  // those", "// those", WRONG),
-    "chain-short": bug("return step.parts > 1 ? sums_bytes(step.width) : 0", "return 0", "heap-buffer|outside shared"),
+    "chain-short": bug("return gates_at(step) + (p.gate", "return (p.gate", "heap-buffer|outside shared"),
 }
 # Blocks with several pieces, slices and tiles, and tiles that warps share.
 SEEDED_NETS = [

@@ -11,7 +11,7 @@ void Chain::launch() {
   if (steps_.empty()) return;
   const std::vector<chain::Step> steps = std::exchange(steps_, {});  // gone, whether or not they start
   const torch::stable::accelerator::DeviceGuard guard(device_);
-  chain::launch_cuda(steps, dtype_, barrier_, current_cuda_stream(device_));
+  launches += chain::launch_cuda(steps, dtype_, barrier_, current_cuda_stream(device_));
 }
 
 void before_other_kernels() {
@@ -36,11 +36,14 @@ void chain_begin(const Tensor& barrier) {
 
 void chain_launch() { before_other_kernels(); }
 
-// What was not launched is not.
-void chain_end() {
+// What was not launched is not. Returns how many launches there were.
+int64_t chain_end() {
+  int64_t launches = 0;
 #ifdef EFFNET_FAST_CUDA
+  if (recorded) launches = recorded->launches;
   recorded.reset();
 #endif
+  return launches;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CompositeExplicitAutograd, m) {

@@ -23,6 +23,7 @@ class Chain {
     return true;
   }
   void launch();
+  int launches = 0;
 
  private:
   std::vector<chain::Step> steps_;

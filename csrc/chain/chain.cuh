@@ -1,6 +1,6 @@
 // Whole blocks of few images in one launch on CUDA, half types: depthwise convolutions, squeeze-excite gates and 1x1 convolutions,
 // one after the other, each what the kernel of its own would make (../depthwise, ../squeeze_excite, ../pointwise). For one image B0
-// is 63 such steps of 1 to 4 us, of which the most is the end of one kernel and the start of the next.
+// is 64 such steps of 1 to 4 us, of which the most is the end of one kernel and the start of the next.
 //
 // A block lies on every SM from the first step to the last, 8 warps, and between two steps all blocks meet at a barrier, whose two
 // halves are an addition and a look at a number in L2. What a step needs that no step makes comes before that look: its parameters,
@@ -11,14 +11,14 @@
 //               from global memory: neighbours share it in L1. Taps are fp32 in shared memory. The sums of the piece are partial.
 //   gate        A block takes a slice of an image's channels and makes all hidden units on its own: W_r is read by every one of
 //               them, which costs less than one more meeting.
-//   pointwise   A warp takes a tile of 16 pixels x 8, 16 or 32 channels, or a part of its depth, and adds up with others in shared
+//   pointwise   A warp takes a tile of 16 pixels x 16 or 32 channels, or a part of its depth, and adds up with others in shared
 //               memory. There is no ring and no ldmatrix: 32 input channels are two products, and in which order a product takes
 //               them is free as long as both sides take the same, so that a lane loads 8 in a row of its own pixel, and of its own
 //               row of the weight, straight into the fragments. Which column of the fragment is which channel is free too: a lane
-//               writes 2, 4 or 8 in a row.
+//               writes 4 or 8 in a row.
 //
 // Bytes and operations are those of the kernels of the steps; what binds is latency. By the counts of an H200 (a trip to L2 0.3 us,
-// a meeting two of them) B0's 63 steps should take some 0.12 ms; no GPU has run this yet. How many warps share what is chosen by
+// a meeting two of them) B0's 64 steps should take some 0.12 ms; no GPU has run this yet. How many warps share what is chosen by
 // such counts too (plan_step).
 //
 // Sums have a fixed order: an answer does not depend on the run, only on the number of SMs.
@@ -35,13 +35,23 @@ namespace effnet_fast::chain {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kGroup = 32, kLanes = kGroup / 4, kSlots = kThreads / kLanes;  // depthwise: channels, threads of a pixel, pixels
-constexpr int kSlice = 8, kRows = 4;  // gate: a slice is a multiple of so many channels; rows of W_r that a warp takes at once
+constexpr int kStagedBytes = 128 << 10;  // of shared memory at most, where weights of gates are staged: the rest of it is L1
+constexpr int kSlice = 8, kRows = 4;     // gate: a slice is a multiple of so many channels; rows of W_r that a warp takes at once
+
+// What a launch takes of parameters: 32,764 bytes since CUDA 12.1.
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+constexpr size_t kParameterBytes = 4096;
+#else
+constexpr size_t kParameterBytes = 32764;
+#endif
+constexpr size_t kMostSteps = (kParameterBytes - 16) / sizeof(Step);
 
 struct Program {
   Step steps[kMostSteps];
   int count;
   unsigned* barrier;
 };
+static_assert(sizeof(Program) <= kParameterBytes);
 
 // Activations of pairs: what follows a norm that before_silu has been asked of.
 struct Ending {
@@ -260,7 +270,8 @@ template <typename T, typename Wait> __device__ __forceinline__ void gate_step(c
 
 // Of input channels, 32 each that a tile of `width` times 8 channels has under way at once.
 __host__ __device__ constexpr int ahead(int width) { return width == 4 ? 2 : 4; }
-__host__ __device__ constexpr int sums_bytes(int width) { return kThreads * width * 16; }
+// Memory of a 1x1 convolution: sums of warps that share a tile, then the gates.
+__host__ __device__ __forceinline__ int gates_at(const Step& step) { return step.parts > 1 ? kThreads * step.width * 16 : 0; }
 
 template <typename T, int kWidth, typename Wait>
 __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, const Wait& wait) {
@@ -275,10 +286,13 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
   const Ending ending = ending_of(p.activation);
   const Vec<uint32_t, 4> zeros{};
 
+  uint32_t* const gates = reinterpret_cast<uint32_t*>(memory + gates_at(step));  // of T, [images][C]
+
   Affine norm{};  // of channel `lane` of the tile's
-  Vec<uint32_t, 4> b[kAhead][kWidth];
+  Vec<uint32_t, 4> a[kAhead][2], b[kAhead][kWidth];
   int tile, row, column;  // the lane's: rows g and g + 8 of 16 from `row` on, 2 kWidth channels from `column` on
-  const T* weight;
+  const T *x[2], *weight;
+  int images[2];  // of these rows
   // mma's column g of product t is channel 2 t + g % 2 of those of lane g / 2.
   auto load_b = [&](int chunk) {
 #pragma unroll
@@ -286,70 +300,75 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
 #pragma unroll
       for (int t = 0; t < kWidth; ++t) {
         const int c = (chunk + u) * 32 + q * 8;
-        b[u][t] =
-            chunk + u < last_chunk && c < C ? load<4>(reinterpret_cast<const uint32_t*>(weight + (int64_t(2 * t) * C + c))) : zeros;
+        const bool real = chunk + u < last_chunk && c < C;
+        b[u][t] = real ? load<4>(reinterpret_cast<const uint32_t*>(weight + (2 * t * C + c))) : zeros;
       }
   };
-  auto begin = [&](int at) {
-    tile = at + warp / step.parts;
-    if (tile >= last) return;
-    row = tile / step.across * 16;
-    const int tile_column = tile % step.across * 8 * kWidth;
-    column = tile_column + q * 2 * kWidth;
-    const int weight_row = min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth) + g % 2;
-    weight = pin_global(static_cast<const T*>(p.weight) + int64_t(weight_row) * C);
-    load_b(first_chunk);
-    if (part == 0) norm = before_silu<T>(fold_norm(p, min(tile_column + lane, K - 1)), ending.silu);
+  auto load_a = [&](int chunk) {
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int c = (chunk + u) * 32 + q * 8;
+        a[u][h] = chunk + u < last_chunk && c < C ? load<4>(reinterpret_cast<const uint32_t*>(x[h] + c)) : zeros;
+      }
   };
-
-  begin(first);
-  wait();
-  for (int base = first; base < last; base += together) {
-    if (base != first) begin(base);
-    float acc[kWidth][4] = {};
-    if (tile < last) {
-      const T* x[2];
-      const float* gates[2] = {};
+  for (int base = first; base < last || base == first; base += together) {
+    tile = base + warp / step.parts;
+    const bool works = tile < last;
+    if (works) {
+      row = tile / step.across * 16;
+      const int tile_column = tile % step.across * 8 * kWidth;
+      column = tile_column + q * 2 * kWidth;
+      const int weight_row = min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth) + g % 2;
+      weight = pin_global(static_cast<const T*>(p.weight) + int64_t(weight_row) * C);
+      load_b(first_chunk);
+      if (part == 0) norm = before_silu<T>(fold_norm(p, min(tile_column + lane, K - 1)), ending.silu);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int my_row = min(row + g + 8 * h, rows - 1);
         x[h] = pin_global(static_cast<const T*>(p.x) + int64_t(my_row) * C);
-        if (p.gate) gates[h] = pin_global(p.gate + int64_t(my_row / pixels) * C);
+        images[h] = my_row / pixels;
       }
-      for (int chunk = first_chunk; chunk < last_chunk; chunk += kAhead) {
-        Vec<uint32_t, 4> a[kAhead][2];
+    }
+    if (base == first) wait();
+    Vec<uint32_t, kWidth> rest[2] = {};
+    if (works) {
+      load_a(first_chunk);
+      if (p.residual && part == 0 && column < K)
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u)
+        for (int h = 0; h < 2; ++h)
+          rest[h] = load<kWidth>(reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.residual) +
+                                                                   (int64_t(min(row + g + 8 * h, rows - 1)) * K + column)));
+    }
+    if (base == first && p.gate) {
+      for (int i = threadIdx.x * 4; i < rows / pixels * C; i += kThreads * 4) {
+        const Vec<float, 4> v = load<4>(pin_global(p.gate + i));
+        store(gates + i / 2, Vec<uint32_t, 2>{round_pair<T>(v.at[0], v.at[1]), round_pair<T>(v.at[2], v.at[3])});
+      }
+      __syncthreads();  // the gates are there
+    }
+    float acc[kWidth][4] = {};
+    for (int chunk = first_chunk; works && chunk < last_chunk; chunk += kAhead) {
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (chunk + u >= last_chunk) break;
+        const int c = (chunk + u) * 32 + q * 8;
+        if (p.gate)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int c = (chunk + u) * 32 + q * 8;
-            a[u][h] = chunk + u < last_chunk && c < C ? load<4>(reinterpret_cast<const uint32_t*>(x[h] + c)) : zeros;
+            const Vec<uint32_t, 4> gate = load<4>(gates + (images[h] * C + min(c, C - 8)) / 2);  // past the end x is zero
+#pragma unroll
+            for (int e = 0; e < 4; ++e) a[u][h].at[e] = multiply_pair<T>(a[u][h].at[e], gate.at[e]);
           }
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          const int c = (chunk + u) * 32 + q * 8;
-          if (chunk + u >= last_chunk) break;
-          if (p.gate && c < C) {
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t both[4] = {a[u][0].at[2 * half], a[u][1].at[2 * half], a[u][0].at[2 * half + 1], a[u][1].at[2 * half + 1]};
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const Vec<float, 4> low = load<4>(gates[h] + c), high = load<4>(gates[h] + c + 4);
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const Vec<float, 4>& of = e < 2 ? low : high;
-                a[u][h].at[e] = multiply_pair<T>(a[u][h].at[e], round_pair<T>(of.at[e % 2 * 2], of.at[e % 2 * 2 + 1]));
-              }
-            }
-          }
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t both[4] = {a[u][0].at[2 * half], a[u][1].at[2 * half], a[u][0].at[2 * half + 1],
-                                      a[u][1].at[2 * half + 1]};
-#pragma unroll
-            for (int t = 0; t < kWidth; ++t) mma_k16(T(), acc[t], both, b[u][t].at[2 * half], b[u][t].at[2 * half + 1]);
-          }
+          for (int t = 0; t < kWidth; ++t) mma_k16(T(), acc[t], both, b[u][t].at[2 * half], b[u][t].at[2 * half + 1]);
         }
-        if (chunk + kAhead < last_chunk) load_b(chunk + kAhead);
       }
+      if (chunk + kAhead < last_chunk) load_a(chunk + kAhead), load_b(chunk + kAhead);
     }
     if (step.parts > 1) {
       float* const sums = reinterpret_cast<float*>(memory) + lane * 4;  // [warp][product][lane][4]
@@ -367,7 +386,7 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
           for (int e = 0; e < 4; ++e) acc[t][e] += v.at[e];
         }
     }
-    if (part > 0 || tile >= last) continue;
+    if (part > 0 || !works) continue;
     Affine norms[2 * kWidth];
 #pragma unroll
     for (int i = 0; i < 2 * kWidth; ++i) {
@@ -379,14 +398,13 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
     for (int h = 0; h < 2; ++h) {
       if (row + g + 8 * h >= rows) break;
       const int64_t at = int64_t(row + g + 8 * h) * K + column;
-      Vec<uint32_t, kWidth> rest{}, out;
-      if (p.residual) rest = load<kWidth>(reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.residual) + at));
+      Vec<uint32_t, kWidth> out;
 #pragma unroll
       for (int t = 0; t < kWidth; ++t) {
         float v0 = acc[t][2 * h] * norms[2 * t].scale + norms[2 * t].shift;
         float v1 = acc[t][2 * h + 1] * norms[2 * t + 1].scale + norms[2 * t + 1].shift;
         end<T>(ending, v0, v1);
-        if (p.residual) v0 += value_of<T>(rest, 2 * t), v1 += value_of<T>(rest, 2 * t + 1);
+        if (p.residual) v0 += value_of<T>(rest[h], 2 * t), v1 += value_of<T>(rest[h], 2 * t + 1);
         out.at[t] = round_pair<T>(v0, v1);
       }
       store(reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + at), out);
@@ -394,7 +412,8 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
   }
 }
 
-constexpr int kStepBytes = (sizeof(Step) + 15) / 16 * 16;
+constexpr int kStepBytes = (sizeof(Step) + 63) / 64 * 64;
+static_assert(2 * kStepBytes % alignof(DepthwiseWork<5>) == 0);
 
 template <typename T> __global__ void __launch_bounds__(kThreads, 1) chain_kernel(EFFNET_GRID_CONSTANT(Program, program)) {
   EFFNET_DYNAMIC_SHARED(char, shared);
@@ -402,10 +421,9 @@ template <typename T> __global__ void __launch_bounds__(kThreads, 1) chain_kerne
   // Parameters of two steps: that which runs and the next.
   auto fetch = [&](int i) {
     constexpr int kWords = sizeof(Step) / 4;
-    static_assert(sizeof(Step) % 4 == 0 && kWords <= kThreads);
-    if (int(threadIdx.x) < kWords)
-      reinterpret_cast<uint32_t*>(shared + i % 2 * kStepBytes)[threadIdx.x] =
-          reinterpret_cast<const uint32_t*>(program.steps + i)[threadIdx.x];
+    static_assert(sizeof(Step) % 4 == 0 && kWords <= kThreads - 32);
+    if (const int word = int(threadIdx.x) - (kThreads - kWords); word >= 0)  // not the thread that looks at the barrier
+      reinterpret_cast<uint32_t*>(shared + i % 2 * kStepBytes)[word] = reinterpret_cast<const uint32_t*>(program.steps + i)[word];
   };
   fetch(0);
   __syncthreads();
@@ -429,8 +447,6 @@ template <typename T> __global__ void __launch_bounds__(kThreads, 1) chain_kerne
       } else {
         depthwise_step<T, 5>(step, memory, wait);
       }
-    } else if (step.width == 1) {
-      pointwise_step<T, 1>(step, memory, wait);
     } else if (step.width == 2) {
       pointwise_step<T, 2>(step, memory, wait);
     } else {
@@ -478,7 +494,7 @@ inline int plan_step(Step& step, int blocks, int room) {
   }
   const pointwise::Params& p = step.pointwise;
   double least = INFINITY;
-  for (int width = 1; width <= 4; width *= 2)
+  for (int width = 2; width <= 4; width *= 2)
     for (int parts = 1; parts <= std::min(kWarps, ceil_div(p.in_channels, 32)); parts *= 2) {
       const double clocks = pointwise_clocks(p, width, parts, blocks);
       if (clocks >= least) continue;
@@ -488,25 +504,28 @@ inline int plan_step(Step& step, int blocks, int room) {
     }
   step.across = ceil_div(p.out_channels, 8 * step.width);
   step.items = int(ceil_div(p.rows, int64_t{16})) * step.across;
-  return step.parts > 1 ? sums_bytes(step.width) : 0;
+  return gates_at(step) + (p.gate ? int(p.rows / p.pixels) * p.in_channels * 2 : 0);
 }
 
-// Starts the steps in as few launches as they take, on a GPU of that many multiprocessors, of which a block may have so much shared
-// memory.
-template <typename T> void launch(std::vector<Step> steps, unsigned* barrier, int multiprocessors, int shared_bytes, void* stream) {
-  for (size_t first = 0; first < steps.size(); first += kMostSteps) {
+// Starts the steps in as few launches as they take, and returns how many, on a GPU of that many multiprocessors, of which a block
+// may have so much shared memory.
+template <typename T>
+int launch(const std::vector<Step>& steps, unsigned* barrier, int multiprocessors, int shared_bytes, void* stream) {
+  const int room = std::min(shared_bytes, kStagedBytes) - 2 * kStepBytes;
+  EFFNET_ALLOW_SHARED(chain_kernel<T>, shared_bytes);
+  int launches = 0;
+  for (size_t first = 0; first < steps.size(); first += kMostSteps, ++launches) {
     Program program;
-    int bytes = 0;
+    int bytes = 2 * kStepBytes;
     program.count = int(std::min(steps.size() - first, kMostSteps));
     program.barrier = barrier;
     for (int i = 0; i < program.count; ++i) {
       program.steps[i] = steps[first + i];
-      bytes = std::max(bytes, plan_step(program.steps[i], multiprocessors, shared_bytes - 2 * kStepBytes));
+      bytes = std::max(bytes, 2 * kStepBytes + plan_step(program.steps[i], multiprocessors, room));
     }
-    bytes += 2 * kStepBytes;
-    EFFNET_ALLOW_SHARED(chain_kernel<T>, bytes);
     launch_together(chain_kernel<T>, multiprocessors, kThreads, bytes, stream, program);
   }
+  return launches;
 }
 
 }  // namespace effnet_fast::chain

@@ -26,7 +26,8 @@ bool takes(const squeeze_excite::GateParams& p) {
 
 bool takes(const pointwise::Params& p) {
   return is_half(p.dtype) && p.weight_dtype == p.dtype && p.in_channels % 8 == 0 && p.out_channels % 8 == 0 &&
-         p.y_row == p.out_channels && on_16_bytes(p.x, p.weight, p.gate, p.residual, p.y) && p.rows <= kMostRows;
+         p.y_row == p.out_channels && on_16_bytes(p.x, p.weight, p.gate, p.residual, p.y) && p.rows <= kMostRows &&
+         (!p.gate || p.rows / p.pixels * p.in_channels <= kMostChannels * 2);
 }
 
 }  // namespace effnet_fast::chain

@@ -40,7 +40,7 @@ template <typename P> bool takes(const P&) { return false; }
 
 // Starts steps of one dtype, on the current device. barrier: 4 bytes there, zero before their first use, of no two launches at
 // the same time.
-constexpr size_t kMostSteps = 136;  // a launch has 32,764 bytes of parameters
-void launch_cuda(const std::vector<Step>& steps, DType dtype, unsigned* barrier, void* stream);
+// Returns how many launches they took.
+int launch_cuda(const std::vector<Step>& steps, DType dtype, unsigned* barrier, void* stream);
 
 }  // namespace effnet_fast::chain

@@ -26,10 +26,13 @@
 // Before a launch with that much dynamic shared memory: more than 48 KB must be asked for.
 #define EFFNET_ALLOW_SHARED(kernel, bytes) \
   if ((bytes) > 48 << 10) EFFNET_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)))
+// The error is not kept: the next kernel has not failed.
 #define EFFNET_CUDA_CHECK(expression)                                                                             \
   do {                                                                                                            \
-    if (const cudaError_t error = (expression); error != cudaSuccess)                                             \
+    if (const cudaError_t error = (expression); error != cudaSuccess) {                                           \
+      static_cast<void>(cudaGetLastError());                                                                      \
       throw std::runtime_error(std::string("effnet_fast: " #expression " failed: ") + cudaGetErrorString(error)); \
+    }                                                                                                             \
   } while (false)
 #else
 #include "emu.h"

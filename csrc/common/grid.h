@@ -9,6 +9,12 @@
 
 namespace effnet_fast {
 
+// Adds after all that this thread wrote or knows to be written; returns what was there.
+__device__ __forceinline__ unsigned add_release(unsigned* p, unsigned value) {
+  unsigned before;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
+  return before;
+}
 // What another block has written, and all that came before that there.
 __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
   unsigned v;
@@ -43,12 +49,7 @@ namespace effnet_fast {
 // are, so that its highest bit turns when the last one has come.
 __device__ __forceinline__ unsigned grid_arrive(unsigned* counter) {
   __syncthreads();
-  unsigned before = 0;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    before = atomicAdd(counter, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
-  }
-  return before;
+  return threadIdx.x == 0 ? add_release(counter, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u) : 0;
 }
 // Waits for all the others. That one thread acquires and the block then meets is enough for all of its threads: no line that L1
 // had before is read.

@@ -1,8 +1,9 @@
 """A network of few images on CUDA with the kernels that follow one another started as one (csrc/chain).
 
 Depthwise and 1x1 convolutions and squeeze-excite gates wait, whichever backend would have run them, until an operator comes that is
-none of them; then all that wait are one launch. Their results have their memory at once, and as they run in the order in which
-they came, what has gone by then may be where another is, as on a stream. On the CPU nothing waits.
+none of them; then all that wait are one launch, on the stream that is current by then. Their results have their memory at once, and
+as they run in the order in which they came, what has gone by then may be where another is, as on a stream: memory that nobody else
+may be given meanwhile, a CUDA graph's pool. On the CPU nothing waits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.inference.recording import Convolution, Joining
-from effnet_fast.ops import native
+from effnet_fast.ops import backends, native
 from effnet_fast.ops.common import output_size
 from effnet_fast.ops.depthwise import KERNELS, STRIDES
 from effnet_fast.ops.depthwise.launch import multiprocessors
@@ -22,7 +23,7 @@ from effnet_fast.ops.library import define_native
 
 define_native("chain_begin(Tensor barrier) -> ()")
 define_native("chain_launch() -> ()")
-define_native("chain_end() -> ()")
+define_native("chain_end() -> int")
 _OPS = torch.ops.effnet_fast
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -43,7 +44,8 @@ class Chaining(Joining):
 
     barrier   [1] int32 where the images are, zero before its first use, of no two passes at the same time
     blocks    multiprocessors of that GPU
-    launched  of how many kernels each launch was, so far
+    waited    of how many kernels those were that waited together, so far
+    launches  that CUDA made of them: one, or a few where there are many. They are known after the pass
     """
 
     def __init__(self, barrier: Tensor, blocks: int, pixels: Tensor, dtype: torch.dtype) -> None:
@@ -54,20 +56,27 @@ class Chaining(Joining):
             "effnet_fast::squeeze_excite_gate": self._gate,
             "effnet_fast::pointwise_conv_bn_act": self._pointwise,
         }
-        self.launched: list[int] = []
+        self.waited: list[int] = []
+        self.launches = 0
 
     def joined(self, model: Callable[[Tensor], Any], image: Tensor) -> Any:
+        """Raises RuntimeError where new memory is written at once, or another backend than native is asked for."""
+        fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # but by the stub
+        if torch.are_deterministic_algorithms_enabled() and fills:
+            raise RuntimeError("new memory is filled, which kernels that wait may still read: use_deterministic_algorithms")
+        if (asked := backends.requested()[0]) not in (None, "native"):
+            raise RuntimeError(f"backend {asked!r} is asked for")
         _OPS.chain_begin(self._barrier)
         try:
             return super().joined(model, image)
         finally:
-            _OPS.chain_end()
+            self._end()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is torch.ops.aten.empty.memory_format:  # reads and writes nothing
             return super().run(func, args, kwargs)
-        take = self._taken.get(func._schema.name)
-        call = None if take is None else take(*args)
+        taken = self._taken.get(func._schema.name) if func._overloadname in backends.BACKENDS else None
+        call = None if taken is None else taken(*args)
         if call is None:
             self._launch()
             return super().run(func, args, kwargs)
@@ -83,12 +92,16 @@ class Chaining(Joining):
 
     def _fill_placeholders(self) -> None:
         self._launch()
+        self._end()  # what is started here does not come by way of run
         super()._fill_placeholders()
+
+    def _end(self) -> None:
+        self.launches += _OPS.chain_end()
 
     def _launch(self) -> None:
         if self._waiting:
             _OPS.chain_launch()
-            self.launched.append(self._waiting)
+            self.waited.append(self._waiting)
         self._waiting = 0
 
     # What is to be called in place of an op, or None for one that csrc/chain does not take.
@@ -97,7 +110,7 @@ class Chaining(Joining):
         *norm, stride, padding, activation, pieces = args
         if not _alike(x, weight) or weight.shape[2:] not in KERNELS or stride not in STRIDES:
             return None
-        if pieces:  # so many that no block is without one
+        if pieces:  # as many as there are blocks for, each with one
             images, channels, height, width = x.shape
             top, bottom, left, right = padding
             height = output_size(height, weight.shape[2], stride, top, bottom)
@@ -122,19 +135,20 @@ def _alike(x: Tensor, weight: Tensor) -> bool:
 
 
 class Chains:
-    """``model``'s pass, run so; ``launched``: of how many kernels each launch of the last one was."""
+    """``model``'s pass, run so. Its text tells what there was of the last one."""
 
     def __init__(self, model: nn.Module, pixels: Tensor, dtype: torch.dtype) -> None:
         self._model, self._pixels, self._dtype = model, pixels, dtype
         self._barrier = torch.zeros(1, dtype=torch.int32).to(pixels.device)  # which waits until it is there
         self._blocks = multiprocessors(pixels.device.index) if pixels.is_cuda else 1
-        self.launched: Sequence[int] = ()
+        self.waited: Sequence[int] = ()
+        self.launches = 0
 
     def __call__(self, x: Tensor) -> Any:
         chaining = Chaining(self._barrier, self._blocks, self._pixels, self._dtype)
         results = chaining.joined(self._model, x)
-        self.launched = chaining.launched
+        self.waited, self.launches = chaining.waited, chaining.launches
         return results
 
     def __str__(self) -> str:
-        return f"{sum(self.launched)} kernels in {len(self.launched)}"
+        return f"{sum(self.waited)} kernels in {self.launches}"

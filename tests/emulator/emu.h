@@ -9,7 +9,8 @@
 // ended is gone.
 //
 // Not seen: races between blocks of different clusters, overflow from one part of shared memory into another, the rounding of the
-// GPU's own expf and approximate functions, and that tensor cores truncate fp32 sums.
+// GPU's own expf and approximate functions, that tensor cores truncate fp32 sums, and memory that others see in another order than
+// it was written in: releases and acquires are but an addition and a look.
 #pragma once
 #include <algorithm>
 #include <climits>
@@ -407,8 +408,7 @@ template <typename... Parameters, typename... Arguments> void launch_cluster(voi
 }
 
 #define EFFNET_GRID_CONSTANT(type, name) const type& name
-inline void __threadfence() {}
-inline unsigned atomicAdd(unsigned* p, unsigned value) { return std::exchange(*p, *p + value); }
+inline unsigned add_release(unsigned* p, unsigned value) { return std::exchange(*p, *p + value); }
 // Others come before it.
 inline unsigned load_acquire(const unsigned* p) {
   emu::barrier(emu::Wait::others, 0, nullptr);
