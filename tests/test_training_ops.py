@@ -354,6 +354,18 @@ def _arguments(kind: str) -> tuple[list, list]:
     return forward, [*backward, x, weight, norm_of(16), "silu", gate, channels_last(made(2, 16, 6, 5)), 1, padding, True, True]
 
 
+def check_out_form(form, args, results: dict[str, torch.Tensor]) -> None:
+    """It writes those, into memory that was NaN; and refuses one of another shape or dtype."""
+    out = {name: torch.empty_like(result).fill_(float("nan")) for name, result in results.items()}
+    torch.library.opcheck(form, args, out)
+    form(*args, **out)
+    assert all(torch.equal(made, out[name]) for name, made in results.items()), form
+    for name, result in results.items():
+        for bad in (result.new_empty([*result.shape[:-1], result.shape[-1] + 1]), result.double()):
+            with pytest.raises((ValueError, TypeError, RuntimeError), match=name):
+                form(*args, **{**out, name: bad})
+
+
 @pytest.mark.parametrize("kind", ["depthwise_", "pointwise_", ""])
 def test_convolutions_are_registered(kind, backend):
     for what, args in zip(("stats", "backward"), _arguments(kind), strict=True):
@@ -366,10 +378,7 @@ def test_convolutions_are_registered(kind, backend):
         torch.library.opcheck(getattr(packet, backend), ungated)
         results = getattr(packet, backend)(*args)
         names = ("y", "mean", "var") if what == "stats" else ("grad_x", "grad_weight", "sums")
-        out = {name: torch.empty_like(result).fill_(float("nan")) for name, result in zip(names, results, strict=True)}
-        torch.library.opcheck(getattr(packet, f"{backend}_out"), args, out)
-        getattr(packet, f"{backend}_out")(*args, **out)
-        assert all(torch.equal(made, given) for made, given in zip(results, out.values(), strict=True))
+        check_out_form(getattr(packet, f"{backend}_out"), args, dict(zip(names, results, strict=True)))
 
 
 def test_the_others_are_registered(backend):
@@ -393,9 +402,7 @@ def test_the_others_are_registered(backend):
         torch.library.opcheck(getattr(packet, overload), args)
         found = getattr(packet, overload)(*args)
         found = found if isinstance(found, tuple) else (found,)
-        out = {result: torch.full_like(tensor, float("nan")) for result, tensor in zip(results, found, strict=True)}
-        getattr(packet, f"{overload}_out")(*args, **out)
-        assert all(torch.equal(a, b) for a, b in zip(found, out.values(), strict=True)), name
+        check_out_form(getattr(packet, f"{overload}_out"), args, dict(zip(results, found, strict=True)))
         assert all(torch.isfinite(tensor).all() for tensor in found)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain import ACTIVATIONS
-from test_training_ops import backend, made, wide  # noqa: F401 (a fixture)
+from test_training_ops import backend, check_out_form, made, wide  # noqa: F401 (a fixture)
 from tolerance import assert_2x
 
 from effnet_fast.ops import backends, training
@@ -75,10 +75,7 @@ def test_it_is_registered(backend):  # noqa: F811
     for args in (arguments(), [None if i == 4 else a for i, a in enumerate(arguments())]):
         torch.library.opcheck(getattr(OP, name), args)
         results = getattr(OP, name)(*args)
-        out = {result: torch.full_like(tensor, float("nan")) for result, tensor in zip(NAMES, results, strict=True)}
-        torch.library.opcheck(getattr(OP, f"{name}_out"), args, out)
-        getattr(OP, f"{name}_out")(*args, **out)
-        assert all(torch.equal(a, b) for a, b in zip(results, out.values(), strict=True))
+        check_out_form(getattr(OP, f"{name}_out"), args, dict(zip(NAMES, results, strict=True)))
 
 
 def test_views_and_the_same_bits_each_time():

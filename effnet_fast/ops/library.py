@@ -3,7 +3,7 @@
 An op's folder calls :func:`define` once. ``.reference`` (plain PyTorch, any device) always has a kernel; the other backends are
 overloads of the same schema whose kernels C++ or Triton contribute. ``.BACKEND_out`` writes into tensors that the caller gives,
 laid out as those that the op returns and apart from its arguments; the native ones allocate nothing on CUDA where arguments lie as
-the kernel reads them, Triton's gate of large weights has a workspace. The choice between backends is made in
+the kernel reads them, Triton's make results of their own to compare with. The choice between backends is made in
 :mod:`effnet_fast.ops.backends`, above the dispatcher.
 
 No overload has a gradient. The ops' public functions refuse tensors that ask for one; an overload that is called directly does not
@@ -12,7 +12,7 @@ look, and it is torch that warns where a backward pass comes to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,21 @@ def _counted(overload: Any) -> Callable[..., None]:
             overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **out)
 
     return run
+
+
+def fitting(name: str, results: Sequence[str], made: Any, out: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each of an op's ``results`` that was made with the tensor that was given for it. Raises ValueError or TypeError, naming it,
+    for one that is not like it."""
+    pairs = []
+    for result, tensor in zip(results, made if isinstance(made, tuple) else (made,), strict=True):
+        given = out[result]
+        check_tensor(name, result, given, tuple(tensor.shape), (tensor.dtype,), tensor.device)
+        # Of symbolic sizes torch 2.11 says that they are contiguous in no form.
+        strides = zip(tensor.shape, given.stride(), tensor.stride(), strict=True)
+        if tensor.numel() > 0 and any(size != 1 and stride != other for size, stride, other in strides):
+            raise ValueError(f"{name}: {result} has strides {given.stride()}; {tensor.stride()} would do")
+        pairs.append((tensor, given))
+    return pairs
 
 
 def define(
@@ -66,20 +81,7 @@ def define(
         return allocate(*args)
 
     def fake_out(*args: Any, **out: torch.Tensor) -> None:
-        fitting(fake(*args), out)
-
-    def fitting(made: Any, out: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each result that was made with the tensor that was given for it, which must be like it."""
-        pairs = []
-        for result, tensor in zip(results, made if isinstance(made, tuple) else (made,), strict=True):
-            given = out[result]
-            check_tensor(name, result, given, tuple(tensor.shape), (tensor.dtype,), tensor.device)
-            # Of symbolic sizes torch 2.11 says that they are contiguous in no form.
-            strides = zip(tensor.shape, given.stride(), tensor.stride(), strict=True)
-            if tensor.numel() > 0 and any(size != 1 and stride != other for size, stride, other in strides):
-                raise ValueError(f"{name}: {result} has strides {given.stride()}; {tensor.stride()} would do")
-            pairs.append((tensor, given))
-        return pairs
+        fitting(name, results, fake(*args), out)
 
     returned = ", ".join(f"Tensor {result}" for result in results)
     if "native" in backends:
@@ -100,7 +102,7 @@ def define(
         return reference(*args)
 
     def reference_out(*args: Any, **out: torch.Tensor) -> None:
-        for made, given in fitting(checked_reference(*args), out):
+        for made, given in fitting(name, results, checked_reference(*args), out):
             given.copy_(made)
 
     _LIBRARY.impl(f"{name}.reference", checked_reference, "CompositeExplicitAutograd")

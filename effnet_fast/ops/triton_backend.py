@@ -13,7 +13,7 @@ from torch import Tensor
 
 from effnet_fast.ops import gpu
 from effnet_fast.ops.common import either
-from effnet_fast.ops.library import NAMESPACE, implement
+from effnet_fast.ops.library import NAMESPACE, fitting, implement
 
 #: Why triton cannot be used, in one sentence; None if it is installed.
 REASON = None if importlib.util.find_spec("triton") is not None else "triton is not installed"
@@ -64,6 +64,7 @@ def register(
 
     def out_form(*args: Any, **out: Tensor) -> None:
         check_all(*args)
+        fitting(name, results, allocate(*args), out)
         launch(args, out)
 
     def returning(*args: Any) -> Any:

@@ -15,8 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from effnet_fast.ops.common import check_tensor
-
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -160,13 +158,6 @@ def channels_last(x: Tensor) -> Tensor:
 def vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors of a norm, each as one run of memory."""
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-def check_output(op: str, y: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Refuse a ``y`` of an ``_out`` form that the kernel cannot write; its dtype and device are to be those of ``like``."""
-    check_tensor(op, "y", y, shape, (like.dtype,), like.device)
-    if not y.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"{op}: y has strides {y.stride()}; channels_last would do")
 
 
 # What was compiled, and the values of the kernel's constants in the order of its parameters. As Triton's own tables, never emptied.

@@ -18,7 +18,6 @@ from effnet_fast.ops.triton_common import (
     alignment,
     cdiv,
     channels_last,
-    check_output,
     converted,
     dot,
     folded_norm,
@@ -122,7 +121,6 @@ def launch(
         raise ValueError(f"conv_bn_act: weight is {tuple(weight.shape)}, stride {stride}; [K, C <= 4, 3, 3] and stride 2 would do")
     top, bottom, left, right = padding
     out_height, out_width = output_size(height, 3, 2, top, bottom), output_size(width, 3, 2, left, right)
-    check_output("conv_bn_act", y, (images, outputs, out_height, out_width), x if pixels is None else weight)
     if y.numel() == 0:
         return
     block_p, block_n = 64, min(max(next_power_of_2(outputs), 16), 64)

@@ -27,7 +27,6 @@ from effnet_fast.ops.triton_common import (
     alignment,
     cdiv,
     channels_last,
-    check_output,
     converted,
     dot,
     fold_norm,
@@ -249,7 +248,6 @@ def launch(
     """Write ``pointwise_conv_bn_act(...)`` into ``y``."""
     images, channels, height, width = x.shape
     outputs, pixels = weight.shape[0], height * width
-    check_output("pointwise_conv_bn_act", y, (images, outputs, height, width), x)
     if y.numel() == 0:
         return
     precision = matmul_precision(x.dtype)

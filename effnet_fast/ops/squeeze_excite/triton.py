@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_fast.ops.common import check_tensor
 from effnet_fast.ops.triton_common import activate, cdiv, next_power_of_2, processors, run
 
 
@@ -184,9 +183,6 @@ def launch(
     """Write ``squeeze_excite_gate(...)`` into ``gate``. Two launches allocate the hidden units that pass from one to the other."""
     images, pieces, channels = partial.shape
     reduced = reduce_weight.shape[0]
-    check_tensor("squeeze_excite_gate", "gate", gate, (images, channels), (torch.float32,), partial.device)
-    if not gate.is_contiguous():
-        raise ValueError(f"squeeze_excite_gate: gate has strides {gate.stride()}; contiguous would do")
     if gate.numel() == 0:
         return
     partial = partial.contiguous()

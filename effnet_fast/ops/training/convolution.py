@@ -20,7 +20,7 @@ from effnet_fast.ops.common import (
     empty_output,
 )
 from effnet_fast.ops.depthwise import KERNELS, STRIDES
-from effnet_fast.ops.library import define, implement
+from effnet_fast.ops.library import define, fitting, implement
 from effnet_fast.ops.training import composed, normalization, reference
 from effnet_fast.ops.training.checks import check_conv, check_images, check_norm, check_read, check_weight
 
@@ -134,13 +134,14 @@ def _compose(kind: str, backend: str, key: str) -> None:
     """Give such a convolution's ops a kernel for a dispatch key: PyTorch's own convolution between that backend's passes."""
     runs = composed.implementations(normalization.passes(backend), getattr(torch.ops.effnet_fast.batch_stats, backend))
     for what, run in zip(("stats", "backward"), runs, strict=True):
+        name = _name(kind, what)
 
-        def out_form(*args: Any, _run: Callable[..., Any] = run, **out: Tensor) -> None:
-            for made, given in zip(_run(*args), out.values(), strict=True):
+        def out_form(*args: Any, _run: Callable[..., Any] = run, _name: str = name, **out: Tensor) -> None:
+            for made, given in fitting(_name, tuple(out), _run(*args), out):
                 given.copy_(made)
 
-        implement(f"{_name(kind, what)}.{backend}", run, key)
-        implement(f"{_name(kind, what)}.{backend}_out", out_form, key)
+        implement(f"{name}.{backend}", run, key)
+        implement(f"{name}.{backend}_out", out_form, key)
 
 
 _compose("dense", "native", "CPU")
