@@ -80,13 +80,13 @@ def no_grad():
         yield
 
 
-# Launches, and kernels of the last of them. Of V2 the dense convolutions start at once, each between two that wait.
+# Launches, and kernels of the longest. Of V2 the dense convolutions start at once, each between two that wait.
 LAUNCHED = {
-    "efficientnet_b0": (1, 64),
-    "timm b0": (1, 64),
-    "torchvision b0": (1, 64),
-    "efficientnet_lite0": (1, 48),
-    "efficientnetv2_s": (8, 122),
+    "efficientnet_b0": (1, 67),
+    "timm b0": (1, 67),
+    "torchvision b0": (1, 67),
+    "efficientnet_lite0": (1, 51),
+    "efficientnetv2_s": (9, 124),
 }
 
 
@@ -98,11 +98,13 @@ def test_nobody_reads_what_waits(name, waiting):
     exact, plain = leaves(net.double()(x.double())), leaves(net.to(BF16)(x.to(BF16)))
     effnet_fast.accelerate(net)
     chains = Chains(net, torch.ones(2, 3), BF16)
-    for made, expected, truth in zip(leaves(chains(x.to(BF16))), plain, exact, strict=True):
-        assert_2x(made, expected, truth, name)
-    assert waiting.launched == chains.waited and waiting.dropped == 0 and not waiting.recording
+    for _ in range(2):  # the first makes what the classifier lacks of a norm
+        waiting.launched.clear()
+        for made, expected, truth in zip(leaves(chains(x.to(BF16))), plain, exact, strict=True):
+            assert_2x(made, expected, truth, name)
+        assert waiting.launched == chains.waited and waiting.dropped == 0 and not waiting.recording
     if name in LAUNCHED:
-        assert (chains.launches, chains.waited[-1]) == LAUNCHED[name]
+        assert (chains.launches, max(chains.waited)) == LAUNCHED[name]
         assert str(chains) == f"{sum(chains.waited)} kernels in {chains.launches}"
 
 
@@ -118,7 +120,7 @@ def test_a_pass_that_fails_launches_nothing(waiting):
         chains(x)
     assert waiting.launched == [] and waiting.dropped > 0 and not waiting.recording
     hook.remove()
-    assert chains(x).isfinite().all() and waiting.launched == [64]
+    assert chains(x).isfinite().all() and waiting.launched == [66, 1]
 
 
 @pytest.mark.parametrize("name", ["float32", "7x7", "12 channels"])

@@ -41,6 +41,7 @@ def check(net: torch.nn.Module, x: torch.Tensor, runs: int = 20) -> chain.Chains
     exact, plain = leaves(copy.deepcopy(net).double()(x.double())), leaves(copy.deepcopy(net).to(x.dtype)(x))
     frozen = effnet_fast.optimize_for_inference(net, x.dtype)
     chains = chain.Chains(frozen.frozen, frozen.pixels, x.dtype)
+    chains(x)  # which makes what the classifier lacks of a norm
     made = leaves(chains(x))
     for ours, expected, truth in zip(made, plain, exact, strict=True):
         assert_2x(ours, expected, truth)
@@ -80,7 +81,7 @@ def test_a_copy_keeps_the_faster():
     before = [optimized(x) for x in batches]
     for line in str(optimized).splitlines():
         assert "failed" not in line and "another result" not in line, line
-    assert str(optimized).count("64 kernels in 1") == 6  # those of up to four images
+    assert str(optimized).count("67 kernels in 1") == 6  # those of up to four images
     for _ in range(50):
         with torch.cuda.stream(torch.cuda.Stream()):
             for x, made in zip(batches, before, strict=True):

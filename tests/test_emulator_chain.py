@@ -14,6 +14,7 @@ from emulator.arrays import ACTIVATIONS, DTYPES, from_raw, raw
 from tolerance import assert_2x
 
 from effnet_fast.ops.common import output_size
+from effnet_fast.ops.conv.reference import conv_bn_act
 from effnet_fast.ops.depthwise.reference import depthwise_conv_bn_act
 from effnet_fast.ops.pointwise.reference import pointwise_conv_bn_act
 from effnet_fast.ops.squeeze_excite.reference import squeeze_excite_gate
@@ -24,6 +25,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 SEEDS = range(2)
 LARGE, SMALL = 227 << 10, 24 << 10  # bytes of shared memory of a block: enough for the weights of gates, or not
 EPS = 1e-3
+STEM, DEPTHWISE, GATE, POINTWISE, POOL = range(5)  # the enum of csrc/chain/params.h
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Net:
-    """Of images [images, channels, height, width]; ``head``: output channels of a 1x1 convolution at its end."""
+    """Of [images, channels, height, width], which a stem makes of twice as large images where ``image`` is "nchw", "nhwc" or
+    "bytes"; ``head``: output channels of a 1x1 convolution at its end, before a mean and as many ``classes``."""
 
     images: int
     channels: int
@@ -48,6 +51,8 @@ class Net:
     width: int
     blocks: tuple[Block, ...]
     head: int = 0
+    image: str = ""
+    classes: int = 0
     activation: str = "silu"
     dtype: torch.dtype = BF16
     multiprocessors: int = 3
@@ -71,7 +76,7 @@ class Chain:
         self.types: list[torch.dtype] = []
         n, c, h, w = net.images, net.channels, net.height, net.width
         bright = torch.arange(1, n + 1)[:, None, None, None]  # so that no two images have the same gates
-        x = self.given((torch.randn(n, h, w, c) * bright).to(net.dtype))
+        x = self.stem() if net.image else self.given((torch.randn(n, h, w, c) * bright).to(net.dtype))
         for block in net.blocks:
             shape, skip = (n, c, h, w), x
             inner, channels = x, c
@@ -84,7 +89,11 @@ class Chain:
             residual = skip if block.stride == 1 and block.out == c else -1
             x, c = self.pointwise(inner, (n, channels, h, w), block.out, "identity", gate, residual), block.out
         if net.head:
-            self.pointwise(x, (n, c, h, w), net.head, net.activation)
+            x, c = self.pointwise(x, (n, c, h, w), net.head, net.activation), net.head
+        if net.classes:
+            mean = self.result((n, c), lambda of: of(x).mean((1, 2)))
+            self.steps.append((POOL, [x, mean], [n, h * w, c], 0))
+            self.pointwise(mean, (n, c, 1, 1), net.classes, "identity")
 
     def given(self, t: torch.Tensor) -> int:
         self.arrays.append(raw(t))
@@ -102,6 +111,30 @@ class Chain:
         vectors = torch.rand(channels) + 0.5, torch.randn(channels) / 2, torch.randn(channels) / 2, torch.rand(channels) + 0.5
         return [self.given(v) for v in vectors]
 
+    def stem(self) -> int:
+        net, planes = self.net, self.net.image == "nchw"
+        n, c, h, w, inputs = net.images, net.channels, net.height, net.width, 3
+        height, width = 2 * h - 1, 2 * w
+        seen, pixels = torch.randn(n, height, width, inputs).to(net.dtype), -1
+        if net.image == "bytes":
+            seen, pixels = (
+                torch.randint(0, 256, seen.shape, dtype=torch.uint8),
+                self.given(torch.stack([torch.rand(inputs) / 50, -1 - torch.rand(inputs)])),
+            )
+        x = self.given(seen.permute(0, 3, 1, 2) if planes else seen)
+        weight, norm = self.given((torch.randn(c, inputs, 3, 3) / 5).to(net.dtype)), self.norm(c)
+
+        def make(of):
+            vectors, given = [of(v) for v in norm], of(x) if planes else image(of(x))
+            scales = None if pixels < 0 else of(pixels)
+            return conv_bn_act(given, of(weight), *vectors, EPS, None, 2, [1, 1, 0, 1], net.activation, scales)
+
+        y = self.result((n, c, h, w), make)
+        self.steps.append(
+            (STEM, [x, weight, *norm, pixels, y], [n, inputs, c, height, width, h, w, 1, 0, planes], ACTIVATIONS[net.activation])
+        )
+        return y
+
     def pointwise(self, x, shape, out, activation, gate=-1, residual=-1) -> int:
         n, c, h, w = shape
         weight, norm = self.given((torch.randn(out, c) / c**0.5).to(self.net.dtype)), self.norm(out)
@@ -110,10 +143,12 @@ class Chain:
             vectors = [of(v) for v in norm]
             gates = None if gate < 0 else of(gate)
             rest = None if residual < 0 else image(of(residual))
-            return pointwise_conv_bn_act(image(of(x)), of(weight)[:, :, None, None], *vectors, EPS, gates, rest, activation)
+            return pointwise_conv_bn_act(
+                image(of(x).view(n, h, w, c)), of(weight)[:, :, None, None], *vectors, EPS, gates, rest, activation
+            )
 
         y = self.result((n, out, h, w), make)
-        self.steps.append((2, [x, weight, *norm, gate, residual, y], [n * h * w, h * w, c, out], ACTIVATIONS[activation]))
+        self.steps.append((POINTWISE, [x, weight, *norm, gate, residual, y], [n * h * w, h * w, c, out], ACTIVATIONS[activation]))
         return y
 
     def depthwise(self, x, shape, size, block: Block) -> tuple[int, int]:
@@ -133,7 +168,7 @@ class Chain:
         if pieces:  # their sum is what is said of them: of what was stored
             partial = self.result((n, pieces, c), lambda of: of(y).to(of(norm[0]).dtype).sum((1, 2))[:, None], torch.float32)
         sizes = [n, c, h, w, *size, k, block.stride, k // 2, k // 2, pieces]
-        self.steps.append((0, [x, weight, *norm, y, partial], sizes, ACTIVATIONS[self.net.activation]))
+        self.steps.append((DEPTHWISE, [x, weight, *norm, y, partial], sizes, ACTIVATIONS[self.net.activation]))
         return y, partial
 
     def gate(self, partial, channels, count, reduced) -> int:
@@ -151,7 +186,9 @@ class Chain:
             )
 
         gate = self.result((n, channels), make, torch.float32)
-        self.steps.append((1, [partial, *weights, gate], [n, pieces, channels, reduced, count], ACTIVATIONS[self.net.activation]))
+        self.steps.append(
+            (GATE, [partial, *weights, gate], [n, pieces, channels, reduced, count], ACTIVATIONS[self.net.activation])
+        )
         return gate
 
     def call(self, seed: int) -> tuple[str, tuple]:
@@ -184,6 +221,9 @@ NETS = [
     Net(3, 24, 3, 5, (Block(136, 40, 3, 1, 12, 2), Block(240, 40, 5, 1, 10, 1)), dtype=FP16, shared_bytes=SMALL),
     Net(1, 40, 4, 4, (Block(480, 112, 5, 1, 28, 1), Block(0, 112, 3, 2)), head=64, multiprocessors=40, activation="relu"),
     Net(1, 8, 31, 29, (Block(48, 8, 3, 1, 2, 30),), dtype=FP16, multiprocessors=2),
+    Net(1, 32, 9, 12, (Block(0, 16, reduced=8),), 64, "nchw", 40),
+    Net(2, 40, 6, 7, (Block(0, 24, 3, 2),), 136, "bytes", 1000, dtype=FP16, multiprocessors=7),
+    Net(3, 8, 2, 3, (Block(48, 8, 5),), 8, "nhwc", 8, activation="relu6", multiprocessors=1),
     Net(5, 64, 2, 1, (Block(384, 64, 5, 1, 16, 1),), head=256, multiprocessors=8),
 ]
 
@@ -257,6 +297,10 @@ SEEDED = {
         "min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth)", "(tile_column + g / 2 * 2 * kWidth)", "heap-buffer"
     ),
     "chain-shares": bug("if (base != first) __syncthreads();  // those", "// those", WRONG),
+    "chain-all-sums": bug("    __syncthreads();  // all sums", "    // all sums", WRONG),
+    "chain-old-sums": bug("if (item != int(blockIdx.x)) __syncthreads();  // the sums", "// the sums", WRONG),
+    "chain-image": bug("p.x) + image * p.x_image", "p.x) + 0 * p.x_image", WRONG),
+    "chain-zeros": bug("if (real) seen[c][tap] =", "if (c < p.in_channels) seen[c][tap] =", WRONG),
     "chain-short": bug("return gates_at(step) + (p.gate", "return (p.gate", "heap-buffer|outside shared"),
 }
 # Blocks with several pieces, slices and tiles, and tiles that warps share.
@@ -265,6 +309,7 @@ SEEDED_NETS = [
     Net(3, 40, 5, 5, (Block(480, 40, 5, 1, 28, 4),), head=64, multiprocessors=2),
     Net(1, 256, 7, 7, (Block(0, 40),), multiprocessors=1),
     Net(2, 8, 3, 3, (Block(0, 16, 3, 1, 4, 1),), multiprocessors=1),
+    Net(2, 8, 4, 4, (Block(0, 16),), 136, "bytes", 24, multiprocessors=1),
 ]
 
 

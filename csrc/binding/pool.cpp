@@ -2,6 +2,7 @@
 #include "../pool/params.h"
 
 #include "../inference/plan.h"
+#include "chain.h"
 #include "conv.h"
 
 namespace effnet_fast::binding {
@@ -9,7 +10,17 @@ namespace {
 
 constexpr const char* kPool = "global_average_pool";
 
-void pool_out(const Tensor& x, const Tensor& y) {
+void run_cpu(const pool::Params& p, const Tensor&) { inference::call(p, pool::average_cpu); }
+
+#ifdef EFFNET_FAST_CUDA
+// There is none but the chain's.
+void run_cuda(const pool::Params& p, const Tensor& x) {
+  check(recorded && recorded->take(p, x.get_device_index()), kPool,
+        ": on CUDA a chain alone takes it, of half types and a multiple ", "of 8 channels");
+}
+#endif
+
+template <auto run> void pool_out(const Tensor& x, const Tensor& y) {
   check(x.dim() == 4, kPool, ": x has shape ", shape_text(x), ", expected [N, C, H, W]");
   constexpr int64_t limit = std::numeric_limits<int>::max() / 64;
   for (int64_t i = 1; i < 4; ++i)
@@ -21,20 +32,27 @@ void pool_out(const Tensor& x, const Tensor& y) {
   const Tensor images = as_channels_last(x);
   const pool::Params p{images.const_data_ptr(), y.mutable_data_ptr(), x.size(0),
                        x.size(2) * x.size(3),   int(x.size(1)),       dtype_of(kPool, "x", x)};
-  if (p.batch > 0) inference::call(p, pool::average_cpu);
+  if (p.batch > 0) run(p, x);
 }
 
-Tensor pool(const Tensor& x) {
+template <auto run> Tensor pool(const Tensor& x) {
   check(x.dim() == 4, kPool, ": x has shape ", shape_text(x), ", expected [N, C, H, W]");
   const Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  pool_out(x, y);
+  pool_out<run>(x, y);
   return y;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
-  m.impl("global_average_pool.native", TORCH_BOX(&pool));
-  m.impl("global_average_pool.native_out", TORCH_BOX(&pool_out));
+  m.impl("global_average_pool.native", TORCH_BOX(&pool<run_cpu>));
+  m.impl("global_average_pool.native_out", TORCH_BOX(&pool_out<run_cpu>));
 }
+
+#ifdef EFFNET_FAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CUDA, m) {
+  m.impl("global_average_pool.native", TORCH_BOX(&pool<run_cuda>));
+  m.impl("global_average_pool.native_out", TORCH_BOX(&pool_out<run_cuda>));
+}
+#endif
 
 }  // namespace
 }  // namespace effnet_fast::binding

@@ -1,12 +1,15 @@
-// Whole blocks of few images in one launch on CUDA, half types: depthwise convolutions, squeeze-excite gates and 1x1 convolutions,
-// one after the other, each what the kernel of its own would make (../depthwise, ../squeeze_excite, ../pointwise). For one image B0
-// is 64 such steps of 1 to 4 us, of which the most is the end of one kernel and the start of the next.
+// Whole networks of few images in one launch on CUDA, half types: a stem, depthwise convolutions, squeeze-excite gates, 1x1
+// convolutions, the mean and the classifier, one after the other, each what the kernel of its own would make (../conv,
+// ../depthwise,
+// ../squeeze_excite, ../pointwise). For one image B0 is 67 such steps of 1 to 4 us, of which the most is the end of one kernel and
+// the start of the next.
 //
 // A block lies on every SM from the first step to the last, 8 warps, and between two steps all blocks meet at a barrier, whose two
 // halves are an addition and a look at a number in L2. What a step needs that no step makes comes before that look: its parameters,
 // weights of the first product, taps, norms, and both weights of a gate where they fit. Then what is left is a trip to L2 for x,
 // what is computed of it, and a trip to write it.
 //
+//   stem        From 3 channels, 3x3. A thread takes a pixel x 8 channels, FFMA; the taps are fp32 in shared memory. Neighbours share x in L1.
 //   depthwise   A block takes a piece of an image's output pixels x 32 channels; a thread one pixel at a time x 4 channels, FFMA, x
 //               from global memory: neighbours share it in L1. Taps are fp32 in shared memory. The sums of the piece are partial.
 //   gate        A block takes a slice of an image's channels and makes all hidden units on its own: W_r is read by every one of
@@ -16,9 +19,10 @@
 //               them is free as long as both sides take the same, so that a lane loads 8 in a row of its own pixel, and of its own
 //               row of the weight, straight into the fragments. Which column of the fragment is which channel is free too: a lane
 //               writes 4 or 8 in a row.
+//   mean        A block takes an image's 64 channels, a thread 4 of them of every 16th pixel.
 //
 // Bytes and operations are those of the kernels of the steps; what binds is latency. By the counts of an H200 (a trip to L2 0.3 us,
-// a meeting two of them) B0's 64 steps should take some 0.12 ms; no GPU has run this yet. How many warps share what is chosen by
+// a meeting two of them) B0's 67 steps should take some 0.12 ms; no GPU has run this yet. How many warps share what is chosen by
 // such counts too (plan_step).
 //
 // Sums have a fixed order: an answer does not depend on the run, only on the number of SMs.
@@ -67,6 +71,102 @@ template <typename T> __device__ __forceinline__ void end(const Ending& ending, 
     silu_of_two<T>(a, b);
   } else {
     a = clamp(a, ending.low, ending.high), b = clamp(b, ending.low, ending.high);
+  }
+}
+
+// What a pixel of 8 output channels, from the lane's on, sees of x, times its taps: weights [in_channels][3][3][channels].
+template <typename T, typename Source> __device__ __forceinline__ void add_stem_taps(const conv::Params& p, const float* weights,
+                                                                                     int64_t image, int row, int column,
+                                                                                     float (&v)[8]) {
+  constexpr bool kBytes = std::is_same_v<Source, uint8_t>;
+  constexpr int kMost = 3;  // input channels
+  const Source* const x = pin_global(static_cast<const Source*>(p.x) + image * p.x_image);
+  float seen[kMost][9];
+#pragma unroll
+  for (int c = 0; c < kMost; ++c)
+#pragma unroll
+    for (int tap = 0; tap < 9; ++tap) {
+      const int y_at = row + tap / 3, x_at = column + tap % 3;
+      const bool real = c < p.in_channels && unsigned(y_at) < unsigned(p.height) && unsigned(x_at) < unsigned(p.width);
+      seen[c][tap] = real ? to_float(x[c * p.x_channel + y_at * p.x_row + x_at * p.x_pixel]) : 0.f;
+      if constexpr (kBytes)  // rounded as the images that other kernels are given
+        if (real) seen[c][tap] = to_float(from_float<T>(seen[c][tap] * p.pixels[c] + p.pixels[p.in_channels + c]));
+    }
+#pragma unroll
+  for (int c = 0; c < kMost; ++c) {
+    if (c == p.in_channels) break;
+#pragma unroll
+    for (int tap = 0; tap < 9; ++tap)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Vec<float, 4> w = load<4>(weights + ((c * 9 + tap) * p.channels + 4 * half));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[4 * half + e] += seen[c][tap] * w.at[e];
+      }
+  }
+}
+
+template <typename T, typename Wait> __device__ __forceinline__ void stem_step(const Step& step, char* memory, const Wait& wait) {
+  const conv::Params& p = step.stem;
+  const int taps = p.in_channels * 9;
+  float* const weights = reinterpret_cast<float*>(memory);
+  Affine* const norms = reinterpret_cast<Affine*>(weights + taps * p.channels);
+  const Ending ending = ending_of(p.activation);
+  for (int i = threadIdx.x; i < taps * p.channels; i += kThreads)
+    weights[i % taps * p.channels + i / taps] = to_float(static_cast<const T*>(p.weight)[i]);
+  if (int(threadIdx.x) < p.channels) norms[threadIdx.x] = before_silu<T>(fold_norm(p, threadIdx.x), ending.silu);
+  wait();
+  const int pixels = p.out_height * p.out_width;
+  for (int i = int(blockIdx.x) * kThreads + threadIdx.x; i < step.items; i += gridDim.x * kThreads) {
+    const int channel = i % step.across * 8, at = i / step.across, pixel = at % pixels;
+    const int row = pixel / p.out_width * p.stride - p.pad_top, column = pixel % p.out_width * p.stride - p.pad_left;
+    float v[8] = {};
+    if (p.pixels) {
+      add_stem_taps<T, uint8_t>(p, weights + channel, at / pixels, row, column, v);
+    } else {
+      add_stem_taps<T, T>(p, weights + channel, at / pixels, row, column, v);
+    }
+    Vec<uint32_t, 4> out;
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+      const Vec<Affine, 2> norm = load<2>(norms + channel + e);
+      float v0 = v[e] * norm.at[0].scale + norm.at[0].shift, v1 = v[e + 1] * norm.at[1].scale + norm.at[1].shift;
+      end<T>(ending, v0, v1);
+      out.at[e / 2] = round_pair<T>(v0, v1);
+    }
+    store(reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + (int64_t(at) * p.channels + channel)), out);
+  }
+}
+
+// Memory of a mean: the sums of each 16th pixel, of 64 channels.
+constexpr int kMeanGroup = 64, kMeanLanes = kMeanGroup / 4, kMeanSlots = kThreads / kMeanLanes;
+using MeanWork = Vec<float, kMeanGroup>[kMeanSlots];
+
+template <typename T, typename Wait> __device__ __forceinline__ void pool_step(const Step& step, char* memory, const Wait& wait) {
+  const pool::Params& p = step.pool;
+  auto& sums = *reinterpret_cast<MeanWork*>(memory);
+  const int lane = threadIdx.x % kMeanLanes * 4, slot = threadIdx.x / kMeanLanes;
+  wait();
+  for (int item = blockIdx.x; item < step.items; item += gridDim.x) {
+    const int first_channel = item % step.across * kMeanGroup, channels = min(kMeanGroup, p.channels - first_channel);
+    const int64_t image = item / step.across;
+    if (item != int(blockIdx.x)) __syncthreads();  // the sums before are read
+    float sum[4] = {};
+    const T* const x = pin_global(static_cast<const T*>(p.x) + (image * p.pixels * p.channels + first_channel + lane));
+    if (lane < channels)
+#pragma unroll 4
+      for (int pixel = slot; pixel < p.pixels; pixel += kMeanSlots) {
+        const Vec<uint32_t, 2> v = load<2>(reinterpret_cast<const uint32_t*>(x + int64_t(pixel) * p.channels));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[e] += value_of<T>(v, e);
+      }
+    store(sums[slot].at + lane, Vec<float, 4>{sum[0], sum[1], sum[2], sum[3]});
+    __syncthreads();  // all sums are there
+    if (int(threadIdx.x) >= channels) continue;
+    float total = 0.f;
+#pragma unroll
+    for (int i = 0; i < kMeanSlots; ++i) total += sums[i].at[threadIdx.x];
+    static_cast<T*>(p.y)[image * p.channels + first_channel + threadIdx.x] = from_float<T>(total / float(p.pixels));
   }
 }
 
@@ -387,28 +487,27 @@ __device__ __forceinline__ void pointwise_step(const Step& step, char* memory, c
         }
     }
     if (part > 0 || !works) continue;
-    Affine norms[2 * kWidth];
+    Vec<uint32_t, kWidth> out[2];
 #pragma unroll
-    for (int i = 0; i < 2 * kWidth; ++i) {
-      norms[i].scale = __shfl_sync(0xffffffffu, norm.scale, q * 2 * kWidth + i);
-      norms[i].shift = __shfl_sync(0xffffffffu, norm.shift, q * 2 * kWidth + i);
-    }
-    if (column >= K) continue;
+    for (int t = 0; t < kWidth; ++t) {
+      float scale[2], shift[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (row + g + 8 * h >= rows) break;
-      const int64_t at = int64_t(row + g + 8 * h) * K + column;
-      Vec<uint32_t, kWidth> out;
+      for (int i = 0; i < 2; ++i) {
+        scale[i] = __shfl_sync(0xffffffffu, norm.scale, (q * kWidth + t) * 2 + i);
+        shift[i] = __shfl_sync(0xffffffffu, norm.shift, (q * kWidth + t) * 2 + i);
+      }
 #pragma unroll
-      for (int t = 0; t < kWidth; ++t) {
-        float v0 = acc[t][2 * h] * norms[2 * t].scale + norms[2 * t].shift;
-        float v1 = acc[t][2 * h + 1] * norms[2 * t + 1].scale + norms[2 * t + 1].shift;
+      for (int h = 0; h < 2; ++h) {
+        float v0 = acc[t][2 * h] * scale[0] + shift[0], v1 = acc[t][2 * h + 1] * scale[1] + shift[1];
         end<T>(ending, v0, v1);
         if (p.residual) v0 += value_of<T>(rest[h], 2 * t), v1 += value_of<T>(rest[h], 2 * t + 1);
-        out.at[t] = round_pair<T>(v0, v1);
+        out[h].at[t] = round_pair<T>(v0, v1);
       }
-      store(reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + at), out);
     }
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (column < K && row + g + 8 * h < rows)
+        store(reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + (int64_t(row + g + 8 * h) * K + column)), out[h]);
   }
 }
 
@@ -439,7 +538,11 @@ template <typename T> __global__ void __launch_bounds__(kThreads, 1) chain_kerne
         grid_wait(program.barrier, before);
       }
     };
-    if (step.kind == Kind::gate) {
+    if (step.kind == Kind::stem) {
+      stem_step<T>(step, memory, wait);
+    } else if (step.kind == Kind::pool) {
+      pool_step<T>(step, memory, wait);
+    } else if (step.kind == Kind::gate) {
       gate_step<T>(step, memory, wait);
     } else if (step.kind == Kind::depthwise) {
       if (step.depthwise.kernel == 3) {
@@ -473,6 +576,17 @@ inline double pointwise_clocks(const pointwise::Params& p, int width, int parts,
 inline int plan_step(Step& step, int blocks, int room) {
   step.staged = false;
   step.width = 0;
+  if (step.kind == Kind::stem) {
+    const conv::Params& p = step.stem;
+    step.across = p.channels / 8;
+    step.items = int(p.batch) * p.out_height * p.out_width * step.across;
+    return p.channels * (p.in_channels * 9 * int(sizeof(float)) + int(sizeof(Affine)));
+  }
+  if (step.kind == Kind::pool) {
+    step.across = ceil_div(step.pool.channels, kMeanGroup);
+    step.items = int(step.pool.batch) * step.across;
+    return sizeof(MeanWork);
+  }
   if (step.kind == Kind::depthwise) {
     const depthwise::ForwardParams& p = step.depthwise;
     const int pixels = p.out_height * p.out_width;

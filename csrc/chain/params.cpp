@@ -13,6 +13,11 @@ template <typename... Pointers> bool on_16_bytes(Pointers... pointers) {
 
 }  // namespace
 
+bool takes(const conv::Params& p) {
+  return is_half(p.dtype) && p.weight_dtype == p.dtype && p.kernel == 3 && p.in_channels <= 3 && p.channels % 8 == 0 &&
+         p.channels <= kMostStem && !p.residual && on_16_bytes(p.y) && p.batch * p.out_height * p.out_width <= kMostRows;
+}
+
 bool takes(const depthwise::ForwardParams& p) {
   return is_half(p.dtype) && p.weight_dtype == p.dtype && p.channels % 8 == 0 && on_16_bytes(p.x, p.y) && p.x_image % 8 == 0 &&
          p.x_row % 8 == 0 && p.x_pixel % 8 == 0 && p.x_row < kMostRows && p.x_row * p.height < int64_t(kMostRows) * 64 &&
@@ -28,6 +33,10 @@ bool takes(const pointwise::Params& p) {
   return is_half(p.dtype) && p.weight_dtype == p.dtype && p.in_channels % 8 == 0 && p.out_channels % 8 == 0 &&
          p.y_row == p.out_channels && on_16_bytes(p.x, p.weight, p.gate, p.residual, p.y) && p.rows <= kMostRows &&
          (!p.gate || p.rows / p.pixels * p.in_channels <= kMostChannels * 2);
+}
+
+bool takes(const pool::Params& p) {
+  return is_half(p.dtype) && p.channels % 8 == 0 && on_16_bytes(p.x, p.y) && p.batch * p.pixels <= kMostRows;
 }
 
 }  // namespace effnet_fast::chain

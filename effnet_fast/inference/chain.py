@@ -1,9 +1,9 @@
 """A network of few images on CUDA with the kernels that follow one another started as one (csrc/chain).
 
-Depthwise and 1x1 convolutions and squeeze-excite gates wait, whichever backend would have run them, until an operator comes that is
-none of them; then all that wait are one launch, on the stream that is current by then. Their results have their memory at once, and
-as they run in the order in which they came, what has gone by then may be where another is, as on a stream: memory that nobody else
-may be given meanwhile, a CUDA graph's pool. On the CPU nothing waits.
+Stems, depthwise and 1x1 convolutions, squeeze-excite gates, the mean and the classifier wait, whichever backend would have run
+them, until an operator comes that is none of them and no view; then all that wait are one launch, on the stream that is current by
+then. Their results have their memory at once, and as they run in the order in which they came, what has gone by then may be where
+another is, as on a stream: memory that nobody else may be given meanwhile, a CUDA graph's pool. On the CPU nothing waits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ define_native("chain_end() -> int")
 _OPS = torch.ops.effnet_fast
 
 HALVES = (torch.bfloat16, torch.float16)
-GROUP = 32  # channels that a block convolves depthwise at once
+GROUP, STEM = 32, 128  # channels that a block convolves depthwise at once; that a stem has at most
+_EMPTY = torch.ops.aten.empty.memory_format
+_OVERLOADS = {*backends.BACKENDS, "default", "dim"}  # that return what they make
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -42,19 +44,27 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 class Chaining(Joining):
     """Runs a pass as :class:`Joining` does, but for what waits.
 
-    barrier   [1] int32 where the images are, zero before its first use, of no two passes at the same time
-    blocks    multiprocessors of that GPU
-    waited    of how many kernels those were that waited together, so far
-    launches  that CUDA made of them: one, or a few where there are many. They are known after the pass
+    barrier    [1] int32 where the images are, zero before its first use, of no two passes at the same time
+    blocks     multiprocessors of that GPU
+    constants  zeros and ones of each number of classes, which further passes find again
+    waited     of how many kernels those were that waited together, so far
+    launches   that CUDA made of them: one, or a few where there are many. They are known after the pass
     """
 
-    def __init__(self, barrier: Tensor, blocks: int, pixels: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, barrier: Tensor, blocks: int, constants: dict[int, tuple[Tensor, Tensor]], pixels: Tensor, dtype: torch.dtype
+    ) -> None:
         super().__init__(pixels, dtype)
-        self._barrier, self._blocks, self._waiting = barrier, blocks, 0
+        self._barrier, self._blocks, self._constants, self._waiting = barrier, blocks, constants, 0
         self._taken: dict[str, Callable[..., Callable[[], Any] | None]] = {
+            "effnet_fast::conv_bn_act": self._stem,
             "effnet_fast::depthwise_conv_bn_act": self._depthwise,
             "effnet_fast::squeeze_excite_gate": self._gate,
             "effnet_fast::pointwise_conv_bn_act": self._pointwise,
+            "aten::mean": self._mean,
+            "aten::linear": self._linear,
+            "aten::addmm": lambda bias, x, weight: self._linear(x, weight.t(), bias),
+            "aten::mm": lambda x, weight: self._linear(x, weight.t()),
         }
         self.waited: list[int] = []
         self.launches = 0
@@ -73,9 +83,9 @@ class Chaining(Joining):
             self._end()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is torch.ops.aten.empty.memory_format:  # reads and writes nothing
+        if func.is_view or torch.Tag.inplace_view in func.tags or func is _EMPTY:  # reads and writes no memory
             return super().run(func, args, kwargs)
-        taken = self._taken.get(func._schema.name) if func._overloadname in backends.BACKENDS else None
+        taken = None if kwargs or func._overloadname not in _OVERLOADS else self._taken.get(func._schema.name)
         call = None if taken is None else taken(*args)
         if call is None:
             self._launch()
@@ -106,6 +116,15 @@ class Chaining(Joining):
 
     # What is to be called in place of an op, or None for one that csrc/chain does not take.
 
+    def _stem(self, x: Tensor, weight: Tensor, *args: Any) -> Callable[[], Any] | None:
+        residual, stride, pixels = args[5], args[6], args[9]
+        alike = weight.dtype in HALVES and x.dtype == (weight.dtype if pixels is None else torch.uint8)
+        if not alike or residual is not None or stride != 2 or weight.shape[1] > 3 or weight.shape[2:] != (3, 3):
+            return None
+        if weight.shape[0] % 8 or weight.shape[0] > STEM:
+            return None
+        return lambda: _OPS.conv_bn_act.native(x, weight, *args)
+
     def _depthwise(self, x: Tensor, weight: Tensor, *args: Any) -> Callable[[], Any] | None:
         *norm, stride, padding, activation, pieces = args
         if not _alike(x, weight) or weight.shape[2:] not in KERNELS or stride not in STRIDES:
@@ -128,6 +147,23 @@ class Chaining(Joining):
             return None
         return lambda: _OPS.pointwise_conv_bn_act.native(x, weight, *args)
 
+    def _mean(self, x: Tensor, dim: Any, keepdim: bool = False) -> Callable[[], Any] | None:
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        if not last or x.dtype not in HALVES or x.shape[1] % 8 or dim is None or sorted(d % 4 for d in dim) != [2, 3]:
+            return None
+        return lambda: _OPS.global_average_pool.native(x)[(..., None, None) if keepdim else ...]
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[[], Any] | None:
+        """A 1x1 convolution of images of one pixel."""
+        if x.dim() != 2 or not _alike(x, weight) or weight.shape[1] % 8 or not (x.is_contiguous() and weight.is_contiguous()):
+            return None
+        if len(weight) not in self._constants:
+            self._launch()  # to write them is to write memory now
+            self._constants[len(weight)] = weight.new_zeros(len(weight)), weight.new_ones(len(weight))
+        zeros, ones = self._constants[len(weight)]
+        args = x[..., None, None], weight[..., None, None], None, bias, zeros, ones, 0.0, None, None, "identity"
+        return lambda: _OPS.pointwise_conv_bn_act.native(*args)[..., 0, 0]
+
 
 def _alike(x: Tensor, weight: Tensor) -> bool:
     """Whether both are of one half type, and output channels fill 16 bytes."""
@@ -141,11 +177,12 @@ class Chains:
         self._model, self._pixels, self._dtype = model, pixels, dtype
         self._barrier = torch.zeros(1, dtype=torch.int32).to(pixels.device)  # which waits until it is there
         self._blocks = multiprocessors(pixels.device.index) if pixels.is_cuda else 1
+        self._constants: dict[int, tuple[Tensor, Tensor]] = {}
         self.waited: Sequence[int] = ()
         self.launches = 0
 
     def __call__(self, x: Tensor) -> Any:
-        chaining = Chaining(self._barrier, self._blocks, self._pixels, self._dtype)
+        chaining = Chaining(self._barrier, self._blocks, self._constants, self._pixels, self._dtype)
         results = chaining.joined(self._model, x)
         self.waited, self.launches = chaining.waited, chaining.launches
         return results

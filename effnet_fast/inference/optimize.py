@@ -48,9 +48,9 @@ def optimize_for_inference(
     preprocessing  its mean and std normalise uint8 images: by default the model's own where it carries them (ours, timm's), else
                    ImageNet's
     cuda_graphs    on CUDA, capture the kernels of a pass as a CUDA graph; without, every call starts them one by one
-    one_launch     in those graphs of up to four images, try all blocks as one kernel that stays on the GPU throughout, in half
-                   precision, and keep it where it is faster there; without, and by default, because no GPU has run it yet, a kernel
-                   is started for each part of a block
+    one_launch     for graphs of up to four images in half precision, try all that the network is of our kernels as one, which
+                   stays on the GPU throughout, and keep it where it is right and faster. No GPU has run it yet: by default it is
+                   not tried, and a kernel is started for each part of a block
 
     On the CPU one native call runs the whole network, with its norms folded and its weights packed: an image a thread, or an image
     for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it; and

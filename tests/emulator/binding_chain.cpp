@@ -24,6 +24,24 @@ chain::Step step_of(const PlainStep& plain, const std::vector<Buffer>& buffers, 
     p.norm_dtype = DType::fp32;
   };
   switch (chain::Kind(kind)) {
+    case chain::Kind::stem: {
+      effnet_fast::conv::Params p{};
+      p.x = at(0), p.weight = at(1), p.pixels = reinterpret_cast<const float*>(at(6)), p.y = at(7);
+      set_norm(p, 2);
+      p.batch = sizes.at(0), p.in_channels = sizes.at(1), p.channels = sizes.at(2), p.height = sizes.at(3), p.width = sizes.at(4);
+      p.out_height = sizes.at(5), p.out_width = sizes.at(6), p.kernel = 3, p.stride = 2;
+      p.pad_top = sizes.at(7), p.pad_left = sizes.at(8);
+      const int64_t plane = int64_t(p.height) * p.width;
+      const bool planes = sizes.at(9);
+      p.x_image = plane * p.in_channels, p.x_channel = planes ? plane : 1, p.x_pixel = planes ? 1 : p.in_channels;
+      p.x_row = p.x_pixel * p.width;
+      p.activation = Activation(activation);
+      return chain::Step(p);
+    }
+    case chain::Kind::pool: {
+      const effnet_fast::pool::Params p{at(0), at(1), sizes.at(0), sizes.at(1), sizes.at(2), dtype};
+      return chain::Step(p);
+    }
     case chain::Kind::depthwise: {
       effnet_fast::depthwise::ForwardParams p{};
       p.x = at(0), p.weight = at(1), p.y = at(6), p.partial = reinterpret_cast<float*>(at(7));

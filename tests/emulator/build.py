@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import platform
@@ -120,7 +121,7 @@ def build(directory: Path, bugs: dict[str, Bug]) -> dict[str, Path]:
             shutil.copytree(CSRC, copy)
             (copy / bug.path).write_text(changed)
         assert (copy / bug.path).read_text() == changed, f"another bug is seeded by the name {name}"
-    ninja = directory / f"{'-'.join(bugs)}.ninja"
+    ninja = directory / f"{hashlib.sha256(text.encode()).hexdigest()}.ninja"
     ninja.write_text(text)
     done = subprocess.run(["ninja", "-C", str(directory), "-f", ninja.name], capture_output=True, text=True)
     if done.returncode:
