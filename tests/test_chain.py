@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_inference import OURS, PEERS, leaves
 from tolerance import assert_2x
+from torch import nn
 from torch.utils._pytree import tree_map
 
 import effnet_fast
@@ -98,11 +99,9 @@ def test_nobody_reads_what_waits(name, waiting):
     exact, plain = leaves(net.double()(x.double())), leaves(net.to(BF16)(x.to(BF16)))
     effnet_fast.accelerate(net)
     chains = Chains(net, torch.ones(2, 3), BF16)
-    for _ in range(2):  # the first makes what the classifier lacks of a norm
-        waiting.launched.clear()
-        for made, expected, truth in zip(leaves(chains(x.to(BF16))), plain, exact, strict=True):
-            assert_2x(made, expected, truth, name)
-        assert waiting.launched == chains.waited and waiting.dropped == 0 and not waiting.recording
+    for made, expected, truth in zip(leaves(chains(x.to(BF16))), plain, exact, strict=True):
+        assert_2x(made, expected, truth, name)
+    assert waiting.launched == chains.waited and waiting.dropped == 0 and not waiting.recording
     if name in LAUNCHED:
         assert (chains.launches, max(chains.waited)) == LAUNCHED[name]
         assert str(chains) == f"{sum(chains.waited)} kernels in {chains.launches}"
@@ -120,17 +119,17 @@ def test_a_pass_that_fails_launches_nothing(waiting):
         chains(x)
     assert waiting.launched == [] and waiting.dropped > 0 and not waiting.recording
     hook.remove()
-    assert chains(x).isfinite().all() and waiting.launched == [66, 1]
+    assert chains(x).isfinite().all() and waiting.launched == [67]
 
 
 @pytest.mark.parametrize("name", ["float32", "7x7", "12 channels"])
 def test_what_a_chain_does_not_take_does_not_wait(name, waiting):
     dtype = torch.float32 if name == "float32" else BF16
     kernel, channels = (7 if name == "7x7" else 3), (12 if name == "12 channels" else 16)
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False),
-        torch.nn.BatchNorm2d(channels),
-        torch.nn.SiLU(),
+    net = nn.Sequential(
+        nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.SiLU(),
     ).eval()
     x = torch.randn(1, channels, 9, 8)
     exact, plain = net.double()(x.double()), net.to(dtype)(x.to(dtype))
@@ -140,12 +139,12 @@ def test_what_a_chain_does_not_take_does_not_wait(name, waiting):
 
 def test_what_nobody_reads_but_keeps_is_computed(waiting):
     """After the pass, when nothing waits any more."""
-    depthwise = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
-    norm = torch.nn.BatchNorm2d(16)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1, bias=False), torch.nn.BatchNorm2d(16), depthwise, norm).eval().to(BF16)
+    depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+    norm = nn.BatchNorm2d(16)
+    net = nn.Sequential(nn.Conv2d(3, 16, 1, bias=False), nn.BatchNorm2d(16), depthwise, norm).eval().to(BF16)
     x, kept = torch.randn(1, 3, 9, 8, dtype=BF16), []
 
-    class Keeping(torch.nn.Module):
+    class Keeping(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             kept.append(net(x))
             return x * 2
@@ -156,7 +155,7 @@ def test_what_nobody_reads_but_keeps_is_computed(waiting):
 
 
 def test_where_new_memory_is_written_there_is_no_pass(waiting):
-    chains, x = Chains(torch.nn.Identity(), torch.ones(2, 3), BF16), torch.randn(1, 3, 8, 8, dtype=BF16)
+    chains, x = Chains(nn.Identity(), torch.ones(2, 3), BF16), torch.randn(1, 3, 8, 8, dtype=BF16)
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(RuntimeError, match="use_deterministic_algorithms"):
@@ -175,11 +174,79 @@ def test_where_there_are_none():
     assert (chain.why_not(cuda, BF16) is None) == native.CUDA_KERNELS
 
 
+def joined(*modules: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*modules).eval().to(BF16)
+
+
+def pointwise(*channels: int) -> list[nn.Module]:
+    made = zip(channels, channels[1:], strict=False)
+    return [m for c, k in made for m in (nn.Conv2d(c, k, 1, bias=False), nn.BatchNorm2d(k), nn.SiLU())]
+
+
+class Applied(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+# What nets of others may do between our kernels, and how many kernels then wait together.
+BETWEEN = {
+    "a copy into another layout": (lambda x: x.permute(0, 1, 3, 2).contiguous(), [1, 1]),
+    "a composite operator": (lambda x: x.reshape(2, 8, -1).view(2, 8, 6, 4).to(memory_format=torch.channels_last), [2]),
+    "a mean that is told": (lambda x: [x.mean(), x][1], [1, 1]),
+    "a new tensor": (lambda x: x + torch.zeros(8, 1, 1, dtype=BF16), [1, 1]),
+    "views": (lambda x: x.permute(0, 3, 2, 1).transpose(1, 3).detach()[:].view(2, 8, 4, 6), [2]),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_comes_between(name, waiting):
+    function, launched = BETWEEN[name]
+    net, x = joined(*pointwise(8, 8), Applied(function), *pointwise(8, 8)), torch.randn(2, 8, 4, 6, dtype=BF16)
+    torch.testing.assert_close(Chains(net, torch.ones(2, 3), BF16)(x), net(x), rtol=0.05, atol=0.05)
+    assert waiting.launched == launched
+
+
+def test_a_dense_convolution_after_a_turned_map(waiting):
+    """Its reference copies what it is given, inside of the op."""
+    dense = nn.Conv2d(8, 8, 3, padding=1, bias=True), nn.BatchNorm2d(8), nn.SiLU()
+    net, x = joined(*pointwise(8, 8), Applied(lambda x: x.permute(0, 1, 3, 2)), *dense), torch.randn(2, 8, 4, 6, dtype=BF16)
+    torch.testing.assert_close(Chains(net, torch.ones(2, 3), BF16)(x), net(x), rtol=0.05, atol=0.05)
+
+
+def test_a_weight_that_a_kernel_makes_is_there_before_it_is_read(waiting):
+    """Weights are read ahead of their turn."""
+    a, b = torch.randn(16, 8, dtype=BF16), torch.randn(24, 8, dtype=BF16)
+    net = joined(*pointwise(8, 16), Applied(lambda x: nn.functional.linear(x.mean((2, 3)), b @ a.t())))
+    net.append(nn.Linear(24, 24).to(BF16))  # for the constants of so many classes
+    x = torch.randn(2, 8, 4, 6, dtype=BF16)
+    torch.testing.assert_close(Chains(net, torch.ones(2, 3), BF16)(x), net(x), rtol=0.05, atol=0.2)
+    assert waiting.launched == [3, 2]
+
+
+@pytest.mark.parametrize("bias", [(24,), (1, 24), None])
+def test_classifiers(bias, waiting):
+    """With a bias of another shape it starts at once."""
+    weight, shift = torch.randn(24, 16, dtype=BF16), None if bias is None else torch.randn(bias, dtype=BF16)
+    net = joined(*pointwise(8, 16), Applied(lambda x: x.mean((2, 3), keepdim=True).flatten(1)))
+    net.append(Applied(lambda x: x @ weight.t() if shift is None else torch.addmm(shift, x, weight.t())))
+    x = torch.randn(2, 8, 4, 6, dtype=BF16)
+    chains = Chains(net, torch.ones(2, 3), BF16)
+    chains._constants = torch.zeros(24, dtype=BF16), torch.ones(24, dtype=BF16)
+    torch.testing.assert_close(chains(x), net(x), rtol=0.05, atol=0.2)
+    assert waiting.launched == ([2] if bias == (1, 24) else [3])
+
+
 def test_on_the_cpu_nothing_waits():
     """The ops themselves: a thread records one chain at a time, of a barrier of 4 bytes."""
     ops = torch.ops.effnet_fast
     with pytest.raises(RuntimeError, match="chain: barrier must be one int32"):
         ops.chain_begin(torch.zeros(2, dtype=torch.int32))
     net = create_model("efficientnet_b0").eval().to(BF16)
-    x = torch.randn(1, 3, 32, 32, dtype=BF16)
-    assert Chains(net, torch.ones(2, 3), BF16)(x).isfinite().all()
+    chains, x = Chains(net, torch.ones(2, 3), BF16), torch.randn(1, 3, 32, 32, dtype=BF16)
+    kept = dict(vars(chains))
+    torch.testing.assert_close(chains(x), net(x), rtol=0.05, atol=0.05)
+    assert chains.launches == 0 and chains.waited == [67]
+    changed = {name for name, value in vars(chains).items() if value is not kept[name]}
+    assert changed <= {"waited", "launches"}, "a pass left something behind, in a pool that others may use"

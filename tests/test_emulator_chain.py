@@ -261,47 +261,42 @@ def test_more_steps_than_a_launch_takes(modules):
     check(modules["sound"], [Net(1, 8, 3, 3, (Block(8, 8, 3, 1),) * 50, multiprocessors=2)])
 
 
-def bug(text: str, replacement: str, says: str, path: str = "chain/chain.cuh") -> emulator.Bug:
-    return emulator.Bug(path, text, replacement, says, "chain_bf16")
+def bug(file: str, text: str, replacement: str, says: str = "") -> emulator.Bug:
+    wrong = "off by|not finite|changes the result|AddressSanitizer"
+    return emulator.Bug(file if "/" in file else f"chain/{file}.cuh", text, replacement, says or wrong, "chain_bf16")
 
 
-WRONG = "off by|not finite|changes the result|AddressSanitizer"
 GRID = "common/grid.h"
 SEEDED = {
-    "chain-no-wait": bug("grid_wait(program.barrier, before);", "__syncthreads();", WRONG),
+    "chain-no-wait": bug("chain", "grid_wait(program.barrier, before);", "__syncthreads();"),
     "chain-early": bug(
+        "chain",
         "if (i + 1 < program.count) before = grid_arrive",
         "if (i + 1 < program.count && i) before = grid_arrive",
-        WRONG + "|wait for each",
+        "off by|not finite|changes the result|AddressSanitizer|wait for each",
     ),
-    "chain-count": bug("0x80000000u - (gridDim.x - 1)", "0x80000000u - gridDim.x", "blocks wait for each other", GRID),
-    "chain-any": bug("& 0x80000000u) == 0", "& 0xffffffffu) == 0", WRONG, GRID),
-    "chain-alone": bug("  __syncthreads();\n  return", "  return", WRONG, GRID),
-    "chain-late": bug("    }\n  __syncthreads();\n}", "    }\n}", WRONG, GRID),
-    "chain-next": bug("shared + i % 2 * kStepBytes)[word]", "shared)[word]", WRONG + "|runtime error"),
-    "chain-taps": bug("if (!first) __syncthreads();  // the piece", "// the piece", WRONG),
-    "chain-sums": bug("    __syncthreads();  // all warps'", "    // all warps'", WRONG),
-    "chain-border": bug("unsigned(column + i) < unsigned(p.width)", "true", WRONG),
-    "chain-staged": bug("    copy_async_wait<0>();\n", "", WRONG),
-    "chain-mean": bug("    __syncthreads();  // the mean", "    // the mean", WRONG),
-    "chain-hidden": bug("    __syncthreads();  // the hidden", "    // the hidden", WRONG),
-    "chain-gates": bug("my_row / pixels;", "min(row + g, rows - 1) / pixels;", WRONG),
-    "chain-no-gates": bug("      __syncthreads();  // the gates", "      // the gates", WRONG),
-    "chain-rows": bug("min(row + g + 8 * h, rows - 1)", "row + g + 8 * h", "heap-buffer"),
-    "chain-depth": bug(
-        "chunk + u < last_chunk && c < C ? load<4>(reinterpret_cast<const uint32_t*>(x",
-        "chunk + u < last_chunk ? load<4>(reinterpret_cast<const uint32_t*>(x",
-        WRONG,
-    ),
-    "chain-columns": bug(
-        "min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth)", "(tile_column + g / 2 * 2 * kWidth)", "heap-buffer"
-    ),
-    "chain-shares": bug("if (base != first) __syncthreads();  // those", "// those", WRONG),
-    "chain-all-sums": bug("    __syncthreads();  // all sums", "    // all sums", WRONG),
-    "chain-old-sums": bug("if (item != int(blockIdx.x)) __syncthreads();  // the sums", "// the sums", WRONG),
-    "chain-image": bug("p.x) + image * p.x_image", "p.x) + 0 * p.x_image", WRONG),
-    "chain-zeros": bug("if (real) seen[c][tap] =", "if (c < p.in_channels) seen[c][tap] =", WRONG),
-    "chain-short": bug("return gates_at(step) + (p.gate", "return (p.gate", "heap-buffer|outside shared"),
+    "chain-next": bug("chain", "shared + i % 2 * kStepBytes)[word]", "shared)[word]", "off by|not finite|changes|Sanit|runtime"),
+    "chain-count": bug(GRID, "0x80000000u - (gridDim.x - 1)", "0x80000000u - gridDim.x", "blocks wait for each other"),
+    "chain-any": bug(GRID, "& 0x80000000u) == 0", "& 0xffffffffu) == 0"),
+    "chain-alone": bug(GRID, "  __syncthreads();\n  return", "  return"),
+    "chain-late": bug(GRID, "    }\n  __syncthreads();\n}", "    }\n}"),
+    "chain-taps": bug("depthwise", "if (!first) __syncthreads();  // the piece", "// the piece"),
+    "chain-sums": bug("depthwise", "    __syncthreads();  // all warps'", "    // all warps'"),
+    "chain-border": bug("depthwise", "unsigned(column + i) < unsigned(p.width)", "true"),
+    "chain-staged": bug("gate", "    copy_async_wait<0>();\n", ""),
+    "chain-mean": bug("gate", "    __syncthreads();  // the mean", "    // the mean"),
+    "chain-hidden": bug("gate", "    __syncthreads();  // the hidden", "    // the hidden"),
+    "chain-gates": bug("pointwise", "my_row / pixels;", "min(row + g, rows - 1) / pixels;"),
+    "chain-no-gates": bug("pointwise", "      __syncthreads();  // the gates", "      // the gates"),
+    "chain-rows": bug("pointwise", "min(row + g + 8 * h, rows - 1)", "row + g + 8 * h"),
+    "chain-depth": bug("pointwise", "chunk + u < last_chunk && c < C ? load<4>(", "chunk + u < last_chunk ? load<4>("),
+    "chain-columns": bug("pointwise", "min(tile_column + g / 2 * 2 * kWidth, K - 2 * kWidth)", "(tile_column + g * kWidth)"),
+    "chain-shares": bug("pointwise", "if (base != first) __syncthreads();  // those", "// those"),
+    "chain-short": bug("pointwise", "return gates_at(step) + (p.gate", "return (p.gate", "heap-buffer|outside shared"),
+    "chain-all-sums": bug("pool", "    __syncthreads();  // all sums", "    // all sums"),
+    "chain-old-sums": bug("pool", "if (item != int(blockIdx.x)) __syncthreads();  // the sums", "// the sums"),
+    "chain-image": bug("stem", "p.x) + image * p.x_image", "p.x) + 0 * p.x_image"),
+    "chain-zeros": bug("stem", "if (real) seen[c][tap] =", "if (c < p.in_channels) seen[c][tap] ="),
 }
 # Blocks with several pieces, slices and tiles, and tiles that warps share.
 SEEDED_NETS = [

@@ -20,8 +20,8 @@ bool takes(const conv::Params& p) {
 
 bool takes(const depthwise::ForwardParams& p) {
   return is_half(p.dtype) && p.weight_dtype == p.dtype && p.channels % 8 == 0 && on_16_bytes(p.x, p.y) && p.x_image % 8 == 0 &&
-         p.x_row % 8 == 0 && p.x_pixel % 8 == 0 && p.x_row < kMostRows && p.x_row * p.height < int64_t(kMostRows) * 64 &&
-         p.batch * p.out_height * p.out_width <= kMostRows;
+         p.x_row % 8 == 0 && p.x_pixel % 8 == 0 && p.x_row < kMostRows && p.x_pixel * p.width < int64_t(kMostRows) * 64 &&
+         p.x_row * p.height < int64_t(kMostRows) * 64 && p.batch * p.out_height * p.out_width <= kMostRows;
 }
 
 bool takes(const squeeze_excite::GateParams& p) {

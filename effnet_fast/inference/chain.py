@@ -9,7 +9,7 @@ another is, as on a stream: memory that nobody else may be given meanwhile, a CU
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,25 @@ _OPS = torch.ops.effnet_fast
 
 HALVES = (torch.bfloat16, torch.float16)
 GROUP, STEM = 32, 128  # channels that a block convolves depthwise at once; that a stem has at most
-_EMPTY = torch.ops.aten.empty.memory_format
-_OVERLOADS = {*backends.BACKENDS, "default", "dim"}  # that return what they make
+_ATEN = torch.ops.aten
+# What gives a tensor and touches no memory. Composite operators that may copy call themselves views too.
+_UNTOUCHED = {
+    _ATEN.alias.default,
+    _ATEN.as_strided.default,
+    _ATEN.as_strided_.default,
+    _ATEN.detach.default,
+    _ATEN.empty.memory_format,
+    _ATEN.expand.default,
+    _ATEN.permute.default,
+    _ATEN.select.int,
+    _ATEN.slice.Tensor,
+    _ATEN.squeeze.dim,
+    _ATEN.squeeze.dims,
+    _ATEN.t.default,
+    _ATEN.transpose.int,
+    _ATEN.unsqueeze.default,
+    _ATEN.view.default,
+}
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -41,31 +58,47 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return native.REASON or native.why_no_cuda(device)
 
 
+class Call(NamedTuple):
+    """Of an op's native kernel, in place of an operator. The first argument flows through the net; those from the second to the
+    sixth are read ahead of their turn, where they are tensors: nothing that waits may make them. ``view``: what is then taken of
+    the result."""
+
+    op: str
+    args: tuple[Any, ...]
+    view: Any = None
+
+    def __call__(self) -> Any:
+        made = getattr(_OPS, self.op).native(*self.args)
+        return made if self.view is None else made[self.view]
+
+
 class Chaining(Joining):
     """Runs a pass as :class:`Joining` does, but for what waits.
 
     barrier    [1] int32 where the images are, zero before its first use, of no two passes at the same time
     blocks     multiprocessors of that GPU
-    constants  zeros and ones of each number of classes, which further passes find again
+    constants  zeros and ones, as many as the largest classifier has classes
     waited     of how many kernels those were that waited together, so far
     launches   that CUDA made of them: one, or a few where there are many. They are known after the pass
     """
 
-    def __init__(
-        self, barrier: Tensor, blocks: int, constants: dict[int, tuple[Tensor, Tensor]], pixels: Tensor, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, barrier: Tensor, blocks: int, constants: tuple[Tensor, Tensor], pixels: Tensor, dtype: torch.dtype) -> None:
         super().__init__(pixels, dtype)
-        self._barrier, self._blocks, self._constants, self._waiting = barrier, blocks, constants, 0
-        self._taken: dict[str, Callable[..., Callable[[], Any] | None]] = {
-            "effnet_fast::conv_bn_act": self._stem,
-            "effnet_fast::depthwise_conv_bn_act": self._depthwise,
-            "effnet_fast::squeeze_excite_gate": self._gate,
-            "effnet_fast::pointwise_conv_bn_act": self._pointwise,
-            "aten::mean": self._mean,
-            "aten::linear": self._linear,
-            "aten::addmm": lambda bias, x, weight: self._linear(x, weight.t(), bias),
-            "aten::mm": lambda x, weight: self._linear(x, weight.t()),
+        self._barrier, self._blocks, self._constants = barrier, blocks, constants
+        self._waiting, self._written = 0, set[int]()  # kernels, and the memory that they will write
+        self._taken: dict[Any, Callable[..., Call | None]] = {
+            _ATEN.mean.dim: self._mean,
+            _ATEN.linear.default: self._linear,
+            _ATEN.addmm.default: lambda bias, x, weight: self._linear(x, weight.t(), bias),
+            _ATEN.mm.default: lambda x, weight: self._linear(x, weight.t()),
         }
+        for op, take in (
+            ("conv_bn_act", self._stem),
+            ("depthwise_conv_bn_act", self._depthwise),
+            ("squeeze_excite_gate", self._gate),
+            ("pointwise_conv_bn_act", self._pointwise),
+        ):
+            self._taken |= {getattr(getattr(torch.ops.effnet_fast, op), kernel.backend): take for kernel in backends.kernels(op)}
         self.waited: list[int] = []
         self.launches = 0
 
@@ -83,15 +116,19 @@ class Chaining(Joining):
             self._end()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func.is_view or torch.Tag.inplace_view in func.tags or func is _EMPTY:  # reads and writes no memory
+        if func in _UNTOUCHED:
             return super().run(func, args, kwargs)
-        taken = None if kwargs or func._overloadname not in _OVERLOADS else self._taken.get(func._schema.name)
-        call = None if taken is None else taken(*args)
+        taken = self._taken.get(func)
+        call = None if taken is None or kwargs or args[0].device != self._barrier.device else taken(*args)
         if call is None:
             self._launch()
             return super().run(func, args, kwargs)
+        if any(isinstance(given, Tensor) and _memory(given) in self._written for given in call.args[1:6]):
+            self._launch()
         self._waiting += 1
-        return call()
+        results = call()
+        self._written |= {_memory(result) for result in (results if isinstance(results, tuple) else (results,))}
+        return results
 
     def computed(self, convolution: Convolution) -> Tensor:
         if convolution.norm is None:  # no op of ours
@@ -113,19 +150,18 @@ class Chaining(Joining):
             _OPS.chain_launch()
             self.waited.append(self._waiting)
         self._waiting = 0
+        self._written.clear()
 
-    # What is to be called in place of an op, or None for one that csrc/chain does not take.
+    # What is to be called in place of an operator, or None for one that csrc/chain does not take.
 
-    def _stem(self, x: Tensor, weight: Tensor, *args: Any) -> Callable[[], Any] | None:
+    def _stem(self, x: Tensor, weight: Tensor, *args: Any) -> Call | None:
         residual, stride, pixels = args[5], args[6], args[9]
         alike = weight.dtype in HALVES and x.dtype == (weight.dtype if pixels is None else torch.uint8)
         if not alike or residual is not None or stride != 2 or weight.shape[1] > 3 or weight.shape[2:] != (3, 3):
             return None
-        if weight.shape[0] % 8 or weight.shape[0] > STEM:
-            return None
-        return lambda: _OPS.conv_bn_act.native(x, weight, *args)
+        return None if weight.shape[0] % 8 or weight.shape[0] > STEM else Call("conv_bn_act", (x, weight, *args))
 
-    def _depthwise(self, x: Tensor, weight: Tensor, *args: Any) -> Callable[[], Any] | None:
+    def _depthwise(self, x: Tensor, weight: Tensor, *args: Any) -> Call | None:
         *norm, stride, padding, activation, pieces = args
         if not _alike(x, weight) or weight.shape[2:] not in KERNELS or stride not in STRIDES:
             return None
@@ -135,34 +171,31 @@ class Chaining(Joining):
             height = output_size(height, weight.shape[2], stride, top, bottom)
             width = output_size(width, weight.shape[3], stride, left, right)
             pieces = max(1, min(self._blocks // (images * -(-channels // GROUP)), height * width))
-        return lambda: _OPS.depthwise_conv_bn_act.native(x, weight, *norm, stride, padding, activation, pieces)
+        return Call("depthwise_conv_bn_act", (x, weight, *norm, stride, padding, activation, pieces))
 
-    def _gate(self, partial: Tensor, count: int, weight: Tensor, *args: Any) -> Callable[[], Any] | None:
+    def _gate(self, partial: Tensor, count: int, weight: Tensor, *args: Any) -> Call | None:
         if partial.dtype != torch.float32 or weight.dtype not in HALVES or weight.shape[1] % 8:
             return None
-        return lambda: _OPS.squeeze_excite_gate.native(partial, count, weight, *args)
+        return Call("squeeze_excite_gate", (partial, count, weight, *args))
 
-    def _pointwise(self, x: Tensor, weight: Tensor, *args: Any) -> Callable[[], Any] | None:
-        if not _alike(x, weight) or weight.shape[1] % 8:
-            return None
-        return lambda: _OPS.pointwise_conv_bn_act.native(x, weight, *args)
+    def _pointwise(self, x: Tensor, weight: Tensor, *args: Any) -> Call | None:
+        return Call("pointwise_conv_bn_act", (x, weight, *args)) if _alike(x, weight) and weight.shape[1] % 8 == 0 else None
 
-    def _mean(self, x: Tensor, dim: Any, keepdim: bool = False) -> Callable[[], Any] | None:
-        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    def _mean(self, x: Tensor, dim: Any, keepdim: bool = False) -> Call | None:
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
         if not last or x.dtype not in HALVES or x.shape[1] % 8 or dim is None or sorted(d % 4 for d in dim) != [2, 3]:
             return None
-        return lambda: _OPS.global_average_pool.native(x)[(..., None, None) if keepdim else ...]
+        return Call("global_average_pool", (x,), (..., None, None) if keepdim else None)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[[], Any] | None:
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
         """A 1x1 convolution of images of one pixel."""
         if x.dim() != 2 or not _alike(x, weight) or weight.shape[1] % 8 or not (x.is_contiguous() and weight.is_contiguous()):
             return None
-        if len(weight) not in self._constants:
-            self._launch()  # to write them is to write memory now
-            self._constants[len(weight)] = weight.new_zeros(len(weight)), weight.new_ones(len(weight))
-        zeros, ones = self._constants[len(weight)]
+        zeros, ones = (constant[: len(weight)] for constant in self._constants)
+        if len(zeros) < len(weight) or (bias is not None and (bias.shape != zeros.shape or bias.dtype != zeros.dtype)):
+            return None
         args = x[..., None, None], weight[..., None, None], None, bias, zeros, ones, 0.0, None, None, "identity"
-        return lambda: _OPS.pointwise_conv_bn_act.native(*args)[..., 0, 0]
+        return Call("pointwise_conv_bn_act", args, (..., 0, 0))
 
 
 def _alike(x: Tensor, weight: Tensor) -> bool:
@@ -170,14 +203,21 @@ def _alike(x: Tensor, weight: Tensor) -> bool:
     return x.dtype in HALVES and weight.dtype == x.dtype and weight.shape[0] % 8 == 0
 
 
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 class Chains:
-    """``model``'s pass, run so. Its text tells what there was of the last one."""
+    """``model``'s pass, run so. Its text tells what there was of the last one. It keeps no memory that a pass has made."""
 
     def __init__(self, model: nn.Module, pixels: Tensor, dtype: torch.dtype) -> None:
         self._model, self._pixels, self._dtype = model, pixels, dtype
-        self._barrier = torch.zeros(1, dtype=torch.int32).to(pixels.device)  # which waits until it is there
+        classes = max((module.out_features for module in model.modules() if isinstance(module, nn.Linear)), default=0)
+        zeros = torch.zeros(classes, dtype=dtype)
+        # From the CPU, which waits until they are there.
+        self._barrier = torch.zeros(1, dtype=torch.int32).to(pixels.device)
+        self._constants = zeros.to(pixels.device), (zeros + 1).to(pixels.device)
         self._blocks = multiprocessors(pixels.device.index) if pixels.is_cuda else 1
-        self._constants: dict[int, tuple[Tensor, Tensor]] = {}
         self.waited: Sequence[int] = ()
         self.launches = 0
 

@@ -133,10 +133,13 @@ class InferenceModel(nn.Module):
         self._lock = threading.Lock()
         self._run_joined = functools.partial(run_joined, self.frozen, pixels=self.pixels, dtype=self.dtype)
         few = None
-        if self.one_launch and chain.why_not(self.device, self.dtype) is None:
+        if self.one_launch and self._no_chain() is None:
             few = Few(chain.Chains(self.frozen, self.pixels, self.dtype), _agree)
         self._graphs = Graphs(self._run_joined, self.dtype, functools.partial(CudaPool, self.device), few)
         self._in_pieces = InPieces(self._graphs if self.cuda_graphs else self._run_blocks, self._graphs.clear)
+
+    def _no_chain(self) -> str | None:
+        return chain.why_not(self.device, self.dtype) if self.cuda_graphs else "it is for CUDA graphs"
 
     def __getstate__(self) -> dict[str, Any]:
         made = ("device", "_plans", "_lock", "_run_joined", "_graphs", "_in_pieces")
@@ -288,6 +291,8 @@ class InferenceModel(nn.Module):
         for (dtype, shape, _), plan in plans:
             told = f"run block by block: {plan}" if isinstance(plan, str) else str(plan)
             lines.append(f"  {'x'.join(map(str, shape))} of {dtype}: {told}")
+        if self.one_launch and (reason := self._no_chain()) is not None:
+            lines.append(f"  more than one launch: {reason}")
         lines += [*self._graphs.lines(), f"  uint8 images: {mean_and_std(self.pixels)}", f"  {self.memory()}"]
         return "\n".join(lines)
 
