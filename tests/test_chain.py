@@ -3,11 +3,13 @@ something in the place of csrc/chain makes kernels wait."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from test_graphs import StandIn
 from test_inference import OURS, PEERS, leaves
 from tolerance import assert_2x
 from torch import nn
@@ -15,8 +17,9 @@ from torch.utils._pytree import tree_map
 
 import effnet_fast
 from effnet_fast.benchmark import calibrate
-from effnet_fast.inference import chain
+from effnet_fast.inference import chain, optimize
 from effnet_fast.inference.chain import Chains
+from effnet_fast.inference.graphs import Few, Graphs
 from effnet_fast.inference.recording import Joining
 from effnet_fast.models import create_model
 from effnet_fast.ops import native
@@ -74,7 +77,8 @@ def waiting(monkeypatch) -> Waiting:
         waits = isinstance(self, chain.Chaining) and self._waiting > 0
         made = run(self, func, args, kwargs)
         if waits and func is not torch.ops.aten.empty.memory_format:
-            assert made.untyped_storage()._cdata == args[0].untyped_storage()._cdata, f"{func} copies"
+            for view in made if isinstance(made, (tuple, list)) else [made]:
+                assert view.untyped_storage()._cdata == args[0].untyped_storage()._cdata, f"{func} copies"
         return made
 
     monkeypatch.setattr(Joining, "run", checked)
@@ -208,6 +212,7 @@ BETWEEN = {
     "a composite operator": (lambda x: x.reshape(2, 8, -1).view(2, 8, 6, 4).to(memory_format=torch.channels_last), [2]),
     "a mean that is told": (lambda x: [x.mean(), x][1], [1, 1]),
     "a new tensor": (lambda x: x + torch.zeros(8, 1, 1, dtype=BF16), [1, 1]),
+    "parts": (lambda x: [x.split(4, 1), x.unbind(0), x.chunk(2, 1), x.squeeze()][3], [2]),
     "views": (lambda x: x.permute(0, 3, 2, 1).transpose(1, 3).detach()[:].view(2, 8, 4, 6), [2]),
 }
 
@@ -264,3 +269,66 @@ def test_on_the_cpu_nothing_waits():
     assert chains.launches == 0 and chains.waited == [67]
     changed = {name for name, value in vars(chains).items() if value is not kept[name]}
     assert changed <= {"waited", "launches"}, "a pass left something behind, in a pool that others may use"
+
+
+def other(change: Callable[[torch.Tensor], torch.Tensor]):
+    """Of a run, another that is changed, and a text."""
+
+    class Other:
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return change(x)
+
+        def __str__(self) -> str:
+            return "all in one"
+
+    return Few(Other(), optimize._agree)
+
+
+def fails(x: torch.Tensor) -> torch.Tensor:
+    raise ValueError("the GPU has no room\nfor it")
+
+
+@pytest.mark.parametrize(
+    "change, times, told",
+    [
+        (lambda x: x + x, (3.0, 2.0), "a CUDA graph with all in one, 2.000 ms in place of 3.000"),
+        (lambda x: x + x, (3.0, 4.0), "a CUDA graph, 3.000 ms; with all in one it would take 4.000"),
+        (lambda x: x * 3, (3.0, 2.0), "a CUDA graph; with all in one it would give another result"),
+        (lambda x: (x * 2.0) / 0, (3.0, 2.0), "a CUDA graph; with all in one it would give another result"),
+        (lambda x: x + x, (3.0, 2.95), "a CUDA graph, 3.000 ms; with all in one it would take 2.950"),
+        (fails, (3.0, 2.0), "a CUDA graph; another way failed: ValueError: the GPU has no room"),
+    ],
+)
+def test_the_faster_of_two_ways_stays(change, times, told, monkeypatch):
+    """Of few images; where it is right. Nobody else's random numbers change."""
+    monkeypatch.setattr(StandIn, "milliseconds", lambda self, graphs: list(times))
+    replayed = Graphs(lambda x: x.float() * 2, torch.float32, StandIn, other(lambda x: change(x.float())))
+    x, before = torch.randn(4, 3, 2, 2), torch.get_rng_state()
+    for batch in (x, (x * 50 + 100).to(torch.uint8), torch.cat([x, x])):
+        assert torch.equal(replayed(batch), batch.float() * 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    few, of_bytes, many = replayed.lines()
+    assert few == f"  4x3x2x2 NCHW torch.float32: {told}" and of_bytes.endswith(f"torch.uint8: {told}")
+    assert many == "  8x3x2x2 NCHW torch.float32: a CUDA graph"
+
+
+def test_a_copy_tries_it_where_it_is_asked_for(monkeypatch):
+    """And says why not; both ways of few images are compared."""
+    net, x = create_model("efficientnet_b0").eval(), torch.randn(2, 3, 32, 32)
+    assert "more than one launch" not in str(effnet_fast.optimize_for_inference(net, BF16))
+    told = str(effnet_fast.optimize_for_inference(net, BF16, one_launch=True))
+    assert "more than one launch: it is for CUDA, not for cpu" in told
+    told = str(effnet_fast.optimize_for_inference(net, BF16, one_launch=True, cuda_graphs=False))
+    assert "more than one launch: it is for CUDA graphs" in told
+
+    monkeypatch.setattr(optimize.InferenceModel, "_on_cpu", optimize.InferenceModel._on_cuda)
+    monkeypatch.setattr(optimize, "CudaPool", lambda device: StandIn())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(chain, "why_not", lambda device, dtype: None)
+    copy = effnet_fast.optimize_for_inference(net, BF16, one_launch=True)
+    made = copy(x)
+    assert "a CUDA graph, 1.000 ms; with 67 kernels in 0 it would take 1.000" in str(copy)
+    monkeypatch.setattr(StandIn, "milliseconds", lambda self, graphs: [2.0, 1.0])
+    faster = pickle.loads(pickle.dumps(copy))
+    torch.testing.assert_close(faster(x), made, rtol=0.05, atol=0.05)
+    assert "a CUDA graph with 67 kernels in 0, 1.000 ms in place of 2.000" in str(faster)

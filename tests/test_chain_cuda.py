@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from test_chain import fresh_memory_is_nan, no_grad  # noqa: F401 (fixtures of every test)
 from test_inference import PEERS, leaves
 from tolerance import assert_2x
 
@@ -17,17 +18,6 @@ from effnet_fast.models import create_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan():
-    """Not here: what waits may still read what was there."""
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def images(number: int, size: tuple[int, int], dtype: torch.dtype, last: bool = False) -> torch.Tensor:

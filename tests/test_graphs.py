@@ -20,8 +20,8 @@ from tolerance import assert_2x
 
 import effnet_fast
 from effnet_fast.benchmark import calibrate, images
-from effnet_fast.inference import graphs, optimize
-from effnet_fast.inference.graphs import CudaPool, Few, Graph, Graphs, InPieces, Uncapturable
+from effnet_fast.inference import graphs
+from effnet_fast.inference.graphs import CudaPool, Graph, Graphs, InPieces, Uncapturable
 from effnet_fast.inference.recording import run_joined
 from effnet_fast.models import create_model
 
@@ -120,47 +120,6 @@ def test_what_cannot_be_captured_runs_without_a_graph(monkeypatch):
         assert torch.equal(graphs(x), x * 2)
     assert torch.equal(graphs(x.double()), x * 2)
     assert len(tried) == 1 and "it waits for the GPU" in graphs.lines()[0] and graphs.static_bytes() == 0
-
-
-def other(change: Callable[[torch.Tensor], torch.Tensor]):
-    """Of a run, another that is changed, and a text."""
-
-    class Other:
-        def __call__(self, x: torch.Tensor) -> torch.Tensor:
-            return change(x)
-
-        def __str__(self) -> str:
-            return "all in one"
-
-    return Few(Other(), optimize._agree)
-
-
-def fails(x: torch.Tensor) -> torch.Tensor:
-    raise ValueError("the GPU has no room\nfor it")
-
-
-@pytest.mark.parametrize(
-    "change, times, told",
-    [
-        (lambda x: x + x, (3.0, 2.0), "a CUDA graph with all in one, 2.000 ms in place of 3.000"),
-        (lambda x: x + x, (3.0, 4.0), "a CUDA graph, 3.000 ms; with all in one it would take 4.000"),
-        (lambda x: x * 3, (3.0, 2.0), "a CUDA graph; with all in one it would give another result"),
-        (lambda x: (x * 2.0) / 0, (3.0, 2.0), "a CUDA graph; with all in one it would give another result"),
-        (lambda x: x + x, (3.0, 2.95), "a CUDA graph, 3.000 ms; with all in one it would take 2.950"),
-        (fails, (3.0, 2.0), "a CUDA graph; another way failed: ValueError: the GPU has no room"),
-    ],
-)
-def test_the_faster_of_two_ways_stays(change, times, told, monkeypatch):
-    """Of few images; where it is right. Nobody else's random numbers change."""
-    monkeypatch.setattr(StandIn, "milliseconds", lambda self, graphs: list(times))
-    replayed = Graphs(lambda x: x.float() * 2, torch.float32, StandIn, other(lambda x: change(x.float())))
-    x, before = torch.randn(4, 3, 2, 2), torch.get_rng_state()
-    for batch in (x, (x * 50 + 100).to(torch.uint8), torch.cat([x, x])):
-        assert torch.equal(replayed(batch), batch.float() * 2)
-    assert torch.equal(torch.get_rng_state(), before)
-    few, of_bytes, many = replayed.lines()
-    assert few == f"  4x3x2x2 NCHW torch.float32: {told}" and of_bytes.endswith(f"torch.uint8: {told}")
-    assert many == "  8x3x2x2 NCHW torch.float32: a CUDA graph"
 
 
 class Cuda:

@@ -16,7 +16,7 @@ void run_cpu(const pool::Params& p, const Tensor&) { inference::call(p, pool::av
 // There is none but the chain's.
 void run_cuda(const pool::Params& p, const Tensor& x) {
   check(recorded && recorded->take(p, x.get_device_index()), kPool,
-        ": on CUDA a chain alone takes it, of half types and a multiple ", "of 8 channels");
+        ": on CUDA a chain alone takes it, of half types, a multiple of ", "8 channels and at most 2^24 pixels");
 }
 #endif
 

@@ -1,5 +1,6 @@
 // A squeeze-excite gate in a chain: a block takes a slice of an image's channels and makes all hidden units on its own. W_r is read
-// by every one of them, which costs less than one more meeting; where both weights fit they are in shared memory ahead.
+// by every one of them, which by the counts of chain.cuh costs less than one more meeting; where both weights fit they are in
+// shared memory ahead.
 #pragma once
 #include "step.cuh"
 

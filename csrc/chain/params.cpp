@@ -1,8 +1,6 @@
 // Which kernels a chain takes.
 #include "params.h"
 
-#include <climits>
-
 namespace effnet_fast::chain {
 namespace {
 

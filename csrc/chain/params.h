@@ -48,8 +48,7 @@ bool takes(const pool::Params& p);
 template <typename P> bool takes(const P&) { return false; }
 
 // Starts steps of one dtype, on the current device. barrier: 4 bytes there, zero before their first use, of no two launches at
-// the same time.
-// Returns how many launches they took.
+// the same time. Returns how many launches they took.
 int launch_cuda(const std::vector<Step>& steps, DType dtype, unsigned* barrier, void* stream);
 
 }  // namespace effnet_fast::chain

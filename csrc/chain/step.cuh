@@ -9,8 +9,9 @@
 
 namespace effnet_fast::chain {
 
-// A step's function is called by all threads with `memory`, which is shared and of no step before, and `wait`, which it calls once,
-// when it has all that no step makes. Its plan deals it out to so many blocks, and returns the bytes of memory that it takes.
+// A step's function is called by all threads with `memory`, which is shared and which the step before has left, and `wait`, which
+// it calls once, when it has all that no step makes. Its plan deals it out to so many blocks, and returns the bytes of memory that
+// it takes.
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 
 // Activations of pairs: what follows a norm that before_silu has been asked of.

@@ -41,17 +41,10 @@ __device__ __forceinline__ float* cluster_peer(float* shared, int rank) {
 template <typename... Parameters, typename... Arguments> void launch_cluster(void (*kernel)(Parameters...), unsigned blocks,
                                                                              unsigned threads, int size, size_t shared_bytes,
                                                                              void* stream, const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {unsigned(size), 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = size > 1 ? 1 : 0;
-  EFFNET_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  launch_with(size > 1 ? &attribute : nullptr, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace effnet_fast

@@ -38,6 +38,26 @@
 #include "emu.h"
 #endif
 
+#ifdef __CUDACC__
+namespace effnet_fast {
+
+// Starts a kernel with an attribute, or where that is null without.
+template <typename... Parameters, typename... Arguments>
+void launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                 size_t shared_bytes, void* stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attribute;
+  config.numAttrs = attribute ? 1 : 0;
+  EFFNET_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace effnet_fast
+#endif
+
 namespace effnet_fast {
 
 template <typename A, typename B> __host__ __device__ constexpr auto ceil_div(A a, B b) { return (a + b - 1) / b; }

@@ -26,17 +26,10 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
 template <typename... Parameters, typename... Arguments> void launch_together(void (*kernel)(Parameters...), unsigned blocks,
                                                                               unsigned threads, size_t shared_bytes, void* stream,
                                                                               const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  EFFNET_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  launch_with(&attribute, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace effnet_fast

@@ -1,9 +1,9 @@
 """A network of few images on CUDA with the kernels that follow one another started as one (csrc/chain).
 
 Stems, depthwise and 1x1 convolutions, squeeze-excite gates, the mean and the classifier wait, whichever backend would have run
-them, until an operator comes that is none of them and no view; then all that wait are one launch, on the stream that is current by
-then. Their results have their memory at once, and as they run in the order in which they came, what has gone by then may be where
-another is, as on a stream: memory that nobody else may be given meanwhile, a CUDA graph's pool. On the CPU nothing waits.
+them, until an operator comes that is none of them and may touch memory; then all that wait are one launch, on the stream that is
+current by then. Their results have their memory at once, and as they run in the order in which they came, what has gone by then may
+be where another is, as on a stream: memory that nobody else may be given meanwhile, a CUDA graph's pool. On the CPU nothing waits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ define_native("chain_end() -> int")
 _OPS = torch.ops.effnet_fast
 
 HALVES = (torch.bfloat16, torch.float16)
-GROUP, STEM = 32, 128  # channels that a block convolves depthwise at once; that a stem has at most
+GROUP, STEM = 32, 128  # channels that a block convolves depthwise at once; that a stem has at most; csrc/chain has them too
+MOST = 2**24  # elements of a map that is averaged
 _ATEN = torch.ops.aten
 # What gives a tensor and touches no memory. Composite operators that may copy call themselves views too.
 _UNTOUCHED = {
@@ -40,10 +41,13 @@ _UNTOUCHED = {
     _ATEN.permute.default,
     _ATEN.select.int,
     _ATEN.slice.Tensor,
+    _ATEN.split.Tensor,
+    _ATEN.squeeze.default,
     _ATEN.squeeze.dim,
     _ATEN.squeeze.dims,
     _ATEN.t.default,
     _ATEN.transpose.int,
+    _ATEN.unbind.int,
     _ATEN.unsqueeze.default,
     _ATEN.view.default,
 }
@@ -183,7 +187,14 @@ class Chaining(Joining):
 
     def _mean(self, x: Tensor, dim: Any, keepdim: bool = False) -> Call | None:
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
-        if not last or x.dtype not in HALVES or x.shape[1] % 8 or dim is None or sorted(d % 4 for d in dim) != [2, 3]:
+        if (
+            not last
+            or x.numel() > MOST
+            or x.dtype not in HALVES
+            or x.shape[1] % 8
+            or dim is None
+            or sorted(d % 4 for d in dim) != [2, 3]
+        ):
             return None
         return Call("global_average_pool", (x,), (..., None, None) if keepdim else None)
 

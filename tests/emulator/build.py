@@ -27,7 +27,7 @@ rule kernel
   command = g++ $flags {sanitizers} $options -I$csrc -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
 rule link
-  command = g++ -shared {sanitizers} $in -o $out
+  command = g++ -shared {sanitizers} -Wl,-z,lazy $in -o $out
 build binding.o: binding {here}/binding.cpp
 build binding_training.o: binding {here}/binding_training.cpp
 build binding_chain.o: binding {here}/binding_chain.cpp
