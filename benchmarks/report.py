@@ -25,8 +25,9 @@ from effnet_fast.weights import SOURCES
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-KERNELS = ("csrc", "effnet_fast/ops")  # whose changes make timings old
+KERNELS = ("csrc", "effnet_fast/ops", "effnet_fast/inference")  # whose changes make results old
 HEADLINES = {"model": "Speed", "train": "Training step"}  # suites of whole nets
+PROOFS = ("errors-cpu", "soak-cpu", "bench-b0-bf16-cpu", "memory-cpu")  # results that no table shows
 TIMINGS = tuple(f"{suite}-{device}" for device in ("cuda", "cpu") for suite in ("model", "train", "kernels"))
 
 
@@ -181,11 +182,13 @@ def changed_since(commit: str) -> list[str]:
 
 
 def notices() -> list[str]:
-    """What to doubt in committed timings, which is no reason to fail: kernels that changed since, passes that differ."""
+    """What to doubt in committed results, which is no reason to fail: kernels that changed since, passes that differ."""
     told = []
-    for path, results in timings().items():
+    proofs = {path: json.loads(path.read_text()) for name in PROOFS if (path := RESULTS / f"{name}.json").exists()}
+    for path, results in {**timings(), **proofs}.items():
         commit = results["machine"]["commit"] or "no known commit"
         told += [f"{path.name} was measured at {commit}: {why}" for why in changed_since(commit)]
+    for path, results in timings().items():
         told += [f"{path.name}: {entry} took {100 * by:+.0f} % in its second pass" for by, entry in findings.drifting(results)]
     return told
 

@@ -143,7 +143,8 @@ def test_a_plan_has_whom_it_is_asked_for():
     assert names(["torchvision"]) == [*always, "torchvision"]
     assert names([], net="efficientnetv2_b0")[3:5] == ["eager channels_last", "eager nchw"]  # which timm does not have
     compiled = ["compile default", "compile freezing", "compile max-autotune"]
-    assert names(["compile"]) == [*always, *compiled]
+    assert names(["compile"], batch=1) == [*of_one, *compiled]
+    assert names(["compile"]) == [*always, *compiled[:2], "compile freezing, one by one", compiled[2]]
     assert [name for name in names(nets.PEERS, device="cuda") if name.startswith("compile")] == [
         "compile default",
         "compile reduce-overhead",

@@ -65,12 +65,14 @@ def entrants(device: str, eager: str = "timm") -> list[Entrant]:
         Entrant("OpenVINO throughput", openvino, (True,), quick=False, least=2, peer="openvino"),
         _compiled("default", {}),
         _compiled("freezing", {"options": {"freezing": True}}),
+        _compiled("freezing, one by one", {"options": {"freezing": True}}, one_by_one=True),
         _compiled("max-autotune", {"options": {"freezing": True, "max_autotune": True}}, beside=False),
     ]
 
 
-def _compiled(name: str, options: dict[str, Any], beside: bool = True) -> Entrant:
-    return Entrant(f"compile {name}", compiled, (options,), beside=beside, quick=False, peer="compile")
+def _compiled(name: str, options: dict[str, Any], beside: bool = True, one_by_one: bool = False) -> Entrant:
+    least = 2 if one_by_one else 1
+    return Entrant(f"compile {name}", compiled, (options, one_by_one), beside=beside, quick=False, least=least, peer="compile")
 
 
 def write_weights(case: Case) -> None:
@@ -128,18 +130,23 @@ def plain_eager(case: Case, layout: str = "channels_last", graph: bool = False, 
 
     def build(state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         net = _placed(case, plain_net(case.net), state, layout)
-        return (lambda x: torch.cat([net(image) for image in x.split(1)])) if one_by_one else net
+        return _one_by_one(net) if one_by_one else net
 
     return checked(case, build, peer_factor(case), layout, graph)
 
 
-def compiled(case: Case, options: dict[str, Any]) -> Timer:
-    """:func:`plain_net` by torch.compile, channels_last."""
+def _one_by_one(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.cat([net(image) for image in x.split(1)])
+
+
+def compiled(case: Case, options: dict[str, Any], one_by_one: bool = False) -> Timer:
+    """:func:`plain_net` by torch.compile, channels_last, on all images at once or on one after the other."""
     eager_of(case.net)
     importlib.import_module("torch._inductor.compile_fx")
 
     def build(state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        return torch.compile(_placed(case, plain_net(case.net), state), dynamic=False, **options)
+        net = torch.compile(_placed(case, plain_net(case.net), state), dynamic=False, **options)
+        return _one_by_one(net) if one_by_one else net
 
     return checked(case, build, peer_factor(case))
 
