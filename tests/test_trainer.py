@@ -253,8 +253,10 @@ def test_only_the_classifier_trains_at_first():
     assert {"conv_stem.weight", "bn1.weight", "bn1.running_mean"} <= changed
     freeze(model)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["classifier.weight", "classifier.bias"]
+    headless = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="Sequential has no classifier"):
-        head_of(nn.Sequential(nn.Linear(2, 2)))
+        freeze(headless)
+    assert headless[0].weight.requires_grad
 
 
 def test_what_the_user_froze_stays_frozen():

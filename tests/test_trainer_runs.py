@@ -216,6 +216,7 @@ def test_two_processes_stop_together_and_resume(tmp_path: Path) -> None:
     # The first process alone tells of the steps between, of both processes' images: as the other's are not the same, it waits.
     lines = re.findall(r"epoch 1 of 2, step (\d+) of \d+: training loss (\d+\.\d+)", told)
     assert [number for number, _ in lines] == ["4", "8"], told
+    assert "Warning" not in told  # such as DistributedDataParallel's, of parameters that it looked for in vain
     (expected, weights), (got, again) = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
     assert without_seconds(got) == without_seconds(expected) and same(again, weights)
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from test_trainer import PLAIN, images, net
@@ -58,6 +59,33 @@ def compare_gradients(recipe) -> None:
         torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()) + noise, msg=name)
 
 
+def keep_frozen_norms() -> None:
+    """Of a model with frozen norms only the others take statistics, over both processes."""
+    model = net(width=0.5)
+    freeze_batch_norm(model.blocks[0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    next(Trainer(model, replace(PLAIN, sync_bn=True), Batches(images(), PLAIN.batch_size, training=True)).run_epoch())
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            moved = not torch.equal(module.running_mean, before[f"{name}.running_mean"])
+            assert moved == isinstance(module, torch.nn.SyncBatchNorm) == (not name.startswith("blocks.0.")), name
+            assert torch.equal(module.weight, before[f"{name}.weight"]) != moved, name
+
+
+def refuse_norms_that_do_more() -> None:
+    """A SyncBatchNorm would not activate, as timm's norms do."""
+
+    class NormAct(torch.nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = net()
+    model.bn1 = NormAct(model.bn1.num_features)
+    with pytest.raises(ValueError, match="sync_bn: a NormAct does more than a SyncBatchNorm; False, or its library's own,"):
+        Trainer(model, replace(PLAIN, sync_bn=True), Batches(images(), PLAIN.batch_size, training=True))
+    assert type(model.bn1) is NormAct and type(model.bn2) is torch.nn.BatchNorm2d
+
+
 def main() -> None:
     folder, calls = Path(sys.argv[1]), 0
     torch.set_num_threads(1)
@@ -85,6 +113,8 @@ def main() -> None:
         compare_gradients(replace(PLAIN, freeze_bn=True))
         if native.REASON is None:  # PyTorch has no SyncBatchNorm on a CPU
             compare_gradients(replace(PLAIN, sync_bn=True))
+            keep_frozen_norms()
+        refuse_norms_that_do_more()
         run("whole", log_interval=4)
         try:
             run("resumed", augment=told_to_stop)

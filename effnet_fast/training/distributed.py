@@ -9,7 +9,10 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from effnet_fast.training.transfer import moving_norms
 
 
 @contextmanager
@@ -58,17 +61,28 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def parallel(model: nn.Module, device: torch.device, sync_bn: bool, changing: bool) -> nn.Module:
-    """The model in DistributedDataParallel where there are processes to share gradients with, its norms converted in place.
-
-    changing  parameters may stop and start to train later
-    """
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model in DistributedDataParallel where there are processes to share gradients with: of the parameters that train now."""
     if processes() == 1:
         return model
-    ids = [device] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, ids, find_unused_parameters=changing)
-    if sync_bn:
-        # Afterwards: it refuses such norms on a CPU, where PyTorch's own forward cannot run them and the fused one can. The
-        # parameters that it has seen stay the same.
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return wrapped
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+
+
+def synchronise_norms(model: nn.Module) -> None:
+    """Make batch norms, in place, take statistics over all processes; a frozen one has none to take, and stays as it is.
+
+    After :func:`parallel`: that refuses such norms on a CPU, where PyTorch's own forward cannot run them and the fused one can. The
+    parameters that it has seen stay the same. Raises ValueError for a norm of a peer that does more, such as activate.
+    """
+    if processes() == 1:
+        return
+    moving = {norm for norm in moving_norms(model) if not isinstance(norm, nn.SyncBatchNorm)}
+    for norm in moving:
+        if type(norm).forward is not _BatchNorm.forward:
+            raise ValueError(
+                f"sync_bn: a {type(norm).__name__} does more than a SyncBatchNorm; False, or its library's own, would do"
+            )
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if child in moving:
+                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))

@@ -89,7 +89,12 @@ class Trainer:
         if teacher is not None:
             teacher.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = Loss(recipe, teacher)
-        self.forward = distributed.parallel(model, self.device, recipe.sync_bn, changing=recipe.freeze_epochs > 0)
+        self.head_alone = self.whole = distributed.parallel(model, self.device)
+        if recipe.freeze_epochs > 0:
+            with frozen(model):
+                self.head_alone = distributed.parallel(model, self.device)
+        if recipe.sync_bn:
+            distributed.synchronise_norms(model)
         self.ema = AveragedModel(model, use_buffers=True) if recipe.model_ema else None
         self.optimizer = build_optimizer(model, recipe, distributed.processes())
         for group in self.optimizer.param_groups:
@@ -104,6 +109,11 @@ class Trainer:
     def lr(self) -> float:
         """The highest learning rate of the last step."""
         return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
+    def forward(self) -> nn.Module:
+        """The model, which shares the gradients of what trains in this epoch."""
+        return self.head_alone if self.epoch < self.recipe.freeze_epochs else self.whole
 
     @property
     def judged(self) -> nn.Module:

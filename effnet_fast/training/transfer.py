@@ -21,9 +21,10 @@ def head_of(model: nn.Module) -> nn.Module:
 
 def freeze(model: nn.Module) -> None:
     """Train only the classifier: no other parameter has a gradient, and no batch norm's statistics move."""
+    head = head_of(model)
     model.requires_grad_(False)
     freeze_batch_norm(model)
-    head_of(model).requires_grad_(True)
+    head.requires_grad_(True)
 
 
 def unfreeze(model: nn.Module) -> None:
@@ -36,7 +37,7 @@ def unfreeze(model: nn.Module) -> None:
 def frozen(model: nn.Module) -> Iterator[None]:
     """:func:`freeze` for the while; what did not train before does not train then or afterwards."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    norms = [norm for norm in _norms(model) if "train" not in norm.__dict__]
+    norms = moving_norms(model)
     freeze(model)
     for parameter, before in trained:
         parameter.requires_grad_(parameter.requires_grad and before)
@@ -56,6 +57,11 @@ def freeze_batch_norm(model: nn.Module) -> None:
     for norm in _norms(model):
         norm.requires_grad_(False).eval()
         norm.train = partial(_stay, norm)  # type: ignore[method-assign]
+
+
+def moving_norms(model: nn.Module) -> list[nn.Module]:
+    """Batch norms that :func:`freeze_batch_norm` has not frozen."""
+    return [norm for norm in _norms(model) if "train" not in norm.__dict__]
 
 
 def _release(norms: list[nn.Module], training: bool) -> None:
