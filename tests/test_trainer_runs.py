@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,9 @@ from effnet_fast.inference.images import prepare, read_image
 from effnet_fast.models import create_model
 from effnet_fast.ops import native
 from effnet_fast.training import PRESETS, Batches, Stopped, train
+from effnet_fast.training import run as runs
 from effnet_fast.training.data import DATASETS, check_classes, held_out_transform, mixing, open_dataset, training_transform
+from effnet_fast.training.log import draw_curves
 from effnet_fast.weights import Preprocessing, read, save_checkpoint
 
 SMALL = ["--model", "efficientnet_b0", "--img-size", "32", "--epochs", "2", "--warmup-epochs", "0", "--lr", "0.01"]
@@ -126,6 +129,44 @@ def test_a_run_that_crashed_goes_on_from_its_last_epoch(crashes_in: int, tmp_pat
     assert without_seconds(got) == without_seconds(expected) and same(again.state_dict(), whole.state_dict())
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > picture.size[1] > 300
+
+
+@pytest.mark.parametrize("held_out_in", [1, 2])
+def test_a_run_goes_on_with_held_out_images_or_without(held_out_in: int, tmp_path: Path) -> None:
+    """From its second epoch, whose crash the first one's row outlives; the figures that an epoch has not are gaps."""
+    given = [Batches(images(5), 4, training=False) if epoch == held_out_in else None for epoch in (1, 2)]
+
+    def crash(model, history):
+        if len(history) == 2:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train(net(), batches(), PLAIN, validation=given[0], out=tmp_path, after_epoch=crash)
+    history = train(net(), batches(), PLAIN, validation=given[1], out=tmp_path, resume=tmp_path / "last.pth")
+    assert [{"loss", "top1"} <= row.keys() for row in history] == [held_out_in == 1, held_out_in == 2]
+    told = rows(tmp_path / "log.csv")
+    assert [row["epoch"] for row in told] == ["1", "2"] and told[0].keys() == told[1].keys()
+    assert [row["top1"] != "" for row in told] == [held_out_in == 1, held_out_in == 2]
+
+
+def test_an_epoch_that_cannot_be_drawn_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(history: list[dict[str, float]], path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "draw_curves", broken)
+    with pytest.raises(OSError, match="No space left"):
+        train(net(), batches(), PLAIN, out=tmp_path)
+    state = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert (state["epoch"], len(state["history"])) == (1, 1)
+
+
+@pytest.mark.parametrize("loss", [0.0, 1e-3])
+def test_curves_warn_of_nothing(loss: float, tmp_path: Path) -> None:
+    """Also where a loss is 0, which no scale of logarithms has."""
+    history = [{"epoch": epoch, "lr": 0.1, "train_loss": loss} for epoch in (1.0, 2.0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_curves(history, tmp_path / "curves.png")
 
 
 @pytest.mark.parametrize("stops_in", [1, 2])

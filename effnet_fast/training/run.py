@@ -25,7 +25,7 @@ from effnet_fast.training.recipes import Recipe
 from effnet_fast.weights.files import locate
 
 LAST, LOG, CURVES = "last.pth", "log.csv", "curves.png"
-_ASK_EVERY = 8  # steps: whether the loss is finite, and of other processes whether to stop; both wait for the device
+_ASK_EVERY = 8  # batches: whether the loss is finite, and over NCCL whether to stop; both wait for the device
 
 
 class Stopped(Exception):
@@ -77,6 +77,7 @@ def train(
     history = [] if resume is None else checkpoint.load(resume, trainer, same)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+    every = max(1, _ASK_EVERY // recipe.grad_accum_steps)
     done = trainer.epoch * trainer.steps + trainer.step
     bar = tqdm(
         total=recipe.epochs * trainer.steps, initial=done, unit="step", disable=None if first else True, leave=False, delay=2
@@ -87,11 +88,11 @@ def train(
             for _ in trainer.run_epoch():
                 bar.update()
                 told = log_interval > 0 and trainer.step % log_interval == 0
-                if told or trainer.step % _ASK_EVERY == 0:
+                if told or trainer.step % every == 0:
                     total = trainer.finite_total()
                     if told and first:
                         bar.write(_step_line(trainer, total / (trainer.step * distributed.processes())), file=sys.stderr)
-                if folder is not None and trainer.step < trainer.steps and (number := _agreed(caught, trainer.step)):
+                if folder is not None and trainer.step < trainer.steps and (number := _agreed(caught, trainer.step, every)):
                     checkpoint.save(folder / LAST, trainer, history, same)
                     raise Stopped(number, folder / LAST)
             if folder is not None and validation is not None:
@@ -118,20 +119,20 @@ def train(
             if first and after_epoch is not None:
                 after_epoch(trainer.judged, history)
             if folder is not None:
+                checkpoint.save(folder / LAST, trainer, history, same)
                 if first:
                     write_csv(history, folder / LOG)
                     draw_curves(history, folder / CURVES)
-                checkpoint.save(folder / LAST, trainer, history, same)
                 if trainer.epoch < recipe.epochs and (number := _agreed(caught)):
                     raise Stopped(number, folder / LAST)
     return history
 
 
 def _till_stopped(batches: Batches, caught: list[int], folder: Path | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Held-out batches; before each that every process has they ask whether to stop."""
+    """Held-out batches; before each that every process has, over NCCL before some, they ask whether to stop."""
     shared = -(-(len(batches.dataset) // distributed.processes()) // batches.batch_size)
     for number, batch in enumerate(batches.of_epoch(0)):
-        if folder is not None and number < shared and (stop := _agreed(caught, number)):
+        if folder is not None and number < shared and (stop := _agreed(caught, number, _ASK_EVERY)):
             raise Stopped(stop, folder / LAST)
         yield batch
 
@@ -161,14 +162,17 @@ def _signals(wanted: bool) -> Iterator[list[int]]:
         restore()
 
 
-def _agreed(caught: list[int], step: int = 0) -> int:
-    """The signal to stop by, or 0; all processes get the same answer, at the same step."""
+def _agreed(caught: list[int], step: int = 0, every: int = 1) -> int:
+    """The signal to stop by, or 0; all processes get the same answer, at the same step: over NCCL at each ``every`` steps.
+
+    Others wait for no device, and have slow ones: torchrun ends what has not stopped half a minute after a SIGTERM.
+    """
     if distributed.processes() == 1:
         return caught[0] if caught else 0
-    if step % _ASK_EVERY:
+    waits = torch.distributed.get_backend() == "nccl"
+    if waits and step % every:
         return 0
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.distributed.get_backend() == "nccl" else "cpu"
-    number = torch.tensor(caught[0] if caught else 0, device=device)
+    number = torch.tensor(caught[0] if caught else 0, device=torch.device("cuda", torch.cuda.current_device()) if waits else "cpu")
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
     return int(number)
 
