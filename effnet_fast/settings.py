@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
+
+_MOST = 200  # characters of a value in an error
 
 
 def plain(value: Any) -> Any:
@@ -14,12 +17,20 @@ def plain(value: Any) -> Any:
 
 
 def differing(stored: Mapping[str, Any], asked: Any) -> str:
-    """Each setting that is another, as "NAME STORED, not ASKED"; "" where none is.
+    """Each setting that is another, as "NAME STORED, not ASKED", of long ones where they differ first; "" where none is.
 
     asked  a mapping by name, or a dataclass; where one of its values is a dataclass, it is compared field by field. A field that
            ``stored`` has not is taken to have had its default: it came after that result.
     """
-    return "; ".join(f"{name} {there!r:.200}, not {here!r:.200}" for name, there, here in _differing(stored, asked))
+    return "; ".join(f"{name} {', not '.join(_told(there, here))}" for name, there, here in _differing(stored, asked))
+
+
+def _told(*values: Any) -> list[str]:
+    """Two values in words: of long ones the part where they differ first."""
+    texts = list(map(repr, values))
+    first = max(0, len(os.path.commonprefix(texts)) - _MOST // 2) if max(map(len, texts)) > _MOST else 0
+    cut = [text[first : first + _MOST] for text in texts]
+    return [f"{'...' * (first > 0)}{part}{'...' * (first + len(part) < len(text))}" for part, text in zip(cut, texts, strict=True)]
 
 
 def _differing(stored: Mapping[str, Any], asked: Any) -> list[tuple[str, Any, Any]]:

@@ -143,6 +143,7 @@ def test_presets_train_as_they_say(name):
         ({"freeze_bn": True, "sync_bn": True}, "freeze_bn with sync_bn"),
         ({"amp": 1}, "amp is 1; True or False"),
         ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"seed": 2**64}, f"seed is {2**64}; a whole number >= 0 and < 2**64 would do"),
         ({"epochs": None}, "epochs is None"),
     ],
     ids=str,
@@ -275,6 +276,24 @@ def test_what_the_user_froze_stays_frozen():
             moved = [not torch.equal(p, before[name]) for name, p in model.named_parameters()]
             assert any(moved) and not any(now and not trains for now, trains in zip(moved, flags, strict=True))
             assert torch.equal(model.bn1.running_mean, before["bn1.running_mean"]) == (model is not single)
+
+
+def test_where_nothing_would_train_it_is_told_at_once():
+    frozen, no_head, student = net().requires_grad_(False), net(), net()
+    no_head.classifier.requires_grad_(False)
+    for model, teacher, freeze_epochs, piece in (
+        (frozen, None, 0, "no parameter of the model trains: all have requires_grad False; unfreeze(), or"),
+        (no_head, None, 1, "freeze_epochs is 1, and the classifier is frozen itself; 0 would do"),
+        (student, student, 0, "the teacher has parameters of the model, which would not train; a copy would do"),
+        (student, nn.Sequential(nn.Identity(), student), 0, "the teacher has parameters of the model"),
+    ):
+        flags = [p.requires_grad for p in model.parameters()]
+        with pytest.raises(ValueError) as caught:
+            Trainer(model, replace(PLAIN, freeze_epochs=freeze_epochs), batches(), teacher=teacher)
+        assert piece in str(caught.value)
+        assert [p.requires_grad for p in model.parameters()] == flags
+    with pytest.raises(ValueError, match=r"the model's answer is \[4, 1\]; logits \[N, K\] of K >= 2 classes would do"):
+        train(net(1), batches(), PLAIN)
 
 
 def test_heads_of_peers():
@@ -440,6 +459,9 @@ def test_scores():
     expected = (logits.topk(5, 1).indices == labels[:, None]).any(1).double().mean().item()
     assert scores.top5 == pytest.approx(expected) and scores.top5 < 1
     assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    mixed = nn.Sequential(nn.BatchNorm1d(6).eval(), nn.BatchNorm1d(6))
+    evaluate(mixed, [(torch.eye(6), torch.arange(6))])
+    assert [module.training for module in mixed.modules()] == [True, False, True] and not mixed[1].running_mean.any()
     assert evaluate(Fixed(), [(torch.eye(6), torch.arange(6))]).top5 == 1.0
     assert evaluate(Fixed(), [(torch.eye(5), torch.arange(5))]).top5 is None
 
@@ -480,6 +502,18 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(tmp_path):
             checkpoints.load(path, other, {"img_size": size})
         assert piece in str(caught.value)
         assert same(model.state_dict(), before)
+    classes = [f"class {number}" for number in range(100)]
+    checkpoints.save(tmp_path / "many.pth", trainer, [], {"classes": classes})
+    for others, piece in (
+        (
+            [*classes[:-1], "another"],
+            r"classes \.\.\.[^;]*'class 98', 'class 99'\], not \.\.\.[^;]*'class 98', 'another'\]; the same",
+        ),
+        (["another", *classes], r"classes \['class 0', [^;]*\.\.\., not \['another', 'class 0', [^;]*\.\.\.; the same"),
+    ):
+        with pytest.raises(ValueError, match=piece) as caught:
+            checkpoints.load(tmp_path / "many.pth", trainer, {"classes": others})
+        assert len(str(caught.value)) < 600
     older = torch.load(path, weights_only=True)
     for name in ("cuda_graph", "scale", "ratio", "opt_betas", "warmup_lr", "mixup_prob", "mixup_off_epoch", "remode"):
         del older["run"][name]  # settings that came after that run had their defaults

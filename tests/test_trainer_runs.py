@@ -101,7 +101,7 @@ def test_a_run_that_sigterm_stopped_goes_on_to_the_same_weights(folder: Path, un
     assert stopped.stdout == "" and re.fullmatch(r"effnet-fast: note: stopped by SIGTERM; \S+last.pth is[^\n]+\n", stopped.stderr)
     state = torch.load(out / "last.pth", weights_only=True)
     assert (state["epoch"], state["step"]) == (0, 3) and [path.name for path in out.iterdir()] == ["last.pth"]
-    assert main(["train", str(folder), *SMALL, *EVERYTHING, "--workers", "1", "--resume", str(out / "last.pth")]) == 0
+    assert main(["train", str(folder), *SMALL, *EVERYTHING, "--workers", "1", "--resume", str(out)]) == 0
     assert rows(out / "log.csv") == rows(uninterrupted / "log.csv") and len(rows(out / "log.csv")) == 2
     for name in ("model.pth", "best.pth"):
         assert same(read(out / name).state_dict, read(uninterrupted / name).state_dict), name
@@ -158,6 +158,25 @@ def test_an_epoch_that_cannot_be_drawn_is_saved(tmp_path: Path, monkeypatch: pyt
         train(net(), batches(), PLAIN, out=tmp_path)
     state = torch.load(tmp_path / "last.pth", weights_only=True)
     assert (state["epoch"], len(state["history"])) == (1, 1)
+
+
+KILLED_IN_A_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from effnet_fast.weights.files import whole
+
+with whole(Path(sys.argv[1])) as aside:
+    aside.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_was_writing_is_gone_with_the_next_run(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_A_WRITE, str(tmp_path / "last.pth")], timeout=300)
+    assert killed.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / ".editor.tmp").touch()  # not ours
+    train(net(), batches(), replace(PLAIN, epochs=1), out=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".editor.tmp", "last.pth", "log.csv", "curves.png"}
 
 
 @pytest.mark.parametrize("loss", [0.0, 1e-3])
@@ -369,9 +388,14 @@ BAD = [
     ("train data/val --model efficientnet_b0", "has no directory train"),
     ("train halves --model efficientnet_b0", "has no directory val or validation or test"),
     ("train hollow --model efficientnet_b0", "hollow/train is no directory of one directory of images for each class"),
+    (
+        "train single --model efficientnet_b0 --num-classes 3",
+        "single has one class to train on, 'images'; a directory for each of two",
+    ),
     ("train strange --model efficientnet_b0", "different classes: green, purple"),
     ("train data --model efficientnet_c0", "unknown model 'efficientnet_c0'"),
     ("train data --model efficientnet_b0 --lr 0", "lr is 0.0; a number above 0 would do"),
+    (f"train data --model efficientnet_b0 --seed {2**64}", f"seed is {2**64}; a whole number >= 0 and < 2**64 would do"),
     ("train data --model efficientnet_b0 --opt adam", "invalid choice: 'adam'"),
     ("train data --model efficientnet_b0 --recipe best", "invalid choice: 'best'"),
     ("train data --model efficientnet_b0 --epochs 2 --warmup-epochs 3", "warmup_epochs is 3 of 2 epochs"),
@@ -398,6 +422,7 @@ BAD = [
     ("train data --model efficientnet_b0 --pretrained-path nowhere.pth", "nowhere.pth"),
     ("train data --model efficientnet_b0 --teacher two.pth", "--teacher two.pth has 2 classes; 3, as the student"),
     ("train data --model efficientnet_b0 --batch-size 8 --resume three.pth", "three.pth holds no run to go on with"),
+    ("train data --model efficientnet_b0 --batch-size 8 --resume data", "directory data holds none of last.pth, "),
     ("train data --model efficientnet_b0 --batch-size 8 --resume nowhere.pth", "nowhere.pth does not exist"),
     (
         "train data --model efficientnet_b0 --output here --resume three.pth",
@@ -423,6 +448,9 @@ def bad(folder: Path) -> Path:
     (root / "halves" / "train" / "red").symlink_to(folder / "train" / "red")
     for split in ("train", "val"):
         (root / "hollow" / split).mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / "single" / split).mkdir(parents=True)
+        (root / "single" / split / "images").symlink_to(folder / "val" / "red")
     image_folder(root / "torn", 1, 1)
     (root / "torn" / "train" / "red" / "0.png").write_bytes(b"no image")
     for split, names in (("train", ("red", "green")), ("val", ("red", "purple"))):

@@ -73,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", choices=sorted(PRESETS), help="settings to begin with (default: finetune for pretrained weights, else cosine)"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="(default: the folder of --resume, else output)")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a last.pth; the other options as before")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="go on from a last.pth, or its folder; the other options as before"
+    )
     parser.add_argument(
         "-vb", "--validation-batch-size", type=count, metavar="N", help="held-out images at a time (default: the batch size)"
     )
@@ -138,6 +140,10 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
         for training, split in ((True, arguments.train_split), (False, arguments.val_split))
     )
     check_classes(seen.classes, held_out.classes)
+    if len(seen.classes) < 2:
+        raise ValueError(
+            f"{arguments.data} has one class to train on, {seen.classes[0]!r}; a directory for each of two or more would do"
+        )
     torch.manual_seed(recipe.seed)
     model = _model(arguments, len(seen.classes))
     preprocessing = _preprocessing(arguments, preprocessing_of(model))
@@ -179,7 +185,7 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
 def _folder(arguments: argparse.Namespace) -> Path:
     if arguments.resume is None:
         return arguments.output or Path("output")
-    folder = arguments.resume.parent
+    folder = arguments.resume if arguments.resume.is_dir() else arguments.resume.parent
     if arguments.output is not None and arguments.output.resolve() != folder.resolve():
         raise ValueError(f"--output is {arguments.output}, and the run to resume is in {folder}; that, or no --output, would do")
     return folder

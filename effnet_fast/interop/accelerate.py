@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.interop.adapters import PeerBlock, adapter_of, fused_class, original_class
+from effnet_fast.modes import evaluation
 from effnet_fast.nn.fused import FusedBlock
 
 
@@ -130,19 +130,8 @@ def _by_reason(skipped: dict[str, str]) -> list[str]:
     return [f"  {', '.join(blocks)}: {reason}" for reason, blocks in names.items()]
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _evaluate(model: nn.Module, x: Tensor) -> list[Tensor]:
-    with _evaluation(model), torch.no_grad():
+    with evaluation(model), torch.no_grad():
         tensors = list(_tensors(model(x)))
     if not tensors:
         raise TypeError("accelerate: check needs a model that returns a tensor, or lists, tuples or dicts of tensors")

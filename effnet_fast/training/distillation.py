@@ -19,7 +19,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 
 class Loss:
-    """(x, logits [N, K], labels [N] or their shares [N, K]) -> the mean loss, in float32.
+    """(x, logits [N, K], labels [N] or their shares [N, K]) -> the mean loss, in float32; ValueError for fewer than 2 classes.
 
     teacher  any module x -> logits [N, K] that was trained on images as x has them; it is put in eval mode
     """
@@ -31,6 +31,8 @@ class Loss:
             teacher.eval().requires_grad_(False)
 
     def __call__(self, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        if logits.dim() != 2 or logits.shape[1] < 2:
+            raise ValueError(f"the model's answer is {list(logits.shape)}; logits [N, K] of K >= 2 classes would do")
         logits = logits.float()
         loss = self.of_labels(logits, y)
         if self.teacher is None:

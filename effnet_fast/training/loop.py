@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from effnet_fast.modes import evaluation
 from effnet_fast.ops import backend
 from effnet_fast.training import distributed
 from effnet_fast.training.batches import Batches, seed_of
@@ -51,7 +52,7 @@ class Trainer:
     torch's generators are seeded at every step from (seed, epoch, step, rank), so that dropout and ``augment`` follow from those.
     Where there is a process group, gradients are shared as DistributedDataParallel does. What the model has frozen stays frozen.
 
-    Raises ValueError where the batches or the model are not what the recipe wants.
+    Raises ValueError where the batches or the model are not what the recipe wants, or nothing of the model would train.
     """
 
     def __init__(
@@ -81,17 +82,23 @@ class Trainer:
             raise ValueError(f"cuda_graph is True, {where}; one process on a CUDA device, or False, would do")
         if recipe.cuda_graph and recipe.grad_checkpointing:
             raise ValueError("cuda_graph and grad_checkpointing are True: a graph cannot run a forward again; one of them would do")
+        if teacher is not None and not set(model.parameters()).isdisjoint(teacher.parameters()):
+            raise ValueError("the teacher has parameters of the model, which would not train; a copy would do")
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as gradients come, so DDP copies none
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         _configure(model, recipe)
+        _check_trains(
+            model, "no parameter of the model trains: all have requires_grad False; unfreeze(), or True for some, would do"
+        )
         if teacher is not None:
             teacher.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = Loss(recipe, teacher)
         self.head_alone = self.whole = distributed.parallel(model, self.device)
         if recipe.freeze_epochs > 0:
             with frozen(model):
+                _check_trains(model, f"freeze_epochs is {recipe.freeze_epochs}, and the classifier is frozen itself; 0 would do")
                 self.head_alone = distributed.parallel(model, self.device)
         if recipe.sync_bn:
             distributed.synchronise_norms(model)
@@ -239,21 +246,22 @@ def _configure(model: nn.Module, recipe: Recipe) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
+def _check_trains(model: nn.Module, otherwise: str) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(otherwise)
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str | None = None) -> Scores:
     """The scores of a model, in eval mode for the while, over all processes' batches (x [N, C, H, W], labels [N])."""
     device = _device_of(model) if device is None else device
-    was_training = model.training
-    model.eval()
     classes, sums = 0, torch.zeros(4, dtype=torch.float64, device=device)
-    try:
+    with evaluation(model):
         for x, y in batches:
             logits, y = model(x.to(device, non_blocking=True)).float(), y.to(device, non_blocking=True)
             classes = logits.shape[1]
             right = logits.topk(min(5, classes), 1).indices == y[:, None]
             loss = F.cross_entropy(logits, y, reduction="sum")
             sums += torch.stack([loss.double(), right[:, 0].sum().double(), right.sum().double(), loss.new_tensor(len(y)).double()])
-    finally:
-        model.train(was_training)
     loss_sum, first, among, images = distributed.summed(sums).tolist()
     return Scores(loss_sum / images, first / images, among / images if classes > 5 else None, int(images))

@@ -17,6 +17,11 @@ def _whole(least: int) -> Check:
     return lambda value: is_whole(value, least), f"a whole number >= {least}"
 
 
+def _seed(value: Any) -> bool:
+    """Whether torch's generators take it."""
+    return is_whole(value, 0) and value < 2**64
+
+
 def _real(low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> Check:
     """A number between the two, which are good themselves where they are not open; None where that is the default."""
     asked = f"{'above' if open_low else 'from'} {low:g}" + (
@@ -127,7 +132,7 @@ class Recipe:
     freeze_bn: bool = _setting(False, "batch norms keep their statistics and weights", _FLAG)
     distill: float = _setting(0.5, "share of the teacher's loss, where there is one", _real(0, 1))
     temperature: float = _setting(2.0, "of the teacher's and student's distributions", _real(0, open_low=True))
-    seed: int = _setting(0, "order, augmentation and dropout follow from it", _whole(0))
+    seed: int = _setting(0, "order, augmentation and dropout follow from it", (_seed, "a whole number >= 0 and < 2**64"))
 
     def __post_init__(self) -> None:
         for setting in fields(self):

@@ -22,7 +22,7 @@ from effnet_fast.training.checkpoint import History
 from effnet_fast.training.log import draw_curves, write_csv
 from effnet_fast.training.loop import Augment, Trainer, evaluate
 from effnet_fast.training.recipes import Recipe
-from effnet_fast.weights.files import locate
+from effnet_fast.weights.files import locate, sweep
 
 LAST, LOG, CURVES = "last.pth", "log.csv", "curves.png"
 _ASK_EVERY = 8  # batches: whether the loss is finite, and over NCCL whether to stop; both wait for the device
@@ -58,7 +58,8 @@ def train(
     out          a folder for ``last.pth``, from which a run goes on, ``log.csv`` and ``curves.png``; each is replaced whole. A
                  SIGTERM or SIGINT then ends the run after the step or held-out batch it is at, with ``last.pth`` written, by
                  raising Stopped
-    resume       a ``last.pth``: go on where it stopped, also within an epoch: on a CPU as if it had not, to the last bit
+    resume       a ``last.pth``, or its folder: go on where it stopped, also within an epoch: on a CPU as if it had not, to the last
+                 bit
     same         what else a resumed run must have in common, as plain values by name
     after_epoch  called in the first process with the model that is judged (the average where there is one) and the history
     log_interval  steps of an epoch between lines on stderr with its mean loss so far; 0: one line an epoch
@@ -69,14 +70,17 @@ def train(
     from tqdm import tqdm
 
     folder, first, same = None if out is None else Path(out), distributed.rank() == 0, same or {}
+    begun = None if resume is None else locate(resume, LAST)
     if folder is not None:
-        if (folder / LAST).exists() and (resume is None or not locate(resume).samefile(folder / LAST)):
+        if (folder / LAST).exists() and (begun is None or not begun.samefile(folder / LAST)):
             raise ValueError(f"{folder} holds a run already; to resume from its {LAST}, or another folder, would do")
         importlib.import_module("matplotlib.figure")  # what the curves will want: missing, it is told before any work
     trainer = Trainer(model, recipe, batches, augment=augment, teacher=teacher, device=device)
-    history = [] if resume is None else checkpoint.load(resume, trainer, same)
+    history = [] if begun is None else checkpoint.load(begun, trainer, same)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        if first:
+            sweep(folder)
     every = max(1, _ASK_EVERY // recipe.grad_accum_steps)
     done = trainer.epoch * trainer.steps + trainer.step
     bar = tqdm(

@@ -31,6 +31,7 @@ _PLAIN_NAMES = ("state_dict", "model", "model_state_dict", "net", "network", "we
 _AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])")  # in the name of a wrapping module
 _DEEPEST = 8  # wrapping dicts: one may hold itself
 _METADATA = "effnet_fast"
+_ASIDE = ".effnet_fast-*.tmp"  # what a file is called till it is whole
 
 
 @dataclass
@@ -155,9 +156,10 @@ def write(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metada
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes ``path`` once it is written and on the disk; a failure leaves what was there.
 
+    Of several that write at once each has its own, and the last one's stays; what a killed process leaves :func:`sweep` takes away.
     Raises OSError that names ``path``.
     """
-    aside = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    aside = path.with_name(_ASIDE.replace("*", uuid.uuid4().hex))
     try:
         yield aside
         with open(aside, "rb") as written:
@@ -169,6 +171,12 @@ def whole(path: Path) -> Iterator[Path]:
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left when they wrote to files of a folder; nobody may write to one now."""
+    for left in folder.glob(_ASIDE):
+        left.unlink(missing_ok=True)
 
 
 def _safetensors() -> Any:
