@@ -94,11 +94,10 @@ def plots_of(path: Path) -> list[Path]:
 def kept_memory(results: dict[str, Any]) -> str:
     """What a training step keeps, ours and a peer's accelerated net beside the same net in eager PyTorch."""
     parts = []
-    for net in dict.fromkeys(case["net"] for case in results["cases"]):
+    for net, batch in dict.fromkeys((case["net"], case["batch"]) for case in results["cases"]):
         share = {case["entrant"]: f"{100 * case['of_eager']:.0f} %" for case in results["cases"] if case["net"] == net}
-        parts.append(
-            f"{net.removeprefix('efficientnet_')} {share['ours']}, where torch.compile keeps {share['timm, torch.compile']}"
-        )
+        told = f"{share['ours']}, where torch.compile keeps {share['timm, torch.compile']}"
+        parts.append(f"{net.removeprefix('efficientnet_')} at batch {batch}: {told}")
     return f"**Training memory** kept between forward and backward, of eager PyTorch's: {'; '.join(parts)}."
 
 

@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import effnet_fast
+from effnet_fast.ops import native
+from effnet_fast.ops.backends import tracing
 from effnet_fast.training import (
     PRESETS,
     Batches,
@@ -443,6 +445,20 @@ def test_an_accelerated_peer_trains():
     (row,) = train(model, batches(recipe), recipe)
     assert math.isfinite(row["train_loss"]) and row["lr"] < 1e-3  # the last step's, on the cosine
     assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "weight" in name)
+
+
+@pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON))
+def test_all_blocks_train_fused_where_they_are_asked_to():
+    """Also those that are recomputed in the backward pass, and with batches that other processes load."""
+    recipe = replace(PLAIN, epochs=1, grad_checkpointing=True)
+    plain = []
+    for asked in (contextlib.nullcontext(), effnet_fast.backend("native")):
+        torch.manual_seed(0)
+        model = effnet_fast.create_model("efficientnet_b0", num_classes=3)
+        with asked, tracing() as trace:
+            train(model, batches(recipe, 4, workers=1), recipe)
+        plain.append([entry for entry in trace if isinstance(entry, str)])
+    assert plain[0] and not plain[1]
 
 
 def test_scores():

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from test_trainer import PLAIN, images, net
 
-from effnet_fast.ops import native
+from effnet_fast.ops import backend, native
+from effnet_fast.ops.backends import tracing
 from effnet_fast.training import Batches, Stopped, Trainer, distributed, freeze_batch_norm, train
 from effnet_fast.training.run import _ASK_EVERY
 
@@ -111,7 +112,11 @@ def main() -> None:
 
     with distributed.process_group(torch.device("cpu")):
         compare_gradients(replace(PLAIN, freeze_bn=True))
-        if native.REASON is None:  # PyTorch has no SyncBatchNorm on a CPU
+        if native.REASON is None:
+            with backend("native"), tracing() as trace:
+                compare_gradients(replace(PLAIN, freeze_bn=True, grad_checkpointing=True))
+            assert not [entry for entry in trace if isinstance(entry, str)]  # of a block that trains plain, or is recomputed so
+            # PyTorch has no SyncBatchNorm on a CPU
             compare_gradients(replace(PLAIN, sync_bn=True))
             keep_frozen_norms()
         refuse_norms_that_do_more()
