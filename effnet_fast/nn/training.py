@@ -6,6 +6,9 @@ input, one raw result for each convolution, and vectors. ``_Block`` is the one a
 forward, then backward, and between them has what is of size C made: a batch norm's statistics become mean, scale and bias; the sums
 over gradients become its gradients and the coefficients of the next convolution backward. That place is also where SyncBatchNorm
 reduces over ranks, and where a norm in evaluation mode (a frozen one) differs: its statistics are constants.
+
+A gradient that is to be differentiated again (``create_graph=True``), or is asked for in a batch, is plain PyTorch's: the backward
+makes the block's result again from what was kept and the parameters, and differentiates that.
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from effnet_fast.nn.padding import sides
 from effnet_fast.nn.parts import BlockParts, ConvNormAct, alike, tensor_of, uses_batch, weight_of
 from effnet_fast.ops import backends, squeeze_excite_gate
 from effnet_fast.ops import training as ops
 from effnet_fast.ops.common import accumulator, output_size, without_autocast
+from effnet_fast.ops.squeeze_excite import reference as squeeze_excite
+from effnet_fast.ops.training import reference
 
 
 class _Layer(NamedTuple):
@@ -59,13 +64,25 @@ class _Kept(NamedTuple):
 
 def _over_ranks(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The statistics of all ranks' batches from those of each, ``count`` values: two sums, and no difference of large ones."""
-    first = torch.cat([mean * count, mean.new_full((1,), count)])
-    dist.all_reduce(first, group=group)
+    first = _SumOverRanks.apply(torch.cat([mean * count, mean.new_full((1,), count)]), group)
     total = first[-1]
     mean_of_all = first[:-1] / total
-    second = (var + (mean - mean_of_all) ** 2) * count
-    dist.all_reduce(second, group=group)
+    second = _SumOverRanks.apply((var + (mean - mean_of_all) ** 2) * count, group)
     return mean_of_all, second / total, total
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Each rank's result depends on every rank's tensor, so the gradient is the sum of all ranks'; and so on."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group, total = group, tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOverRanks.apply(grad, ctx.group), None
 
 
 class _Block(torch.autograd.Function):
@@ -114,6 +131,8 @@ class _Block(torch.autograd.Function):
         out = ops.norm_act(read, norm, activation, keep, x if plan.residual else None)  # type: ignore[arg-type]
         if plan.keeps:
             ctx.save_for_backward(x, keep, *kept, *squeezed)
+            if not torch.compiler.is_compiling():  # whose graphs refuse a second derivative themselves
+                ctx.tensors, ctx.versions = tensors, [_version(t) for t in tensors]
         ctx.request = backends.requested()
         ctx.plan, ctx.like = plan, [None if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
         ctx.mark_non_differentiable(*statistics)
@@ -121,15 +140,63 @@ class _Block(torch.autograd.Function):
         return out, *statistics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *of_statistics: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        grad = grad.contiguous(memory_format=torch.channels_last)
         if torch.compiler.is_compiling():  # in the forward's thread; and torch 2.11's compiler lets nothing be set here
-            return _backward(grad, ctx)
+            return _backward(grad.contiguous(memory_format=torch.channels_last), ctx)
+        if torch.is_grad_enabled() or is_legacy_batchedtensor(grad) or is_functorch_wrapped_tensor(grad):
+            return _plain_backward(grad, ctx)
         with backends.asking(*ctx.request):
-            return _backward(grad, ctx)
+            return _backward(grad.contiguous(memory_format=torch.channels_last), ctx)
+
+
+def _version(tensor: Tensor | None) -> int:
+    """How often a tensor was changed in place; one of inference mode does not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+@without_autocast
+def _plain_backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
+    """Gradients that have gradients of their own, and those that ``grad`` asks for in a batch (vmap)."""
+    for tensor, version in zip(ctx.tensors, ctx.versions, strict=True):
+        if _version(tensor) != version:
+            raise RuntimeError(
+                f"create_graph: a tensor {tuple(tensor.shape)} of a fused block was changed in place between its forward and"
+                " a backward that is plain PyTorch's; changing it after that would do"
+            )
+    create_graph, needs = torch.is_grad_enabled(), ctx.needs_input_grad
+    x, keep, *_ = ctx.saved_tensors
+    with torch.enable_grad():
+        # Aliases, for x may have been made of a parameter, whose gradient on that way is not the block's.
+        inputs = [t.view_as(t) if need else t for t, need in zip((x, keep, ctx.plan, *ctx.tensors), needs, strict=True)]
+        out = _plain(*inputs)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    gradients = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=create_graph))
+    return tuple(next(gradients) if need else None for need in needs)
+
+
+def _plain(x: Tensor, keep: Tensor | None, plan: _Plan, *tensors: Any) -> Tensor:
+    """The result of :class:`_Block` in plain PyTorch and x's accumulator."""
+    read = x = x.to(accumulator(x.dtype))
+    tensors = tuple(None if t is None else t.to(x.dtype) for t in tensors)
+    for number, layer in enumerate(plan.layers):
+        weight, norm_weight, norm_bias, mean, var = tensors[number * _PER_LAYER : (number + 1) * _PER_LAYER]
+        last = number == len(plan.layers) - 1
+        if last and plan.squeeze_activation is not None:
+            pooled, weights = read.mean((2, 3))[:, None], list(tensors[-4:])
+            gate = squeeze_excite.squeeze_excite_gate(pooled, 1, *weights, plan.squeeze_activation)  # type: ignore[call-arg]
+            read = read * gate[:, :, None, None]
+        top, bottom, left, right = layer.padding
+        padded, groups = F.pad(read, (left, right, top, bottom)), read.shape[1] // weight.shape[1]
+        y = F.conv2d(padded, weight, stride=layer.stride, groups=groups)
+        if not layer.frozen:
+            mean, var = reference.batch_stats(y)
+            if layer.group is not None:
+                mean, var, _ = _over_ranks(mean, var, _values(y), layer.group)
+        norm, _ = reference.norm_vectors(mean, var, norm_weight, norm_bias, layer.eps)
+        read = reference.norm_act(y, norm, layer.activation, keep if last else None, x if last and plan.residual else None)
+    return read
 
 
 @without_autocast
