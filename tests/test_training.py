@@ -401,6 +401,18 @@ def test_statistics_that_are_not_tracked_stay():
     assert int(block.bn1.num_batches_tracked) == 1
 
 
+@pytest.mark.parametrize(("name", "strides"), [("bn1", (0,)), ("conv_dw", (0, 0, 3, 1)), ("conv_pw", (1, 1, 1, 1))])
+def test_a_parameter_whose_elements_share_memory(name, strides, backend):
+    """A broadcast one; autograd gives its gradient memory for each."""
+    block, x = block_of(MBConv, PLAIN_MBCONV[1]), channels_last(torch.randn(3, 24, 9, 8))
+    module = getattr(block, name)
+    module.weight = nn.Parameter(torch.linspace(0.5, 1.5, 400).as_strided(module.weight.shape, strides))
+    plain, double = copy.deepcopy(block), copy.deepcopy(block).double()  # in memory for each
+    assert is_fused(block, x) and module.weight.stride() == strides
+    got, expected = step(block, x), step(plain, x, plain.forward_children)
+    assert_2x_of_all(got, expected, step(double, x.double(), double.forward_children))
+
+
 @TRAINED
 def test_biases_may_change_before_the_backward_pass():
     """As in eager PyTorch, whose norms and convolutions do not need them there."""

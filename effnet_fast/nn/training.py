@@ -274,11 +274,22 @@ def _coefficients(layer: _Layer, sums: Tensor, norm: Tensor, inverse: Tensor, va
 
 
 def _like(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int]) -> Tensor:
-    """In a parameter's shape, dtype and strides: DistributedDataParallel copies what has others, and warns."""
+    """In a parameter's shape, dtype and strides: DistributedDataParallel copies what has others, and warns. Not in the strides of
+    one whose elements share memory (a broadcast one), or leave some between them: as autograd does it."""
     gradient = gradient.view(shape)
-    if gradient.dtype == dtype and gradient.stride() == strides:
-        return gradient
+    if (gradient.dtype == dtype and gradient.stride() == strides) or not _is_dense(shape, strides):
+        return gradient.to(dtype)
     return gradient.new_empty_strided(shape, strides, dtype=dtype).copy_(gradient)
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements lie side by side, each in memory of its own, in whatever order."""
+    elements = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size != 1 and stride != elements:
+            return False
+        elements *= size
+    return True
 
 
 def _group(norm: nn.Module) -> Any:
