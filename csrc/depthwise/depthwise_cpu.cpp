@@ -160,7 +160,7 @@ template <int W, int K, int S, typename T> EFFNET_INLINE void rows(const Forward
 // `more`: the same thread goes on with the band below, or the next image's first.
 template <int W, int K, int S, typename T>
 EFFNET_INLINE void band(const ForwardParams& p, const Band& b, bool more, const Block<W, K>* blocks, float* sums) {
-  const int tile = std::max(1, (kTile / int(W * sizeof(T)) / p.width - K) / S);
+  const int tile = std::max(0, kTile / int(W * sizeof(T)) / p.width - K) / S + 1;
   const int count = (b.last_channel - b.first_channel + W - 1) / W, together = tile < b.last - b.first ? count : kVectorsAhead;
   const auto channel = [&](int i) { return std::min(b.first_channel + i * W, b.last_channel); };
   const auto start = [&](int i) { return block_start<W>(b.first_channel + i * W, p.channels); };

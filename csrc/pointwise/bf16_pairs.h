@@ -24,25 +24,30 @@ inline bool has_bf16_pairs() {  // of a processor with the rest of AVX-512
 }
 
 // tile[R][V * 16] = or, if `adds`, += R rows of x times a packed panel, `depth` pairs deep. The result is rounded to bf16, so that
-// sums need no chunks.
-template <int R, int V>
-EFFNET_BF16_PAIRS void multiply_pairs(const Pair* x, int pitch, const Pair* panel, int depth, bool adds, float* tile) {
+// sums need no chunks. R rows to come are fetched meanwhile, from `ahead` on, unless it is null.
+template <int R, int V> EFFNET_BF16_PAIRS void multiply_pairs(const Pair* x, int pitch, const bf16* ahead, int64_t ahead_pitch,
+                                                              const Pair* panel, int depth, bool adds, float* tile) {
+  constexpr int kLine = 16;  // pairs
   __m512 sums[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) sums[r][v] = adds ? _mm512_loadu_ps(tile + (r * V + v) * 16) : _mm512_setzero_ps();
-  for (int i = 0; i < depth; ++i) {
-    __m512bh weights[V];
+  for (int i = 0; i < depth;) {
+    if (ahead)
+      for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * ahead_pitch + 2 * i, 0, 2);
+    for (const int stop = ahead && i + kLine < depth ? i + kLine : depth; i < stop; ++i) {
+      __m512bh weights[V];
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) weights[v] = (__m512bh)_mm512_loadu_si512(panel + (int64_t(i) * V + v) * 16);
+      for (int v = 0; v < V; ++v) weights[v] = (__m512bh)_mm512_loadu_si512(panel + (int64_t(i) * V + v) * 16);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      int pair;
-      memcpy(&pair, x + int64_t(r) * pitch + i, sizeof(pair));
-      const __m512bh values = (__m512bh)_mm512_set1_epi32(pair);
+      for (int r = 0; r < R; ++r) {
+        int pair;
+        memcpy(&pair, x + int64_t(r) * pitch + i, sizeof(pair));
+        const __m512bh values = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], weights[v], values);
+        for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], weights[v], values);
+      }
     }
   }
 #pragma GCC unroll 12

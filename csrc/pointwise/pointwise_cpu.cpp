@@ -10,10 +10,14 @@
 // weights of each image, or, where an image has few pixels, into that block.
 //
 // An output costs in_channels multiply-adds; x is read once for each group of channels, y is written and the residual read once,
-// the weights are read once by every thread that shares their channels, and once an image if they take its gate. Rows of kFetched
-// and more channels are asked for a block ahead. The
-// multiply-adds bind, one vector of them (two of bf16 pairs) for each half of a vector loaded: deep layers reach 95 % of their
+// the weights are read once by every thread that shares their channels, and once an image if they take its gate. While a block is
+// multiplied by its first panel the next one's rows are fetched, a line at a time: asked for all at once they would be waited for.
+// The multiply-adds bind, one vector of them (two of bf16 pairs) for each half of a vector loaded: deep layers reach 95 % of their
 // rate. Below about 40 input channels SiLU does, and in bf16 below 200.
+#if defined(__GNUC__) && !defined(__clang__)
+// Moving common expressions between loops fills the registers with pointers to rows, and SiLU's constants go to the stack.
+#pragma GCC optimize("no-gcse")
+#endif
 #include <algorithm>
 #include <type_traits>
 #include <utility>
@@ -33,7 +37,8 @@ constexpr int kChunk = 64;             // products added up before they join a t
 constexpr int kSlice = 768;            // Elements of a row taken on at once, so that kPacked holds more than a panel
 constexpr int kPartialRows = 256;      // rows whose sums wait for the next slice
 constexpr int kPacked = 96 << 10;      // packed weights, in Elements, that stay in L2 beside a block of rows
-constexpr int kFetched = 64;           // input channels from which rows are fetched ahead
+constexpr int kLine = 16;              // Elements in a line of the caches
+constexpr int kWeightsAhead = 160;     // that are fetched while others are packed, ten lines of a row
 constexpr int64_t kGrain = 1 << 20;    // multiply-adds worth a thread: waking a sleeping one costs about 30 us
 constexpr double kPackCost = 0.4;      // packing a weight,
 constexpr double kGateCost = 0.15;     // multiplying a gate into a packed one, and
@@ -113,6 +118,10 @@ EFFNET_INLINE void pack(const T* weight, int64_t stride, const float* gate, int 
         gates = edge_gate;
       }
     }
+    // From the end of these rows on, the beginning of the next ones.
+    const T* next = weight + i + kWeightsAhead + (i + kWeightsAhead < depth ? 0 : W * stride - depth);
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; ++lane) __builtin_prefetch(next + lane * stride);
     Float<W> tile[W];
 #pragma GCC unroll 16
     for (int lane = 0; lane < W; ++lane) tile[lane] = load_weights<W, Element>(rows + lane * between, gates);
@@ -138,9 +147,11 @@ template <int W> EFFNET_INLINE void copy_row(const bf16* x, const float* gate, i
 }
 #endif
 
-template <typename Element> struct Rows {
+template <typename Element, typename T> struct Rows {
   const Element* at;
   int pitch;
+  const T* ahead;  // as many rows to come, which are fetched meanwhile, or null
+  int64_t ahead_pitch;
 };
 
 // A range of the input channels, and how many Elements it is.
@@ -155,22 +166,26 @@ template <typename Element> EFFNET_INLINE Slice slice_at(const Params& p, int st
 }
 
 // tile[R][V * W] = or, if `adds`, += R rows of x times a packed panel.
-template <int W, int R, int V>
-EFFNET_INLINE void multiply(const Rows<float>& x, const float* panel, int depth, bool adds, float* tile) {
+template <int W, int R, int V, typename T>
+EFFNET_INLINE void multiply(const Rows<float, T>& x, const float* panel, int depth, bool adds, float* tile) {
   using namespace simd;
   int start = 0;
   do {
     const int end = std::min(depth, start + kChunk);
     Float<W> sums[R][V] = {};
-    for (int i = start; i < end; ++i) {
-      Float<W> weights[V];
+    for (int i = start; i < end;) {
+      if (x.ahead)
+        for (int r = 0; r < R; ++r) __builtin_prefetch(x.ahead + r * x.ahead_pitch + i, 0, 2);
+      for (const int stop = x.ahead ? std::min(i + kLine, end) : end; i < stop; ++i) {
+        Float<W> weights[V];
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) weights[v] = load<W>(panel + (int64_t(i) * V + v) * W);
+        for (int v = 0; v < V; ++v) weights[v] = load<W>(panel + (int64_t(i) * V + v) * W);
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const float value = x.at[int64_t(r) * x.pitch + i];
+        for (int r = 0; r < R; ++r) {
+          const float value = x.at[int64_t(r) * x.pitch + i];
 #pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) sums[r][v] += weights[v] * value;
+          for (int v = 0; v < V; ++v) sums[r][v] += weights[v] * value;
+        }
       }
     }
 #pragma GCC unroll 12
@@ -185,15 +200,15 @@ EFFNET_INLINE void multiply(const Rows<float>& x, const float* panel, int depth,
 }
 
 #if defined(__x86_64__)
-template <int W, int R, int V>
-EFFNET_INLINE void multiply(const Rows<Pair>& x, const Pair* panel, int depth, bool adds, float* tile) {
-  multiply_pairs<R, V>(x.at, x.pitch, panel, depth, adds, tile);
+template <int W, int R, int V, typename T>
+EFFNET_INLINE void multiply(const Rows<Pair, T>& x, const Pair* panel, int depth, bool adds, float* tile) {
+  multiply_pairs<R, V>(x.at, x.pitch, x.ahead, x.ahead_pitch, panel, depth, adds, tile);
 }
 #endif
 
 // As many of the next rows as there is a kernel for, at most `rows`; returns how many.
-template <int W, int V, int R = kRows<W, V>, typename Element>
-EFFNET_INLINE int multiply_some(const Rows<Element>& x, const Element* panel, int depth, int rows, bool adds, float* tile) {
+template <int W, int V, int R = kRows<W, V>, typename Element, typename T>
+EFFNET_INLINE int multiply_some(const Rows<Element, T>& x, const Element* panel, int depth, int rows, bool adds, float* tile) {
   if constexpr (R > 1) {
     constexpr int kFewer = R > 8 ? 8 : R > 4 ? 4 : R / 2;
     if (rows < R) return multiply_some<W, V, kFewer>(x, panel, depth, rows, adds, tile);
@@ -244,12 +259,12 @@ EFFNET_INLINE void finish(const Params& p, const Panel<Element>& panel, const fl
 // Rows [row, row + rows) of the output, which come from x: the slice of its inputs that the panel of V vectors holds the weights
 // of. Between slices the products wait in `partial`, [rows][V * W].
 template <int W, int V, typename T, typename Element> EFFNET_INLINE void run_vectors(const Params& p, const Panel<Element>& panel,
-                                                                                     Rows<Element> x, const Slice& slice,
+                                                                                     Rows<Element, T> x, const Slice& slice,
                                                                                      int64_t row, int rows, float* partial) {
   alignas(64) float made[kBlock * V * W];
   const bool adds = slice.start > 0, finishes = slice.start + slice.depth == p.in_channels;
   float* const tile = adds || !finishes ? partial : made;
-  for (int r = 0, taken; r < rows; r += taken, x.at += int64_t(taken) * x.pitch) {
+  for (int r = 0, taken; r < rows; r += taken) {
     for (int i = r; finishes && i < std::min(rows, r + kRows<W, V>); ++i)
 #pragma GCC unroll 3
       for (int v = 0; v < V; ++v) {
@@ -259,6 +274,8 @@ template <int W, int V, typename T, typename Element> EFFNET_INLINE void run_vec
         if (p.residual) __builtin_prefetch(static_cast<const T*>(p.residual) + (row + i) * p.out_channels + channel);
       }
     taken = multiply_some<W, V>(x, panel.weights, slice.elements, rows - r, adds, tile + r * V * W);
+    x.at += int64_t(taken) * x.pitch;
+    if (x.ahead) x.ahead += taken * x.ahead_pitch;
   }
   if (!finishes) return;
   switch (p.activation) {
@@ -270,8 +287,8 @@ template <int W, int V, typename T, typename Element> EFFNET_INLINE void run_vec
 }
 
 template <int W, typename T, typename Element> EFFNET_INLINE void run_panel(const Params& p, const Panel<Element>& panel,
-                                                                            const Rows<Element>& x, const Slice& slice, int64_t row,
-                                                                            int rows, float* partial) {
+                                                                            const Rows<Element, T>& x, const Slice& slice,
+                                                                            int64_t row, int rows, float* partial) {
   switch (panel.vectors) {
     case 1: return run_vectors<W, 1, T>(p, panel, x, slice, row, rows, partial);
     case 2: return run_vectors<W, 2, T>(p, panel, x, slice, row, rows, partial);
@@ -323,17 +340,6 @@ int slice_of(int elements) {
 bool gates_weights(const Params& p, int element_depth) {
   const int group = std::min(p.out_channels, kPacked / slice_of((p.in_channels - 1) / element_depth + 1));
   return p.gate && group * (p.packed ? kGateCost : kPackCost) <= double(p.pixels) * kPrologueCost;
-}
-
-// Asks for the inputs of the rows that come next: a dozen rows are read at once, an element of each at a time, which no hardware
-// foresees where they are long.
-template <typename T> EFFNET_INLINE void fetch_rows(const Params& p, const Slice& slice, int64_t first, int64_t last) {
-  const bool joined = slice.depth == p.in_channels;  // then rows follow one another without gaps
-  for (int64_t row = first; row < last; row = joined ? last : row + 1) {
-    const auto* x = reinterpret_cast<const char*>(static_cast<const T*>(p.x) + row * p.in_channels + slice.start);
-    const int64_t bytes = (joined ? last - row : 1) * slice.depth * sizeof(T);
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(x + byte, 0, 2);
-  }
 }
 
 // What pack_cpu makes of all channels, rounded up to whole vectors: the folded norm, then for each slice its panels.
@@ -412,22 +418,24 @@ template <int W, typename T, typename Element> EFFNET_INLINE void run_part(const
         }
         for (int64_t row = top; row < bottom; row += kBlock) {
           const int rows = int(std::min<int64_t>(kBlock, bottom - row));
-          if (begin == 0 && p.in_channels >= kFetched) fetch_rows<T>(p, slice, row + kBlock, std::min(bottom, row + 2 * kBlock));
-          Rows<Element> x{block, pitch};
+          const T* const rows_at = static_cast<const T*>(p.x) + row * p.in_channels + slice.start;
+          const T* const ahead = begin == 0 && row + kBlock < part.last_row ? rows_at + int64_t(kBlock) * p.in_channels : nullptr;
+          Rows<Element, T> x{block, pitch, nullptr, p.in_channels};
           if (copies) {
             for (int r = 0; r < rows; ++r) {
               const float* gates = p.gate ? p.gate + (row + r) / p.pixels * p.in_channels + slice.start : nullptr;
-              copy_row<W>(static_cast<const T*>(p.x) + (row + r) * p.in_channels + slice.start, gates, slice.depth,
-                          block + int64_t(r) * pitch);
+              copy_row<W>(rows_at + int64_t(r) * p.in_channels, gates, slice.depth, block + int64_t(r) * pitch);
             }
           } else {
-            x = {static_cast<const Element*>(p.x) + row * elements + start, elements};
+            x.at = reinterpret_cast<const Element*>(rows_at);
+            x.pitch = elements;
           }
           for (int v = 0, taken = 0; v < count; v += taken) {
             taken = panel_vectors(count - v);
             const Panel<Element> panel{weights + int64_t(v) * W * slice.elements, scale + v * W, shift + v * W, taken,
                                        first + v * W};
             float* waiting = slices == 1 ? nullptr : partial + (v * (bottom - top) + (row - top) * taken) * W;
+            x.ahead = v == 0 ? ahead : nullptr;
             run_panel<W, T>(p, panel, x, slice, row, rows, waiting);
           }
         }
