@@ -46,8 +46,12 @@ def accelerate(model: nn.Module, check: Tensor | None = None) -> Acceleration:
 
     A fused block returns channels_last, whatever it is given: code after the model that calls ``view`` may want ``reshape``.
     The model stays the same object of the same class, with the same parameters under the same keys; each block stays an instance of
-    its class. Where a call wants more than the fused forward gives (training, gradients, export, a hook on a child), the block runs
-    its own forward. Accelerate before ``torch.compile``. A model of effnet_fast is fused as it is. :func:`restore` undoes it.
+    its class. :func:`restore` undoes it. Accelerate before ``torch.compile``. A model of effnet_fast is fused as it is.
+
+    Training is fused too, forward and backward, where a kernel is and PyTorch is not faster: ``effnet_fast.explain(model, x,
+    grad=True)`` tells, and inside ``effnet_fast.backend("native")`` all blocks that have kernels are. A gradient that is to be
+    differentiated again (``create_graph=True``), or is asked for in a batch, is plain PyTorch's; graphs of ``torch.compile`` refuse
+    it. Export, ``torch.func``'s transforms, forward-mode derivatives and a hook on a child see the block's own forward.
 
     Raises ValueError, with the reasons, where no block can be taken, and TypeError for what is not a plain module.
     """
