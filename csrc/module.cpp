@@ -36,7 +36,7 @@ static const char kSchemas[] =
     "norm_gradient(Tensor grad, Tensor y, Tensor norm, Tensor coefficients, str activation, Tensor? gate, Tensor? pool)"
     " -> (Tensor grad_y)\n"
     "batch_stats(Tensor y) -> (Tensor mean, Tensor var)\n"
-    "plan_begin(Tensor image, int like) -> int\n"
+    "plan_begin(int plan, Tensor image, int like) -> ()\n"
     "plan_end(int plan, Tensor[] results) -> int[]\n"
     "plan_run(int plan, Tensor images, Tensor[] results) -> ()\n"
     "plan_held(int plan) -> int\n"

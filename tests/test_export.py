@@ -11,6 +11,7 @@ from torch import fx
 
 import effnet_fast
 from effnet_fast.benchmark import calibrate, images
+from effnet_fast.inference import optimize_for_inference
 from effnet_fast.models import EfficientNet, create_model, efficientnet
 from effnet_fast.nn import MBConv
 from effnet_fast.scaling.config import BaseNet, StageConfig
@@ -57,6 +58,20 @@ def test_export_is_plain_aten_and_dynamic(padding, strict):
     program = torch.export.export(model, (images(*_split(X)),), dynamic_shapes=dynamic(), strict=strict)
     assert not any("effnet_fast" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(other), model(other))
+
+
+def test_a_frozen_copy_is_traced_and_exported_as_its_net_is():
+    model, other = small(), images(*_split(OTHER))
+    frozen = optimize_for_inference(model)
+    with torch.no_grad():
+        want = model(other)
+        torch.testing.assert_close(torch.jit.trace(frozen, images(*_split(X)))(other), want)
+        torch.testing.assert_close(torch.func.vmap(lambda image: frozen(image[None])[0])(other), want)
+        for strict in (False, True):
+            program = torch.export.export(frozen, (images(*_split(X)),), dynamic_shapes=(dynamic()["x"],), strict=strict)
+            assert not any("effnet_fast" in str(node.target) for node in program.graph.nodes)
+            torch.testing.assert_close(program.module()(other), want)
+    torch.testing.assert_close(frozen(other), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0"])

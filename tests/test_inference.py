@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_2x
 from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effnet_fast
 from effnet_fast.benchmark import calibrate
@@ -332,6 +334,126 @@ def test_steps_that_read_a_part_of_an_image_go_from_image_to_image(kind):
         for made, expected in zip(leaves(optimized(x)), leaves(net(x)), strict=True):
             torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
     assert "one native call" in str(optimized)
+
+
+class Head(nn.Module):
+    """A net, and of what it gives for each image ``head(pooled, features)``, with a linear layer of so many outputs."""
+
+    def __init__(self, head, outputs: int = 4) -> None:
+        super().__init__()
+        self.net, self.head = small(), head
+        self.made, self.reduced = nn.Linear(1280, outputs), nn.Conv2d(1280, 16, 1)
+
+    def forward(self, x):
+        features = self.net.forward_features(x)
+        return self.head(self, features.mean((2, 3)), features)
+
+
+@planned
+@pytest.mark.parametrize(
+    ("head", "outputs"),
+    [
+        (lambda net, f, y: F.linear(f, net.made(f).view(4, 1280)), 4 * 1280),
+        (lambda net, f, y: F.linear(f, net.net.classifier.weight, net.made(f)[0]), 10),
+        (lambda net, f, y: f @ net.made(f).view(1280, 4), 4 * 1280),
+        (lambda net, f, y: F.conv2d(y, net.made(f).view(4, 1280, 1, 1)), 4 * 1280),
+        (lambda net, f, y: F.batch_norm(net.reduced(y), torch.zeros(16), torch.ones(16), net.made(f)[0]), 16),
+        (
+            lambda net, f, y: effnet_fast.ops.pointwise_conv_bn_act(
+                y,
+                net.made(f).view(4, 1280, 1, 1),
+                effnet_fast.ops.Norm(None, None, torch.zeros(4), torch.ones(4), 0.0),
+                activation="identity",
+            ).mean((2, 3)),
+            4 * 1280,
+        ),
+    ],
+    ids=["linear", "bias", "matmul", "conv", "norm", "op"],
+)
+def test_weights_that_are_made_of_the_image(head, outputs):
+    """Are no constants of a plan."""
+    torch.manual_seed(0)
+    net = Head(head, outputs).eval()
+    optimized = effnet_fast.optimize_for_inference(net)
+    for scale in (1, 0.3):
+        x = scale * torch.randn(1, 3, 40, 40)
+        with torch.no_grad():
+            torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+    assert "is made of the image" in str(optimized)
+
+
+@planned
+def test_a_plan_is_held_against_other_images_than_it_was_made_of(monkeypatch):
+    """So that what a recording takes for a constant, and is none, comes out."""
+    monkeypatch.setattr("effnet_fast.inference.recording.Recording._check_constants", lambda *args: None)
+    net = Head(lambda net, f, y: F.linear(f, net.made(f[:1]).view(4, 1280)), 4 * 1280).eval()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(1, 3, 40, 40)
+    optimized(x)
+    assert "its plan gives another result" in str(optimized)
+
+
+def _even(f):
+    assert len(f) % 2 == 0, "pairs"
+    return f
+
+
+def _halves(f):
+    a, b = f.chunk(2)
+    return torch.cat([a, b], 1)
+
+
+@planned
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda net, f, y: net.made(f)[:1],
+        lambda net, f, y: net.made(f)[-1:],
+        lambda net, f, y: net.made(f).view(1, -1),
+        lambda net, f, y: f @ f.t(),
+        lambda net, f, y: torch.addmm(net.made(f), f, net.made.weight.t()),
+        lambda net, f, y: _even(net.made(f)),
+        lambda net, f, y: _halves(net.made(f)),
+        lambda net, f, y: (net.made(f), len(f))[: len(f)],
+    ],
+    ids=["first", "last", "as one", "matmul", "bias", "even", "halves", "number of results"],
+)
+@pytest.mark.parametrize("images", [1, 4])
+def test_what_is_made_of_a_batch(head, images):
+    """Is what the model itself gives, its errors too."""
+    torch.manual_seed(0)
+    net = Head(head).eval()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(images, 3, 40, 40)
+    with torch.no_grad():
+        try:
+            expected = net(x)
+        except Exception as error:
+            for _ in range(2):
+                with pytest.raises(type(error)):
+                    optimized(x)
+            return
+        for _ in range(2):
+            torch.testing.assert_close(optimized(x), expected, rtol=1e-4, atol=1e-4)
+
+
+class Refusing(TorchDispatchMode):
+    """Whatever traces so: a plan has begun when that is refused."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.effnet_fast.plan_begin.default:
+            raise RuntimeError(f"{func} is refused")
+        return made
+
+
+@planned
+def test_a_plan_that_cannot_be_begun_leaves_the_thread_as_it_was():
+    net = small()
+    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(1, 3, 40, 40)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="plan_begin.* is refused") as kept, Refusing():
+        NativePlan(net, x, optimized.pixels, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+    assert "one native call" in str(optimized) and kept.tb is not None, "what was begun is not freed with the error"
 
 
 def test_what_cannot_be_planned_runs_block_by_block():

@@ -161,6 +161,18 @@ def written(x: torch.Tensor) -> torch.Tensor:
     return F.relu_(normed(F.silu(y, inplace=True)))
 
 
+def weight_written_to(x: torch.Tensor) -> torch.Tensor:
+    weight = POINTWISE.clone()
+    y = F.conv2d(x, weight)
+    weight.zero_()
+    return normed(y)
+
+
+def weight_made(x: torch.Tensor) -> torch.Tensor:
+    """By a convolution that waits itself."""
+    return normed(F.conv2d(x, F.conv2d(POINTWISE, POINTWISE)))
+
+
 PASSES = {
     "dense": lambda x: F.silu(normed(F.conv2d(x, WEIGHT, padding=1, stride=2))),
     "dense with a bias": lambda x: F.relu6(normed(F.conv2d(x, WEIGHT, BIAS))),
@@ -182,6 +194,8 @@ PASSES = {
     "two norms": lambda x: normed(normed(F.conv2d(x, WEIGHT))),
     "read twice": twice,
     "written to": written,
+    "weight written to": weight_written_to,
+    "weight made": weight_made,
 }
 
 

@@ -1,5 +1,6 @@
 // effnet_fast::plan_begin, plan_end, plan_run, plan_held and plan_free: a network's kernels on the CPU, recorded and replayed. The
-// schemas are in effnet_fast/inference. A plan is known by a number, under which this file keeps it.
+// schemas are in effnet_fast/inference. A plan is known by a number that the caller chooses, under which this file keeps it: so the
+// caller can free it whatever becomes of the call that began it.
 #include "../inference/plan.h"
 
 #include <unordered_map>
@@ -13,7 +14,6 @@ constexpr const char* kPlan = "inference plan";
 
 std::mutex mutex;
 std::unordered_map<int64_t, std::shared_ptr<inference::Plan>> plans;
-int64_t last = 0;
 
 std::shared_ptr<inference::Plan> plan_of(int64_t number) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -30,14 +30,13 @@ std::vector<inference::Range> ranges_of(const std::vector<Tensor>& tensors) {
   return ranges;
 }
 
-int64_t begin(const Tensor& image, int64_t like) {
+void begin(int64_t number, const Tensor& image, int64_t like) {
   check(!inference::recording, kPlan, ": this thread is recording one already");
   check(image.dim() == 4 && image.size(0) == 1, kPlan, ": image has shape ", shape_text(image), ", expected [1, C, H, W]");
   auto store = like ? plan_of(like)->store() : std::make_shared<inference::Store>();
   auto plan = std::make_shared<inference::Plan>(range_of(image), std::move(store));
   const std::lock_guard<std::mutex> lock(mutex);
-  plans[++last] = std::move(plan);
-  return last;
+  plans[number] = std::move(plan);
 }
 
 std::vector<int64_t> end(int64_t number, std::vector<Tensor> results) {

@@ -22,11 +22,13 @@ from effnet_fast.inference.plan import NativePlan, return_memory
 from effnet_fast.inference.recording import Recording, Unplannable, run_joined
 from effnet_fast.interop import accelerate
 from effnet_fast.models import ResNet
+from effnet_fast.nn.fused import is_traced
 from effnet_fast.ops.backends import is_tracing, tracing
 from effnet_fast.ops.conv.reference import normalised
 from effnet_fast.weights.preprocessing import Preprocessing
 
-PLANS = 16  # that a copy keeps: image shapes and layouts, the least recently used goes first
+PLANS = 16  # that a copy keeps, of image shapes and layouts
+COMPARED = 2  # images, with which a plan is held against the blocks: more than one, as a model may make something of a batch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # By how much of its largest value a result may be off because a plan rounds otherwise: what is recorded wrongly is off by far more.
 AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -174,7 +176,7 @@ class InferenceModel(nn.Module):
         # The dtype is the copy's, whoever calls it; and what is kept outlives the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             try:
-                if len(x) == 0:
+                if is_traced(x) or len(x) == 0:
                     return self._run_blocks(x)
                 return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
             except (ValueError, RuntimeError) as error:
@@ -193,9 +195,15 @@ class InferenceModel(nn.Module):
         x = x if x.dtype == torch.uint8 else x.to(self.dtype)
         if not x.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous()
-        plan = self._plan(x)
+        key = x.dtype, x.shape[1:], x.stride()[1:]
+        plan = self._plan(key, x)
         if isinstance(plan, str):
-            return self._run_blocks(x)
+            try:
+                return self._run_blocks(x)
+            except Exception:
+                with self._lock:
+                    self._plans.pop(key, None)  # no images of the network's
+                raise
         if is_tracing():  # a plan tells nothing
             with ops.backend("native"):
                 return Recording(x, self.pixels, self.dtype).joined(self.frozen, x)
@@ -214,9 +222,8 @@ class InferenceModel(nn.Module):
             raise ValueError("InferenceModel: x asks for a gradient, which a frozen copy does not give; x.detach() would do")
         return x
 
-    def _plan(self, x: Tensor) -> NativePlan | str:
+    def _plan(self, key: tuple, x: Tensor) -> NativePlan | str:
         """The plan for such images, made now if need be, or why there is none. Others run theirs meanwhile."""
-        key = x.dtype, x.shape[1:], x.stride()[1:]
         with self._lock:
             waited = self._plans.get(key)
             future = self._plans[key] = waited or Future()
@@ -225,21 +232,26 @@ class InferenceModel(nn.Module):
                 self._plans.popitem(last=False)
         if waited is None:
             try:
-                future.set_result(self._make_plan(x[:1].clone(memory_format=torch.preserve_format)))
+                future.set_result(self._make_plan(x))
             except BaseException as error:
                 with self._lock:
                     self._plans.pop(key, None)
                 future.set_exception(error)
         return future.result()
 
-    def _make_plan(self, image: Tensor) -> NativePlan | str:
+    def _make_plan(self, x: Tensor) -> NativePlan | str:
+        """Of an image, and right for others: what a model makes of that image, or does with a batch, would not be."""
         like = next((plan for _, plan in self._made_plans() if isinstance(plan, NativePlan)), None)
+        image = x[:1].clone(memory_format=torch.preserve_format)
+        others = self._graphs.key(x)._replace(shape=torch.Size((COMPARED, *x.shape[1:]))).noise(x.device)
         try:
             with tracing():  # whoever traces a call is told what runs in it, and not twice
                 plan = NativePlan(self.frozen, image, self.pixels, self.dtype, like)
-                agree = _agree(plan(image), self._run_blocks(image))
+                agree = _agree(plan(others), self._run_blocks(others))
         except Unplannable as reason:
             return str(reason)
+        except Exception as error:  # of the model, which may not take one image, or so many: the caller's are for the blocks
+            return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:
             return_memory()  # which every result of the recording had
         return plan if agree else "its plan gives another result than its blocks do"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any, NamedTuple
 
@@ -14,13 +15,14 @@ from effnet_fast.inference.recording import Recording, Unplannable
 from effnet_fast.ops import native
 from effnet_fast.ops.library import define_native
 
-define_native("plan_begin(Tensor image, int like) -> int")
+define_native("plan_begin(int plan, Tensor image, int like) -> ()")
 define_native("plan_end(int plan, Tensor[] results) -> int[]")
 define_native("plan_run(int plan, Tensor images, Tensor[] results) -> ()")
 define_native("plan_held(int plan) -> int")
 define_native("plan_free(int plan) -> ()")
 define_native("return_memory() -> ()")
 _OPS = torch.ops.effnet_fast
+_NUMBERS = itertools.count(1)
 
 
 def return_memory() -> None:
@@ -44,16 +46,17 @@ class NativePlan:
     like            another plan of the model: both share the packed weights, and the memory that they work in
     pixels, dtype   for uint8 images: what normalises them (:func:`effnet_fast.ops.conv_bn_act`), and in what the model computes
 
-    Raises Unplannable where something in it is no kernel of ours.
+    Raises Unplannable where something in it is no kernel of ours, and what the model raises.
     """
 
     def __init__(self, model: nn.Module, image: Tensor, pixels: Tensor, dtype: torch.dtype, like: NativePlan | None = None) -> None:
         if native.REASON is not None:
             raise Unplannable(native.REASON)
+        self._number = next(_NUMBERS)
+        free = weakref.finalize(self, _OPS.plan_free, self._number)
         with torch.no_grad():  # inference mode would hide what a composite operator is made of
-            self._number: int = _OPS.plan_begin(image, like._number if like else 0)
-            self._free = weakref.finalize(self, _OPS.plan_free, self._number)
             try:
+                _OPS.plan_begin(self._number, image, like._number if like else 0)
                 recording = Recording(image, pixels, dtype)  # keeps what was recorded until the end
                 with ops.backend("native"):
                     leaves, self._tree = tree_flatten(recording.joined(model, image))
@@ -63,11 +66,8 @@ class NativePlan:
                         raise Unplannable("a result is no batch of maps, channels_last, or of vectors")
                 self._results = [(leaf.shape[1:], leaf.dtype, leaf.dim() == 4) for leaf in leaves]
                 self.size = Size(*_OPS.plan_end(self._number, leaves))
-            except RuntimeError as error:
-                self._free()
-                raise Unplannable(str(error)) from error
             except BaseException:
-                self._free()
+                free()  # else this thread would go on recording
                 raise
 
     def held(self) -> int:

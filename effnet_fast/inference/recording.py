@@ -24,6 +24,7 @@ from effnet_fast.ops.conv.reference import normalised
 
 _OPS = torch.ops.effnet_fast
 _ATEN = torch.ops.aten
+_FLOWING = ("x", "partial", "gate", "residual")  # arguments of our ops that a plan reads anew for every image
 
 
 class Unplannable(Exception):
@@ -52,6 +53,14 @@ class Convolution(NamedTuple):
     @property
     def is_image(self) -> bool:
         return self.pixels is not None and self.weight is None and not any(self.padding)
+
+    def constants(self) -> dict[str, Any]:
+        """What it reads beside ``x``: the weights and the norm."""
+        return {"weight": self.weight, "bias": self.bias, **({} if self.norm is None else self.norm._asdict())}
+
+    def read(self) -> list[Tensor]:
+        """The tensors that it reads."""
+        return [t for t in (self.x, *self.constants().values()) if isinstance(t, Tensor)]
 
     def placeholder(self) -> Tensor:
         """A tensor like the result, which has no memory."""
@@ -137,8 +146,9 @@ class Joining(TorchDispatchMode):
         before = self._placeholders.get(args[0]) if args and isinstance(args[0], Tensor) else None
         before = before if isinstance(before, Convolution) else None
         if func in _JOINED:
-            after = _JOINED[func](before, *args[1:], **kwargs) if before else None
-            after = after or _JOINED[func](Convolution.of(self.made_of(args[0])), *args[1:], **kwargs)
+            rest = tree_map(self.made_of, args[1:])
+            after = _JOINED[func](before, *rest, **kwargs) if before else None
+            after = after or _JOINED[func](Convolution.of(self.made_of(args[0])), *rest, **kwargs)
             if after is not None:
                 result = args[0] if func._schema.is_mutable else after.placeholder()
                 self._placeholders[result] = after
@@ -157,7 +167,7 @@ class Joining(TorchDispatchMode):
         if isinstance(written, Tensor):  # what is still to be computed nobody waits for
             memory = written.untyped_storage()._cdata
             for placeholder, made in list(self._placeholders.items()):
-                if isinstance(made, Convolution) and made.x.untyped_storage()._cdata == memory:
+                if isinstance(made, Convolution) and any(t.untyped_storage()._cdata == memory for t in made.read()):
                     self.made_of(placeholder)
 
     def _fill_placeholders(self) -> None:
@@ -208,7 +218,14 @@ class Recording(Joining):
             return False
         return tensor in self._placeholders or tensor.untyped_storage()._cdata in self._storages
 
+    def _check_constants(self, op: Any, given: dict[str, Any]) -> None:
+        """A plan packs or copies them as they are when it is made."""
+        for name, value in given.items():
+            if self._follows(value):
+                raise Unplannable(f"{op}: {name} is made of the image")
+
     def computed(self, convolution: Convolution) -> Tensor:
+        self._check_constants("a convolution or a linear layer", convolution.constants())
         return self._keep(convolution.run())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -220,9 +237,13 @@ class Recording(Joining):
         if func.namespace == "effnet_fast":
             if not func._overloadname.startswith("native"):
                 raise Unplannable(f"{func} runs on another backend than native")
+            names = (argument.name for argument in func._schema.arguments)
+            given = dict(zip(names, args, strict=False)) | kwargs
+            self._check_constants(func, {name: value for name, value in given.items() if name not in _FLOWING})
             return tree_map(self._keep, func(*args, **kwargs))
         if func in _REPLACED:
-            return self._keep(_REPLACED[func](*args, **kwargs))
+            replaced = _REPLACED[func](*args, **kwargs)
+            return self.computed(replaced)[:, :, 0, 0] if isinstance(replaced, Convolution) else self._keep(replaced)
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         made = None if writes else func(*args, **kwargs)
         if isinstance(made, Tensor) and self._follows(made):
@@ -291,24 +312,24 @@ def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = Non
     return y[:, :, None, None] if keepdim else y
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Convolution:
     """A 1x1 convolution of images of one pixel."""
     if x.dim() != 2:
         raise Unplannable(f"a linear layer over {tuple(x.shape)}")
-    return Convolution.of(x[:, :, None, None], weight=weight[:, :, None, None], bias=bias).run()[:, :, 0, 0]
+    return Convolution.of(x[:, :, None, None], weight=weight[:, :, None, None], bias=bias)
 
 
-def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Convolution:
     if beta != 1 or alpha != 1:
         raise Unplannable("a scaled linear layer")
     return _linear(x, weight.t(), bias)
 
 
-def _mm(x: Tensor, weight: Tensor) -> Tensor:
+def _mm(x: Tensor, weight: Tensor) -> Convolution:
     return _linear(x, weight.t())
 
 
-_REPLACED: dict[Any, Callable[..., Tensor]] = {
+_REPLACED: dict[Any, Callable[..., Tensor | Convolution]] = {
     _ATEN.mm.default: _mm,
     _ATEN.mean.dim: _mean,
     _ATEN.linear.default: _linear,
