@@ -13,6 +13,7 @@ constexpr size_t kChunk = 0;  // every overrun shows
 #else
 constexpr size_t kChunk = 8 << 20;  // of packed weights
 #endif
+constexpr size_t kHashed = 4096;  // bytes: two weights rarely begin alike, and to hash all of them takes longer than to pack them
 
 }  // namespace
 
@@ -28,7 +29,7 @@ const void* Store::keep(size_t bytes, const std::function<void(void*)>& fill) {
   char* const packed = packed_->data();
   memset(packed, 0, lines);  // what fill leaves out would differ
   fill(packed);
-  const size_t hash = std::hash<std::string_view>()({packed, bytes});
+  const size_t hash = std::hash<std::string_view>()({packed, std::min(bytes, kHashed)});
   for (auto [at, last] = kept_.equal_range(hash); at != last; ++at)
     if (at->second.second == bytes && memcmp(at->second.first, packed, bytes) == 0) return at->second.first;
   if (lines > left_) {

@@ -31,7 +31,7 @@ class Store {
   std::vector<Memory> chunks_;
   char* next_ = nullptr;  // in the last of them, with so many bytes left
   size_t left_ = 0, held_ = 0;
-  std::unordered_multimap<size_t, std::pair<const char*, size_t>> kept_;  // by their hash
+  std::unordered_multimap<size_t, std::pair<const char*, size_t>> kept_;  // by a hash of how they begin
   std::vector<std::unique_ptr<Memory>> free_;
 };
 
