@@ -44,6 +44,7 @@ from effnet_fast.inference.plan import NativePlan
 from effnet_fast.ops.conv.reference import normalised
 
 NET = "efficientnet_b0"
+PLANS = 16  # that the copy keeps meanwhile, of 32 shapes and layouts
 SIZES = ((64, 64), (224, 224), (33, 47), (96, 128), (32, 32), (75, 61), (160, 160), (1, 200))
 BATCHES = (1, 3, 8)
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {  # of the images that are given, from [N, C, H, W]
@@ -61,8 +62,7 @@ RULES = (
     f"in the crowd each is the same to the bit, {KEPT} calls later",
     f"after the first {100 * WARM_UP:.0f} % of the run, memory in the last third is at most {100 * GROWTH:.0f} % over that in the"
     " first third, largest by largest",
-    f"plans are evicted meanwhile, and at the end no more are alive than are kept: {optimize.PLANS}; or graphs, on CUDA:"
-    f" {graphs.GRAPHS}",
+    f"plans are evicted meanwhile, and at the end no more are alive than are kept: {PLANS}; or graphs, on CUDA: {graphs.GRAPHS}",
 )
 
 
@@ -142,7 +142,7 @@ def soak(
         tally = sum((work.result() for work in working), Tally())
         alive = len(plans.alive)
     grown = {name: growth(series) for name, series in samples.items()}
-    kept = graphs.GRAPHS if model.device.type == "cuda" else optimize.PLANS
+    kept = graphs.GRAPHS if model.device.type == "cuda" else PLANS
     return {
         "calls": tally.calls,
         "images": tally.images,
@@ -206,7 +206,7 @@ class Plans:
 
 @contextmanager
 def followed() -> Iterator[Plans]:
-    """The plans and graphs that one InferenceModel makes meanwhile: under its lock, so that they can be counted."""
+    """The plans and graphs that one InferenceModel makes meanwhile, one at a time, so that they can be counted. It keeps few."""
     plans = Plans()
     capture = CudaPool.capture
 
@@ -220,7 +220,11 @@ def followed() -> Iterator[Plans]:
         plans.add(graph.replay.__self__)  # torch's graph
         return graph
 
-    with patch.object(optimize, "NativePlan", Followed), patch.object(CudaPool, "capture", captured):
+    with (
+        patch.object(optimize, "NativePlan", Followed),
+        patch.object(optimize, "PLANS", PLANS),
+        patch.object(CudaPool, "capture", captured),
+    ):
         yield plans
 
 

@@ -270,6 +270,17 @@ def test_the_plan_that_was_not_used_for_longest_goes(monkeypatch):
 
 
 @planned
+def test_many_shapes_in_turn_are_planned_once(monkeypatch):
+    made = []
+    make = InferenceModel._make_plan
+    monkeypatch.setattr(InferenceModel, "_make_plan", lambda self, x: (made.append(x.shape[2]), make(self, x))[1])
+    optimized = effnet_fast.optimize_for_inference(effnet_fast.efficientnet(depth=0.1, width=0.25, num_classes=10))
+    for size in [*range(32, 64)] * 2:
+        optimized(torch.zeros(1, 3, size, 32))
+    assert made == [*range(32, 64)]
+
+
+@planned
 def test_plans_of_one_copy_share_their_weights():
     optimized = effnet_fast.optimize_for_inference(small())
     held = []
@@ -277,6 +288,25 @@ def test_plans_of_one_copy_share_their_weights():
         optimized(torch.randn(1, 3, size, size))
         held.append(optimized.memory().plans)
     assert held == held[:1] * 5 and held[0] > 16e6
+
+
+@planned
+def test_plans_that_threads_make_at_the_same_time_share_their_weights():
+    optimized, barrier = effnet_fast.optimize_for_inference(small()), threading.Barrier(3)
+
+    def serve(size: int) -> None:
+        barrier.wait()
+        optimized(torch.randn(1, 3, size, 40))
+
+    threads = [threading.Thread(target=serve, args=(size,)) for size in (40, 41, 42)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    plans = [plan for _, plan in optimized._made_plans()]
+    assert len(plans) == 3 and {plan.held() for plan in plans} == {optimized.memory().plans}
+    optimized(torch.randn(1, 3, 43, 40))
+    assert all(plan.held() == optimized.memory().plans for plan in plans)
 
 
 @planned

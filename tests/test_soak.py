@@ -121,7 +121,7 @@ def spoilt(monkeypatch):
 
 @pytest.fixture
 def few_plans(monkeypatch):
-    monkeypatch.setattr(optimize, "PLANS", PLANS)
+    monkeypatch.setattr(soak, "PLANS", PLANS)
 
 
 @planned

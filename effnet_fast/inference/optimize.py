@@ -27,7 +27,7 @@ from effnet_fast.ops.backends import is_tracing, tracing
 from effnet_fast.ops.conv.reference import normalised
 from effnet_fast.weights.preprocessing import Preprocessing
 
-PLANS = 16  # that a copy keeps, of image shapes and layouts
+PLANS = 256  # that a copy keeps, of image shapes and layouts, the least recently used goes first: each is a few 10 KB
 COMPARED = 2  # images, with which a plan is held against the blocks: more than one, as a model may make something of a batch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # By how much of its largest value a result may be off because a plan rounds otherwise: what is recorded wrongly is off by far more.
@@ -55,11 +55,16 @@ def optimize_for_inference(
                    not tried, and a kernel is started for each part of a block
 
     On the CPU one native call runs the whole network, with its norms folded and its weights packed: an image a thread, or an image
-    for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it; and
-    for one image: a model may do nothing else with many than with each. On CUDA a graph is captured for each shape and layout of
-    a batch, its size included, at the first call with it: pad odd batches, or give :meth:`InferenceModel.warmup` the sizes.
-    What comes later to the model does not change the copy. A hook that the model has is called where the copy is planned or
-    captured, and not again.
+    for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it;
+    the last 256 plans are kept. Where a model does something else with many images than with each, or with an operator that is no
+    kernel of ours, its blocks run one by one: ``print(copy)`` tells. On CUDA a graph is captured for each shape and layout of a
+    batch, its size included, at the first call with it, and the last 16 are kept: pad odd batches, or give
+    :meth:`InferenceModel.warmup` the sizes.
+
+    What comes later to the model does not change the copy. Weights that are loaded into the copy, or into a module of it, count
+    from then on, and those of a :func:`torch.func.functional_call` that is given all of them; what is written to some in place does
+    not where there is a plan. A hook on a module of it is called where the copy is planned or captured, and not again. Traced,
+    exported and transformed it is its blocks, as the model is.
 
     Raises TypeError or ValueError, naming the argument, for what cannot be copied so.
     """
@@ -123,6 +128,8 @@ class InferenceModel(nn.Module):
         super().__init__()
         self.frozen, self.dtype, self.cuda_graphs, self.one_launch = frozen, dtype, cuda_graphs, one_launch
         self.register_buffer("pixels", pixels, persistent=False)
+        for module in frozen.modules():
+            module.register_load_state_dict_post_hook(self._loaded)
         super().train(False)
         self._start()
 
@@ -131,8 +138,9 @@ class InferenceModel(nn.Module):
         if graphs := self.__dict__.get("_graphs"):
             graphs.clear()
         self.device = next(self.frozen.parameters()).device
+        self.__dict__["_weight"] = next(self.frozen.parameters())  # no parameter of this module's own
         self._plans: OrderedDict[tuple, Future[NativePlan | str]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._planning = threading.Lock(), threading.Lock()
         self._run_joined = functools.partial(run_joined, self.frozen, pixels=self.pixels, dtype=self.dtype)
         few = None
         if self.one_launch and self._no_chain() is None:
@@ -144,7 +152,7 @@ class InferenceModel(nn.Module):
         return chain.why_not(self.device, self.dtype) if self.cuda_graphs else "it is for CUDA graphs"
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("device", "_plans", "_lock", "_run_joined", "_graphs", "_in_pieces")
+        made = ("device", "_weight", "_plans", "_lock", "_planning", "_run_joined", "_graphs", "_in_pieces")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -162,8 +170,8 @@ class InferenceModel(nn.Module):
         self._start()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # called wherever this module is within one that is loaded
-        super()._load_from_state_dict(*args, **kwargs)
+    def _loaded(self, *_: Any) -> None:
+        """Called after anything of ``frozen`` was loaded, from wherever."""
         self._start()
 
     def train(self, mode: bool = True) -> InferenceModel:
@@ -176,7 +184,8 @@ class InferenceModel(nn.Module):
         # The dtype is the copy's, whoever calls it; and what is kept outlives the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             try:
-                if is_traced(x) or len(x) == 0:
+                lent = next(self.frozen.parameters()) is not self._weight  # by torch.func.functional_call
+                if is_traced(x) or lent or len(x) == 0:
                     return self._run_blocks(x)
                 return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
             except (ValueError, RuntimeError) as error:
@@ -231,12 +240,13 @@ class InferenceModel(nn.Module):
             while len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         if waited is None:
-            try:
-                future.set_result(self._make_plan(x))
-            except BaseException as error:
-                with self._lock:
-                    self._plans.pop(key, None)
-                future.set_exception(error)
+            with self._planning:  # one at a time: each finds the weights that another has packed
+                try:
+                    future.set_result(self._make_plan(x))
+                except BaseException as error:
+                    with self._lock:
+                        self._plans.pop(key, None)
+                    future.set_exception(error)
         return future.result()
 
     def _make_plan(self, x: Tensor) -> NativePlan | str:
@@ -263,24 +273,26 @@ class InferenceModel(nn.Module):
 
     def warmup(
         self,
-        shapes: Iterable[Sequence[int]],
+        shapes: Iterable[Sequence[int]] | Sequence[int],
         dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         """Plan or capture now what calls with such batches would first.
 
-        shapes         of batches, [N, C, H, W] each, at most 16
+        shapes         of batches, [N, C, H, W] each, at most as many as are kept; or one such shape
         dtype          of their images: by default the copy's
         memory_format  of their images, contiguous or channels_last
 
         Do it before other threads use the GPU: a capture fails where another thread synchronizes all of the device meanwhile.
         Raises ValueError, naming the shape, for one that the network does not take.
         """
-        wanted = [tuple(shape) for shape in shapes]
+        given: list[Any] = list(shapes)
+        alone = bool(given) and all(isinstance(size, int) for size in given)
+        wanted: list[tuple[int, ...]] = [tuple(shape) for shape in ([given] if alone else given)]
         for shape in wanted:
             if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
                 raise ValueError(f"warmup: a shape is {shape}; four numbers > 0 (N, C, H, W) would do")
-        kept = min(PLANS, GRAPHS)
+        kept = GRAPHS if self.device.type == "cuda" else PLANS
         if len(wanted) > kept:
             raise ValueError(f"warmup: there are {len(wanted)} shapes; {kept}, as many as are kept, would do")
         for shape in wanted:
