@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tolerance import assert_2x
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effnet_fast
@@ -71,6 +73,41 @@ def test_half_precision(dtype):
     with torch.no_grad():
         exact, plain = net.double()(x.double()), net.to(dtype)(x.to(dtype))
     assert_2x(effnet_fast.optimize_for_inference(net.float(), dtype)(x), plain, exact)
+
+
+class Centred(nn.Module):
+    """Images less a mean that the module keeps, and a gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.gain = small(), nn.Parameter(torch.ones(3, 1, 1))
+        self.register_buffer("mean", torch.full((3, 1, 1), 0.1))
+
+    def forward(self, x):
+        return self.net((x - self.mean) * self.gain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "build",
+    [
+        Centred,
+        lambda: timm.create_model("efficientnet_cc_b0_4e", num_classes=10),
+        lambda: timm.create_model("efficientnet_b0", aa_layer="blurpc", num_classes=10),
+        lambda: torchvision.models.efficientnet_b0(norm_layer=torchvision.ops.FrozenBatchNorm2d),
+    ],
+    ids=["buffer", "conditional", "blur", "frozen norms"],
+)
+def test_half_precision_is_that_of_all_but_norms(build, dtype):
+    torch.manual_seed(0)
+    net = build().eval()
+    net = net if isinstance(net, torchvision.models.EfficientNet) else calibrate(net, (64, 64))  # frozen norms measure nothing
+    optimized, x = effnet_fast.optimize_for_inference(net, dtype), torch.randn(2, 3, 64, 64)
+    kept = {name.rpartition(".")[0] for name, value in optimized.state_dict().items() if value.dtype == torch.float32}
+    assert all(isinstance(optimized.get_submodule(name), nn.BatchNorm2d) for name in kept)
+    with torch.no_grad():
+        exact, plain = net.double()(x.double()), net.to(dtype)(x.to(dtype))
+    assert_2x(optimized(x), plain, exact)
 
 
 unchanged = functools.cache(small)
@@ -256,8 +293,7 @@ def test_a_copy_is_frozen():
     assert torch.equal(optimized(x), before) and torch.equal(optimized(torch.cat([x, x]))[1:], before)
     assert not any(parameter.requires_grad for parameter in optimized.parameters())
     assert optimized.eval() is optimized
-    with pytest.raises(RuntimeError, match="frozen and cannot train"):
-        optimized.train()
+    assert not nn.ModuleDict({"teacher": optimized}).train()["teacher"].training and torch.equal(optimized.train()(x), before)
 
 
 @planned
@@ -486,6 +522,17 @@ def test_a_plan_that_cannot_be_begun_leaves_the_thread_as_it_was():
     assert "one native call" in str(optimized) and kept.tb is not None, "what was begun is not freed with the error"
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"act_layer": nn.GELU}, {"norm_layer": functools.partial(nn.GroupNorm, 4)}], ids=["GELU", "GroupNorm"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nets_of_ours_that_no_kernel_is_for_run_as_they_are(arguments, dtype):
+    net = create_model("efficientnet_b0", num_classes=10, **arguments).eval()
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(effnet_fast.optimize_for_inference(net, dtype)(x), copy.deepcopy(net).to(dtype)(x.to(dtype)))
+
+
 def test_what_cannot_be_planned_runs_block_by_block():
     """And says why."""
     net = small()
@@ -532,5 +579,18 @@ def test_bad_models_are_named():
         effnet_fast.optimize_for_inference("efficientnet_b0")
     with pytest.raises(ValueError, match="dtype is torch.float64"):
         effnet_fast.optimize_for_inference(small(), torch.float64)
+    for model, where in ((effnet_fast.optimize_for_inference(small()), "model"), (nn.Sequential(nn.ReLU()), r"model\.1")):
+        if isinstance(model, nn.Sequential):
+            model.append(effnet_fast.optimize_for_inference(small()))
+        with pytest.raises(TypeError, match=rf"{where} is an InferenceModel.*; the model that it was made from would do"):
+            effnet_fast.optimize_for_inference(model)
+    pruned = small()
+    prune.l1_unstructured(pruned.classifier, "weight", 0.5)
+    with pytest.raises(
+        TypeError, match=r"optimize_for_inference: model cannot be copied: .*prune.remove or remove_weight_norm .*would do"
+    ):
+        effnet_fast.optimize_for_inference(pruned)
+    prune.remove(pruned.classifier, "weight")
+    effnet_fast.optimize_for_inference(pruned)
     with pytest.raises(ValueError, match="no block of Linear"):
         effnet_fast.optimize_for_inference(nn.Linear(3, 3))

@@ -102,6 +102,16 @@ def test_images_elsewhere_are_refused(optimized):
         optimized(torch.zeros(1, 3, 40, 40, device="meta"))
 
 
+def test_a_copy_says_of_itself_what_its_net_does(optimized):
+    features = effnet_fast.optimize_for_inference(PEERS["timm b0 features"]().eval())
+    assert features.feature_info.channels() == features.frozen.feature_info.channels()
+    assert optimized.num_classes == 10 and optimized.default_cfg == optimized.frozen.default_cfg
+    assert pickle.loads(pickle.dumps(optimized)).num_classes == 10
+    for name in ("forward_features", "blocks", "_modules_of_none", "no_such_thing"):
+        with pytest.raises(AttributeError, match=f"'InferenceModel' object has no attribute '{name}'"):
+            getattr(optimized, name)
+
+
 def test_a_gradient_is_refused_where_it_would_be_lost(optimized):
     x = torch.randn(1, 3, 40, 40, requires_grad=True)
     with pytest.raises(ValueError, match="asks for a gradient.*x.detach"):

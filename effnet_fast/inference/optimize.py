@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from effnet_fast import ops
@@ -22,7 +23,7 @@ from effnet_fast.inference.plan import NativePlan, return_memory
 from effnet_fast.inference.recording import Recording, Unplannable, run_joined
 from effnet_fast.interop import accelerate
 from effnet_fast.models import ResNet
-from effnet_fast.nn.fused import is_traced
+from effnet_fast.nn.fused import FusedBlock, is_traced
 from effnet_fast.ops.backends import is_tracing, tracing
 from effnet_fast.ops.conv.reference import normalised
 from effnet_fast.weights.preprocessing import Preprocessing
@@ -44,8 +45,9 @@ def optimize_for_inference(
 ) -> InferenceModel:
     """A frozen copy of ``model`` in evaluation mode, with the same call, for serving.
 
-    model          a net of ours (a ResNet runs as plain PyTorch), or an EfficientNet of timm, torchvision or efficientnet_pytorch
-                   that :func:`effnet_fast.accelerate` takes
+    model          a net of ours (a ResNet runs as plain PyTorch, as do blocks with another norm or activation than kernels have),
+                   an EfficientNet of timm, torchvision or efficientnet_pytorch that :func:`effnet_fast.accelerate` takes, or a
+                   module with one in it
     dtype          what it computes in, float32, bfloat16 or float16: by default the model's own
     preprocessing  its mean and std normalise uint8 images: by default the model's own where it carries them (ours, timm's), else
                    ImageNet's
@@ -70,6 +72,12 @@ def optimize_for_inference(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize_for_inference: model is a {type(model).__name__}; a torch.nn.Module would do")
+    for name, module in model.named_modules():
+        if isinstance(module, InferenceModel):
+            where = f"model.{name}" if name else "model"
+            raise TypeError(
+                f"optimize_for_inference: {where} is an InferenceModel, frozen already; the model that it was made from would do"
+            )
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtype is None and len(dtypes) != 1:
         raise ValueError(
@@ -80,14 +88,24 @@ def optimize_for_inference(
         raise ValueError(f"optimize_for_inference: dtype is {dtype}; one of {', '.join(map(str, DTYPES))} would do")
     if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
         raise TypeError(f"optimize_for_inference: preprocessing is a {type(preprocessing).__name__}; a Preprocessing would do")
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    try:
+        frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    except Exception as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TypeError(
+            f"optimize_for_inference: model cannot be copied: {told}; one that torch.nn.utils.prune.remove or"
+            " remove_weight_norm has made plain would do"
+        ) from error
     if callable(set_swish := getattr(frozen, "set_swish", None)):
         set_swish(memory_efficient=False)  # efficientnet_pytorch's other form is two operators, to keep less for backward
-    if not isinstance(frozen, ResNet):  # which is plain throughout
+    try:
         accelerate(frozen)
+    except ValueError:
+        if not any(isinstance(module, (FusedBlock, ResNet)) for module in frozen.modules()):  # ours run without, too
+            raise
     for module in frozen.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.to(dtype)  # norms stay as they are: every kernel folds them in float32
+        if not isinstance(module, _BatchNorm):  # which stay as they are: every kernel folds them in float32
+            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
     return InferenceModel(frozen, dtype, scale_and_shift(frozen, preprocessing), cuda_graphs, one_launch)
 
 
@@ -118,6 +136,10 @@ class InferenceModel(nn.Module):
     Any number of threads and CUDA streams may call it at the same time. Results are the caller's to keep. Where memory on CUDA does
     not suffice for a batch it runs in smaller pieces, and a warning names the sizes. A copy, a pickle and a move to another device
     leave plans and graphs behind, which are made anew. :func:`effnet_fast.explain` tells what runs in them.
+
+    It stays in evaluation mode, whatever :meth:`train` asks of it or of what holds it. What the network says of itself
+    (``num_classes``, ``feature_info``, ``default_cfg``) it says too; methods and modules are ``frozen``'s alone, where they run
+    without plans and graphs.
     """
 
     pixels: Tensor
@@ -174,9 +196,14 @@ class InferenceModel(nn.Module):
         """Called after anything of ``frozen`` was loaded, from wherever."""
         self._start()
 
+    def __getattr__(self, name: str) -> Any:  # called for what this module does not have
+        frozen = self.__dict__.get("_modules", {}).get("frozen")
+        told = None if name.startswith("_") else getattr(frozen, name, None)
+        if told is None or isinstance(told, Tensor) or callable(told):
+            return super().__getattr__(name)
+        return told
+
     def train(self, mode: bool = True) -> InferenceModel:
-        if mode:
-            raise RuntimeError("InferenceModel: it is frozen and cannot train; the model that it was made from would do")
         return self
 
     def forward(self, x: Tensor) -> Any:
