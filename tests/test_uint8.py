@@ -18,6 +18,7 @@ from effnet_fast import ops
 from effnet_fast.benchmark import calibrate
 from effnet_fast.models import create_model
 from effnet_fast.ops import backends, native
+from effnet_fast.ops.conv.reference import normalised
 from effnet_fast.weights import Preprocessing
 
 HALF = torch.full((3,), 0.5)
@@ -125,6 +126,37 @@ def test_a_net_that_starts_with_something_else_is_given_normalised_images():
     with torch.no_grad():
         torch.testing.assert_close(optimized(x), net(plain.normalised(x, torch.float32)), rtol=1e-4, atol=1e-4)
     assert native.REASON is not None or "block by block: what is no convolution follows a uint8 image" in str(optimized)
+
+
+class Decoded(nn.Module):
+    """A net, and a convolution after it that is defined before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Conv2d(1280, 5, 1)
+        self.net = small()
+
+    def forward(self, x):
+        return self.decoder(self.net.forward_features(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "channels"),
+    [
+        (Decoded, 3),
+        (lambda: nn.Sequential(nn.Conv2d(1, 3, 1), small()), 1),
+        (lambda: nn.Sequential(nn.Conv2d(12, 3, 1), small()), 12),
+    ],
+    ids=["decoder", "grey", "spectrum"],
+)
+def test_images_have_the_channels_of_the_first_convolution_that_runs(build, channels):
+    torch.manual_seed(0)
+    net, x = build().eval(), plain.uint8_images(2, channels, 40, 36)
+    optimized = effnet_fast.optimize_for_inference(net)
+    with torch.no_grad():
+        expected = net(normalised(x, optimized.pixels, torch.float32))
+    for images in (x, x.permute(0, 2, 3, 1).contiguous()):
+        torch.testing.assert_close(optimized(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_both_layouts_at_once_is_nchw():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effnet_fast.nn.fused import FusedBlock
 from effnet_fast.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 
 def scale_and_shift(model: nn.Module, preprocessing: Preprocessing | None) -> Tensor:
-    """[2, C] float32, so that ``x * scale + shift`` of a channel is ``(x / 255 - mean) / std``, for the C channels of the first
-    convolution that the model has.
+    """[2, C] float32, so that ``x * scale + shift`` of a channel is ``(x / 255 - mean) / std``, for the C channels of the model's
+    images.
 
     Mean and std are those of ``preprocessing``; without it those that the model or one within it carries, as ours and timm's do, or
     ImageNet's: torchvision's nets carry none, and its efficientnet_v2_l wants others.
@@ -22,10 +24,25 @@ def scale_and_shift(model: nn.Module, preprocessing: Preprocessing | None) -> Te
         carried = next((config for config in configs if isinstance(config, dict)), {})
         mean, std = carried.get("mean", IMAGENET_MEAN), carried.get("std", IMAGENET_STD)
         preprocessing = Preprocessing(1, 1, mean=tuple(mean), std=tuple(std))
-    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    preprocessing = preprocessing.for_channels(stem.in_channels)
+    preprocessing = preprocessing.for_channels(_channels(model))
     mean, std = torch.tensor([preprocessing.mean, preprocessing.std], dtype=torch.float64)
-    return torch.stack([1 / (255 * std), -mean / std]).float().to(stem.weight.device)
+    return torch.stack([1 / (255 * std), -mean / std]).float().to(next(model.parameters()).device)
+
+
+def _channels(model: nn.Module) -> int:
+    """Of the images: those of the first convolution. Where several that differ are defined before all fused blocks, as in a model
+    whose decoder comes before its backbone, the first that the model takes."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    ahead = itertools.takewhile(lambda module: not isinstance(module, FusedBlock), model.modules())
+    choices = list(dict.fromkeys(module.in_channels for module in ahead if isinstance(module, nn.Conv2d)))
+    for channels in choices if len(choices) > 1 else []:
+        try:
+            with torch.no_grad():
+                model(convolutions[0].weight.new_zeros(1, channels, 64, 64))
+        except Exception:  # whatever it says to such images
+            continue
+        return channels
+    return convolutions[0].in_channels
 
 
 def mean_and_std(pixels: Tensor) -> str:
