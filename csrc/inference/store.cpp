@@ -13,7 +13,7 @@ constexpr size_t kChunk = 0;  // every overrun shows
 #else
 constexpr size_t kChunk = 8 << 20;  // of packed weights
 #endif
-constexpr size_t kHashed = 4096;  // bytes: two weights rarely begin alike, and to hash all of them takes longer than to pack them
+constexpr size_t kHashed = 4096;  // bytes: two weights rarely begin alike, and what does is compared whole
 
 }  // namespace
 

@@ -28,7 +28,7 @@ from effnet_fast.ops.backends import is_tracing, tracing
 from effnet_fast.ops.conv.reference import normalised
 from effnet_fast.weights.preprocessing import Preprocessing
 
-PLANS = 256  # that a copy keeps, of image shapes and layouts, the least recently used goes first: each is a few 10 KB
+PLANS = 256  # that a copy keeps, of image shapes and layouts, the least recently used goes first: each is less than 100 KB
 COMPARED = 2  # images, with which a plan is held against the blocks: more than one, as a model may make something of a batch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # By how much of its largest value a result may be off because a plan rounds otherwise: what is recorded wrongly is off by far more.
