@@ -25,9 +25,9 @@ from effnet_fast.weights import SOURCES
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-KERNELS = ("csrc", "effnet_fast/ops", "effnet_fast/inference")  # whose changes make results old
+KERNELS = ("csrc", "effnet_fast/ops", "effnet_fast/nn", "effnet_fast/inference")  # whose changes make results old
 HEADLINES = {"model": "Speed", "train": "Training step"}  # suites of whole nets
-PROOFS = ("errors-cpu", "soak-cpu", "bench-b0-bf16-cpu", "memory-cpu")  # results that no table shows
+PROOFS = ("errors-cpu", "soak-cpu", "bench-b0-bf16-cpu", "memory-cpu", "parity")  # results that no table shows
 TIMINGS = tuple(f"{suite}-{device}" for device in ("cuda", "cpu") for suite in ("model", "train", "kernels"))
 
 
@@ -95,7 +95,11 @@ def kept_memory(results: dict[str, Any]) -> str:
     """What a training step keeps, ours and a peer's accelerated net beside the same net in eager PyTorch."""
     parts = []
     for net, batch in dict.fromkeys((case["net"], case["batch"]) for case in results["cases"]):
-        share = {case["entrant"]: f"{100 * case['of_eager']:.0f} %" for case in results["cases"] if case["net"] == net}
+        share = {
+            case["entrant"]: f"{100 * case['of_eager']:.0f} %"
+            for case in results["cases"]
+            if (case["net"], case["batch"]) == (net, batch)
+        }
         told = f"{share['ours']}, where torch.compile keeps {share['timm, torch.compile']}"
         parts.append(f"{net.removeprefix('efficientnet_')} at batch {batch}: {told}")
     return f"**Training memory** kept between forward and backward, of eager PyTorch's: {'; '.join(parts)}."

@@ -317,6 +317,20 @@ def test_kernels_alone_are_told_first(monkeypatch):
     assert "**Not raced:** whole nets on a GPU." in told and "**Not measured:** speed on a CPU." in told
 
 
+def test_kept_memory_is_told_for_each_batch():
+    cases = [
+        {"net": "efficientnet_b0", "batch": batch, "entrant": entrant, "of_eager": share}
+        for batch, entrant, share in (
+            (1, "ours", 0.55),
+            (1, "timm, torch.compile", 0.6),
+            (8, "ours", 0.37),
+            (8, "timm, torch.compile", 0.61),
+        )
+    ]
+    told = report.kept_memory({"cases": cases})
+    assert "b0 at batch 1: 55 %, where torch.compile keeps 60 %; b0 at batch 8: 37 %, where torch.compile keeps 61 %" in told
+
+
 def test_memory_of_nets_is_against_eagers_least():
     case = a_case("b0 n16", "b0", 16, **{"ours optimized": 1.0, "timm channels_last": 2.0, "torchvision": 2.0, "OpenVINO": 2.0})
     case["entrants"]["timm channels_last, one by one"] = dict(case["entrants"]["torchvision"])
@@ -370,8 +384,11 @@ def test_old_timings_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     assert report.changed_since(commit) == report.changed_since(f"{commit}-dirty") == []
     (tmp_path / "csrc" / "kernel.cpp").write_text("long f();\n")
-    kernels = "csrc or effnet_fast/ops or effnet_fast/inference"
+    kernels = "csrc or effnet_fast/ops or effnet_fast/nn or effnet_fast/inference"
     assert report.changed_since(commit) == [f"{kernels} changed since"]
+    (tmp_path / "errors-cpu.json").write_text(json.dumps({"machine": {"commit": commit}}))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.notices() == [f"errors-cpu.json was measured at {commit}: {kernels} changed since"]
     assert report.changed_since("no known commit") == [f"git cannot tell whether {kernels} changed since"]
 
 

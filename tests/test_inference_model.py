@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +78,59 @@ def test_weights_that_are_lent_are_used(optimized):
     with torch.no_grad():
         torch.testing.assert_close(torch.func.functional_call(optimized, lent, (x,)), other(x), rtol=1e-4, atol=1e-4)
     assert torch.equal(optimized(x), before)
+
+
+def test_modules_of_a_copy_know_of_it_only_to_tell_of_loads():
+    """They are copied and kept without it, and it goes when nobody has it."""
+    optimized, x = effnet_fast.optimize_for_inference(small()), torch.randn(1, 3, 40, 40)
+    before = optimized(x)
+    frozen = optimized.frozen
+    assert len(pickle.dumps(frozen.classifier)) < 100_000
+    again = effnet_fast.optimize_for_inference(pickle.loads(pickle.dumps(copy.deepcopy(frozen))))
+    torch.testing.assert_close(again(x), before)
+    shallow = copy.copy(optimized)
+    optimized.frozen.load_state_dict(small(seed=1).state_dict())
+    assert torch.equal(shallow(x), optimized(x)) and not torch.equal(shallow(x), before)
+    gone = weakref.ref(again)
+    gc.disable()
+    try:
+        del again
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@planned
+def test_a_call_that_is_interrupted_leaves_the_shape_to_the_next(optimized):
+    class Interrupted:
+        def __enter__(self):
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_):
+            pass
+
+    planning, optimized._planning = optimized._planning, Interrupted()
+    x = torch.randn(1, 3, 40, 40)
+    with pytest.raises(KeyboardInterrupt):
+        optimized(x)
+    optimized._planning = planning
+    assert optimized(x).isfinite().all() and "one native call" in str(optimized)
+
+
+@planned
+def test_a_hook_may_call_the_copy():
+    """While it is planned, on images of another shape."""
+    optimized, x, seen = effnet_fast.optimize_for_inference(small()), torch.randn(1, 3, 40, 40), []
+
+    def call(module, args):
+        if args[0].shape[2:] == (40, 40):
+            seen.append(optimized(torch.zeros(1, 3, 32, 32)))
+
+    hook = optimized.frozen.register_forward_pre_hook(call)
+    made = optimized(x)
+    hook.remove()
+    torch.testing.assert_close(made, small().eval()(x), rtol=1e-4, atol=1e-4)
+    assert seen
 
 
 @planned

@@ -291,9 +291,14 @@ def test_where_nothing_would_train_it_is_told_at_once():
     ):
         flags = [p.requires_grad for p in model.parameters()]
         with pytest.raises(ValueError) as caught:
-            Trainer(model, replace(PLAIN, freeze_epochs=freeze_epochs), batches(), teacher=teacher)
+            Trainer(model, replace(PLAIN, freeze_epochs=freeze_epochs, freeze_bn=model is frozen), batches(), teacher=teacher)
         assert piece in str(caught.value)
+        assert not any("train" in module.__dict__ for module in model.modules())
         assert [p.requires_grad for p in model.parameters()] == flags
+    student.conv_stem.requires_grad_(False)  # which a teacher may share
+    shared = net()
+    shared.conv_stem = student.conv_stem
+    Trainer(student, PLAIN, batches(), teacher=shared)
     with pytest.raises(ValueError, match=r"the model's answer is \[4, 1\]; logits \[N, K\] of K >= 2 classes would do"):
         train(net(1), batches(), PLAIN)
 

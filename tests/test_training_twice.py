@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -112,7 +113,16 @@ def in_a_batch(run, x, parameters, **options):
     return torch.cat([g.flatten() for g in made])
 
 
+def under_vmap(run, x, parameters):
+    x = x.clone().requires_grad_()
+    y = run(x)
+    seeds = torch.stack([y.detach().cos(), y.detach().sin()])
+    made = torch.func.vmap(lambda seed: torch.autograd.grad(y, [x, *parameters], seed, retain_graph=True))(seeds)
+    return torch.cat([t.flatten() for t in made])
+
+
 WAYS = {
+    "torch.func.vmap": under_vmap,
     "a Hessian-vector product": hessian_vector_product,
     "backward() twice": twice_backward,
     "functional.hvp": lambda run, x, _: functional.hvp(lambda x: loss(run(x)), x, x.cos())[1],
@@ -158,6 +168,47 @@ def test_half_precision(how, dtype):
     assert_2x_of_all(got, expected, exact)
 
 
+def test_a_bias_that_changed_since():
+    """Is not looked at again, as in plain PyTorch, however it was changed."""
+    block = block_of(MBConv, PLAIN_MBCONV[1])
+    x, double = given(block), copy.deepcopy(block).double()
+    assert is_fused(block, x)
+
+    def changed(of, run, x):
+        x = x.clone().requires_grad_()
+        y, bias = run(x), of.bn2.bias
+        before = bias.detach().clone()
+        bias.data.add_(1.0)
+        with torch.no_grad():
+            of.bn1.bias.mul_(1.0)
+        (first,) = torch.autograd.grad(loss(y), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        bias.data.copy_(before)
+        return second
+
+    got, expected = changed(block, block, x), changed(block, block.forward_children, x)
+    assert_2x(got, expected, changed(double, double.forward_children, x.double()))
+
+
+def test_weights_that_are_made_of_others_are_freed():
+    """With the graph, and in a checkpoint at once."""
+    block = block_of(MBConv, PLAIN_MBCONV[1])
+    x = given(block).requires_grad_()
+    assert is_fused(block, x)
+
+    def run(x):
+        weight = block.conv_pw.weight * 1
+        seen.append(weakref.ref(weight))
+        return torch.func.functional_call(block, {"conv_pw.weight": weight}, (x,))
+
+    for call in (run, lambda x: checkpoint(run, x, use_reentrant=False)):
+        seen: list[weakref.ref] = []
+        y = loss(call(x))
+        assert (seen[0]() is None) == (call is not run)
+        y.backward()
+        assert all(weight() is None for weight in seen)
+
+
 def test_checkpointing():
     block = block_of(MBConv, PLAIN_MBCONV[1], drop=0.5)
     x, again = given(block), copy.deepcopy(block)
@@ -199,10 +250,10 @@ def test_weights_that_are_made_of_each_other():
 
 
 def test_what_changed_in_place_is_refused():
-    """Biases too, which a first derivative does not need."""
+    """A bias of the squeeze-excite too, which a first derivative does not need."""
     block = block_of(MBConv, PLAIN_MBCONV[1])
     x = given(block).requires_grad_()
-    for changed in (block.bn1.bias, block.bn2.weight, block.conv_dw.weight):
+    for changed in (block.se.conv_reduce.bias, block.bn2.weight, block.conv_dw.weight):
         y = block(x)
         with torch.no_grad():
             changed.mul_(2)

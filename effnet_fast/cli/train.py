@@ -28,8 +28,10 @@ from effnet_fast.cli.options import LOADERS, count, index
 from effnet_fast.models import Classifier, config_of, create_model
 from effnet_fast.training import PRESETS, Batches, Recipe, Stopped, distributed, load_teacher, train
 from effnet_fast.training.data import DATASETS, Images, check_classes, held_out_transform, mixing, open_dataset, training_transform
+from effnet_fast.training.run import LAST
 from effnet_fast.training.teachers import LIBRARIES, Teacher
 from effnet_fast.weights import Preprocessing, preprocessing_of, save_checkpoint
+from effnet_fast.weights.files import locate
 from effnet_fast.weights.preprocessing import INTERPOLATIONS
 
 _SHORT = {"batch_size": ("-b",)}  # timm's
@@ -185,7 +187,7 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, device: torch.device) 
 def _folder(arguments: argparse.Namespace) -> Path:
     if arguments.resume is None:
         return arguments.output or Path("output")
-    folder = arguments.resume if arguments.resume.is_dir() else arguments.resume.parent
+    folder = locate(arguments.resume, LAST).parent
     if arguments.output is not None and arguments.output.resolve() != folder.resolve():
         raise ValueError(f"--output is {arguments.output}, and the run to resume is in {folder}; that, or no --output, would do")
     return folder

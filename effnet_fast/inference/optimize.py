@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -28,7 +29,7 @@ from effnet_fast.ops.backends import is_tracing, tracing
 from effnet_fast.ops.conv.reference import normalised
 from effnet_fast.weights.preprocessing import Preprocessing
 
-PLANS = 256  # that a copy keeps, of image shapes and layouts, the least recently used goes first: each is less than 100 KB
+PLANS = 256  # that a copy keeps, of image shapes and layouts, the least recently used goes first: one is 40 KB for B0, 125 for B7
 COMPARED = 2  # images, with which a plan is held against the blocks: more than one, as a model may make something of a batch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # By how much of its largest value a result may be off because a plan rounds otherwise: what is recorded wrongly is off by far more.
@@ -57,16 +58,17 @@ def optimize_for_inference(
                    not tried, and a kernel is started for each part of a block
 
     On the CPU one native call runs the whole network, with its norms folded and its weights packed: an image a thread, or an image
-    for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it;
-    the last 256 plans are kept. Where a model does something else with many images than with each, or with an operator that is no
-    kernel of ours, its blocks run one by one: ``print(copy)`` tells. On CUDA a graph is captured for each shape and layout of a
-    batch, its size included, at the first call with it, and the last 16 are kept: pad odd batches, or give
+    for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it; the
+    last 256 plans are kept. Operators that no kernel of ours is for run after it: the activations of a head, a softmax, a maximum
+    over pixels. Where a convolution follows one, or a model does something else with two images than with each, its blocks run one
+    by one: ``print(copy)`` tells. A branch in Python on how many more there are is not seen. On CUDA a graph is captured for each
+    shape and layout of a batch, its size included, at the first call with it, and the last 16 are kept: pad odd batches, or give
     :meth:`InferenceModel.warmup` the sizes.
 
     What comes later to the model does not change the copy. Weights that are loaded into the copy, or into a module of it, count
-    from then on, and those of a :func:`torch.func.functional_call` that is given all of them; what is written to some in place does
-    not where there is a plan. A hook on a module of it is called where the copy is planned or captured, and not again. Traced,
-    exported and transformed it is its blocks, as the model is.
+    from then on, and those of a :func:`torch.func.functional_call` that lends it others for all of its own; what is written to some
+    in place, or lent for some, does not where there is a plan. A hook on a module of it is called where the copy is planned or
+    captured, and not again. Traced by torch.jit, exported, and transformed by torch.func it is its blocks, as the model is.
 
     Raises TypeError or ValueError, naming the argument, for what cannot be copied so.
     """
@@ -150,10 +152,17 @@ class InferenceModel(nn.Module):
         super().__init__()
         self.frozen, self.dtype, self.cuda_graphs, self.one_launch = frozen, dtype, cuda_graphs, one_launch
         self.register_buffer("pixels", pixels, persistent=False)
-        for module in frozen.modules():
-            module.register_load_state_dict_post_hook(self._loaded)
+        self._watch()
         super().train(False)
         self._start()
+
+    def _watch(self) -> None:
+        """Start anew whenever weights are loaded into ``frozen`` or a module of it."""
+        for module in self.frozen.modules():
+            for number, hook in list(module._load_state_dict_post_hooks.items()):
+                if isinstance(hook, _OnLoad) and hook.watching() is None:
+                    del module._load_state_dict_post_hooks[number]
+            module.register_load_state_dict_post_hook(_OnLoad(self))
 
     def _start(self) -> None:
         """Without plans and graphs, where the weights are now."""
@@ -162,7 +171,7 @@ class InferenceModel(nn.Module):
         self.device = next(self.frozen.parameters()).device
         self.__dict__["_weight"] = next(self.frozen.parameters())  # no parameter of this module's own
         self._plans: OrderedDict[tuple, Future[NativePlan | str]] = OrderedDict()
-        self._lock, self._planning = threading.Lock(), threading.Lock()
+        self._lock, self._planning = threading.Lock(), threading.RLock()  # a hook of the model may call the copy
         self._run_joined = functools.partial(run_joined, self.frozen, pixels=self.pixels, dtype=self.dtype)
         few = None
         if self.one_launch and self._no_chain() is None:
@@ -179,6 +188,7 @@ class InferenceModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._watch()
         self._start()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceModel:
@@ -192,10 +202,6 @@ class InferenceModel(nn.Module):
         self._start()
         return self
 
-    def _loaded(self, *_: Any) -> None:
-        """Called after anything of ``frozen`` was loaded, from wherever."""
-        self._start()
-
     def __getattr__(self, name: str) -> Any:  # called for what this module does not have
         frozen = self.__dict__.get("_modules", {}).get("frozen")
         told = None if name.startswith("_") else getattr(frozen, name, None)
@@ -207,12 +213,14 @@ class InferenceModel(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Any:
+        if is_traced(x):
+            return self._run_blocks(x)
         x = self._checked(x)
         # The dtype is the copy's, whoever calls it; and what is kept outlives the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             try:
                 lent = next(self.frozen.parameters()) is not self._weight  # by torch.func.functional_call
-                if is_traced(x) or lent or len(x) == 0:
+                if lent or len(x) == 0:
                     return self._run_blocks(x)
                 return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
             except (ValueError, RuntimeError) as error:
@@ -267,13 +275,13 @@ class InferenceModel(nn.Module):
             while len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         if waited is None:
-            with self._planning:  # one at a time: each finds the weights that another has packed
-                try:
+            try:
+                with self._planning:  # one at a time: each finds the weights that another has packed
                     future.set_result(self._make_plan(x))
-                except BaseException as error:
-                    with self._lock:
-                        self._plans.pop(key, None)
-                    future.set_exception(error)
+            except BaseException as error:
+                with self._lock:
+                    self._plans.pop(key, None)
+                future.set_exception(error)
         return future.result()
 
     def _make_plan(self, x: Tensor) -> NativePlan | str:
@@ -350,12 +358,32 @@ class InferenceModel(nn.Module):
     __repr__ = __str__
 
 
+class _OnLoad:
+    """A hook of modules, by which an InferenceModel knows of a load while it lives. A copy or a pickle of one watches for none."""
+
+    def __init__(self, model: InferenceModel | None = None) -> None:
+        self._model = None if model is None else weakref.ref(model)
+
+    def watching(self) -> InferenceModel | None:
+        return None if self._model is None else self._model()
+
+    def __call__(self, *_: Any) -> None:
+        if (model := self.watching()) is not None:
+            model._start()
+
+    def __reduce__(self) -> tuple:
+        return _OnLoad, ()
+
+
 def _agree(made: Any, expected: Any) -> bool:
     """Whether two results of a network are the same but for rounding. What is not finite is not looked at, but where only the first
-    has it."""
+    has it. Whole numbers, as of classes, are the same."""
     for a, b in zip(tree_flatten(made)[0], tree_flatten(expected)[0], strict=True):
-        if a.shape != b.shape or (b.isfinite() & ~a.isfinite()).any():
+        if a.shape != b.shape or a.dtype != b.dtype or (b.isfinite() & ~a.isfinite()).any():
             return False
-        if (a - b).abs().nan_to_num(posinf=0).max() > AGREES[b.dtype] * b.abs().nan_to_num(posinf=0).max():
+        if not b.is_floating_point():
+            if not torch.equal(a, b):
+                return False
+        elif (a - b).abs().nan_to_num(posinf=0).max() > AGREES[b.dtype] * b.abs().nan_to_num(posinf=0).max():
             return False
     return True

@@ -2,8 +2,9 @@
 
 The fused blocks call those ops themselves. A convolution outside of them, with the padding before it and the norm and activation
 after it, is :class:`Joining`'s to make one op. :class:`Recording` is the strict form of it for the plan of native calls
-(csrc/inference/plan.h): there the mean and the linear layer of a classifier are ops too, a view moves no data, and anything else
-that touches what came of the image is :class:`Unplannable`.
+(csrc/inference/plan.h): there the mean and the linear layer of a classifier are ops too, and a view moves no data. An operator that
+is no kernel of ours, and what follows from it, is left for after the plan; where that is a convolution or an op of ours the network
+is :class:`Unplannable`.
 """
 
 from __future__ import annotations
@@ -199,13 +200,27 @@ def run_joined(
     return Joining(pixels, dtype).joined(model, image)
 
 
+class Later(NamedTuple):
+    """An operator of PyTorch's that runs after the plan, on all images: the head of a network, mostly."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    made: list[Tensor]
+
+
 class Recording(Joining):
-    """Follows what comes of ``image`` through a forward pass."""
+    """Follows what comes of ``image`` through a forward pass.
+
+    later  the operators that are left for after the plan, in their order
+    """
 
     def __init__(self, image: Tensor, pixels: Tensor, dtype: torch.dtype) -> None:
         super().__init__(pixels, dtype)
         self._kept: list[Tensor] = []  # while they live, no other tensor has their storage
         self._storages: set[int] = set()
+        self._later_storages: set[int] = set()
+        self.later: list[Later] = []
         self._keep(image)
 
     def _keep(self, tensor: Tensor) -> Tensor:
@@ -213,7 +228,8 @@ class Recording(Joining):
         self._storages.add(tensor.untyped_storage()._cdata)
         return tensor
 
-    def _follows(self, tensor: Any) -> bool:
+    def follows(self, tensor: Any) -> bool:
+        """Whether it comes of the image."""
         if not isinstance(tensor, Tensor):
             return False
         return tensor in self._placeholders or tensor.untyped_storage()._cdata in self._storages
@@ -221,34 +237,62 @@ class Recording(Joining):
     def _check_constants(self, op: Any, given: dict[str, Any]) -> None:
         """A plan packs or copies them as they are when it is made."""
         for name, value in given.items():
-            if self._follows(value):
+            if self.follows(value):
                 raise Unplannable(f"{op}: {name} is made of the image")
 
+    def _is_later(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self._later_storages
+
+    def _check_now(self, op: Any, tensors: Any) -> None:
+        if any(map(self._is_later, tensors)):
+            raise Unplannable(f"{self.later[0].func} is no kernel of ours, and {op} follows")
+
+    def _leave(self, func: Any, args: Any, kwargs: Any, result: Any = None) -> Any:
+        """Have an operator run after the plan, and give what it makes of this image."""
+        result = func(*args, **kwargs) if result is None else result
+        made = tree_flatten(result)[0]
+        if func.namespace == "effnet_fast" or not all(isinstance(t, Tensor) for t in made):
+            raise Unplannable(f"{func} is no kernel of ours")
+        if func in _VIEWS and len(args[0]) == len(result) == 1:
+            args = args[0], [-1, *result.shape[1:]]  # of however many images
+        self.later.append(Later(func, args, kwargs, made))
+        for tensor in made:
+            self._later_storages.add(self._keep(tensor).untyped_storage()._cdata)
+        return result
+
     def computed(self, convolution: Convolution) -> Tensor:
+        self._check_now("a convolution", [convolution.x])
         self._check_constants("a convolution or a linear layer", convolution.constants())
         return self._keep(convolution.run())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not any(map(self._follows, tree_flatten((args, kwargs))[0])):
+        if not any(map(self.follows, tree_flatten((args, kwargs))[0])):
             return func(*args, **(kwargs or {}))  # of weights alone: a constant
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        read = tree_flatten((args, kwargs))[0]
         if func.namespace == "effnet_fast":
             if not func._overloadname.startswith("native"):
                 raise Unplannable(f"{func} runs on another backend than native")
+            self._check_now(func, read)
             names = (argument.name for argument in func._schema.arguments)
             given = dict(zip(names, args, strict=False)) | kwargs
             self._check_constants(func, {name: value for name, value in given.items() if name not in _FLOWING})
             return tree_map(self._keep, func(*args, **kwargs))
+        if any(map(self._is_later, read)) or _takes_images(func, args, kwargs):
+            return self._leave(func, args, kwargs)
         if func in _REPLACED:
-            replaced = _REPLACED[func](*args, **kwargs)
+            try:
+                replaced = _REPLACED[func](*args, **kwargs)
+            except Unplannable:
+                return self._leave(func, args, kwargs)
             return self.computed(replaced)[:, :, 0, 0] if isinstance(replaced, Convolution) else self._keep(replaced)
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         made = None if writes else func(*args, **kwargs)
-        if isinstance(made, Tensor) and self._follows(made):
+        if isinstance(made, Tensor) and self.follows(made):
             return made  # a view, or the same
-        raise Unplannable(f"{func} is no kernel of ours")
+        return self._leave(func, args, kwargs, made)
 
 
 # What follows is given what was there before: the result of a convolution that waits, or with no weight an image. It is None where
@@ -329,6 +373,17 @@ def _mm(x: Tensor, weight: Tensor) -> Convolution:
     return _linear(x, weight.t())
 
 
+def _takes_images(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is made for some images of a batch, which of one are all."""
+    if func._schema.name not in _TAKING:
+        return False
+    given = {argument.name: argument.default_value for argument in func._schema.arguments}
+    given |= dict(zip(given, args, strict=False)) | kwargs
+    return given["dim"] in (0, -args[0].dim())
+
+
+_TAKING = {f"aten::{name}" for name in ("slice", "select", "split", "split_with_sizes", "unbind", "index_select")}
+_VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.reshape.default)
 _REPLACED: dict[Any, Callable[..., Tensor | Convolution]] = {
     _ATEN.mm.default: _mm,
     _ATEN.mean.dim: _mean,

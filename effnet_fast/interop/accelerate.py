@@ -50,8 +50,9 @@ def accelerate(model: nn.Module, check: Tensor | None = None) -> Acceleration:
 
     Training is fused too, forward and backward, where a kernel is and PyTorch is not faster: ``effnet_fast.explain(model, x,
     grad=True)`` tells, and inside ``effnet_fast.backend("native")`` all blocks that have kernels are. A gradient that is to be
-    differentiated again (``create_graph=True``), or is asked for in a batch, is plain PyTorch's; graphs of ``torch.compile`` refuse
-    it. Export, ``torch.func``'s transforms, forward-mode derivatives and a hook on a child see the block's own forward.
+    differentiated again (``create_graph=True``), or is asked for in a batch, is plain PyTorch's; the graphs that ``torch.compile``
+    makes by default refuse it. Export, ``torch.func``'s transforms, forward-mode derivatives and a hook on a child see the block's
+    own forward.
 
     Raises ValueError, with the reasons, where no block can be taken, and TypeError for what is not a plain module.
     """

@@ -50,6 +50,7 @@ class _Plan(NamedTuple):
 
 
 _PER_LAYER = 5  # tensors: weight, norm's weight and bias, and the statistics of a frozen norm
+_SQUEEZED = 5  # tensors kept of the squeeze-excite: its mean and gate, and the weights that its backward reads
 
 
 class _Kept(NamedTuple):
@@ -130,9 +131,13 @@ class _Block(torch.autograd.Function):
                 kept += [weight, y, norm, inverse, values]
         out = ops.norm_act(read, norm, activation, keep, x if plan.residual else None)  # type: ignore[arg-type]
         if plan.keeps:
-            ctx.save_for_backward(x, keep, *kept, *squeezed)
-            if not torch.compiler.is_compiling():  # whose graphs refuse a second derivative themselves
-                ctx.tensors, ctx.versions = tensors, [_version(t) for t in tensors]
+            derived: list[Tensor | None] = []
+            if not torch.compiler.is_compiling():  # AOTAutograd's graphs refuse a second derivative themselves
+                # What somebody has made of parameters is autograd's to free, and for its hooks to see.
+                ctx.leaves = [None if t is None or t.grad_fn is not None else t for t in tensors]
+                ctx.versions = [_version(t) for t in ctx.leaves]
+                derived = [t if leaf is None else None for t, leaf in zip(tensors, ctx.leaves, strict=True)]
+            ctx.save_for_backward(x, keep, *kept, *squeezed, *derived)
         ctx.request = backends.requested()
         ctx.plan, ctx.like = plan, [None if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
         ctx.mark_non_differentiable(*statistics)
@@ -159,18 +164,25 @@ def _version(tensor: Tensor | None) -> int:
 @without_autocast
 def _plain_backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
     """Gradients that have gradients of their own, and those that ``grad`` asks for in a batch (vmap)."""
-    for tensor, version in zip(ctx.tensors, ctx.versions, strict=True):
-        if _version(tensor) != version:
+    plan, (x, keep, *saved) = ctx.plan, ctx.saved_tensors
+    biases = range(2, len(plan.layers) * _PER_LAYER, _PER_LAYER)  # of norms, which may change, as plain PyTorch lets them
+    for number, (tensor, version) in enumerate(zip(ctx.leaves, ctx.versions, strict=True)):
+        if _version(tensor) != version and number not in biases:
             raise RuntimeError(
                 f"create_graph: a tensor {tuple(tensor.shape)} of a fused block was changed in place between its forward and"
                 " a backward that is plain PyTorch's; changing it after that would do"
             )
     create_graph, needs = torch.is_grad_enabled(), ctx.needs_input_grad
-    x, keep, *_ = ctx.saved_tensors
+    tensors = [t if leaf is None else leaf for t, leaf in zip(saved[-len(ctx.leaves) :], ctx.leaves, strict=True)]
     with torch.enable_grad():
         # Aliases, for x may have been made of a parameter, whose gradient on that way is not the block's.
-        inputs = [t.view_as(t) if need else t for t, need in zip((x, keep, ctx.plan, *ctx.tensors), needs, strict=True)]
-        out = _plain(*inputs)
+        inputs = [t.view_as(t) if need else t for t, need in zip((x, keep, plan, *tensors), needs, strict=True)]
+        read = inputs[3:]
+        for layer, number in enumerate(biases):
+            if (bias := read[number]) is not None:
+                kept = _Kept(*saved[layer * len(_Kept._fields) :][: len(_Kept._fields)])
+                read[number] = bias + (kept.norm[2].to(bias.dtype) - bias).detach()  # with the value of the forward
+        out = _plain(*inputs[:3], *read)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     gradients = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=create_graph))
     return tuple(next(gradients) if need else None for need in needs)
@@ -223,7 +235,7 @@ def _backward(grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
             break
         before = kept[number - 1] if number > 0 else None
         if squeeze_activation is not None:
-            pooled, gate, *weights = saved[len(layers) * size :]
+            pooled, gate, *weights = saved[len(layers) * size :][:_SQUEEZED]
         grad, grad_weight, sums = ops.conv_backward(
             grad,
             y,

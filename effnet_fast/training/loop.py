@@ -82,16 +82,16 @@ class Trainer:
             raise ValueError(f"cuda_graph is True, {where}; one process on a CUDA device, or False, would do")
         if recipe.cuda_graph and recipe.grad_checkpointing:
             raise ValueError("cuda_graph and grad_checkpointing are True: a graph cannot run a forward again; one of them would do")
-        if teacher is not None and not set(model.parameters()).isdisjoint(teacher.parameters()):
+        if teacher is not None and not {p for p in model.parameters() if p.requires_grad}.isdisjoint(teacher.parameters()):
             raise ValueError("the teacher has parameters of the model, which would not train; a copy would do")
+        none_trains = "no parameter of the model trains: all have requires_grad False; unfreeze(), or True for some, would do"
+        _check_trains(model, none_trains)
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as gradients come, so DDP copies none
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         _configure(model, recipe)
-        _check_trains(
-            model, "no parameter of the model trains: all have requires_grad False; unfreeze(), or True for some, would do"
-        )
+        _check_trains(model, none_trains)  # norms may be all that did
         if teacher is not None:
             teacher.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = Loss(recipe, teacher)
