@@ -214,7 +214,8 @@ class InferenceModel(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         if is_traced(x):
-            return self._run_blocks(x)
+            with torch.autocast(self.device.type, enabled=False):
+                return self._run_blocks(x)
         x = self._checked(x)
         # The dtype is the copy's, whoever calls it; and what is kept outlives the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -282,11 +282,8 @@ class Recording(Joining):
             return tree_map(self._keep, func(*args, **kwargs))
         if any(map(self._is_later, read)) or _takes_images(func, args, kwargs):
             return self._leave(func, args, kwargs)
-        if func in _REPLACED:
-            try:
-                replaced = _REPLACED[func](*args, **kwargs)
-            except Unplannable:
-                return self._leave(func, args, kwargs)
+        replaced = _REPLACED[func](*args, **kwargs) if func in _REPLACED else None
+        if replaced is not None:
             return self.computed(replaced)[:, :, 0, 0] if isinstance(replaced, Convolution) else self._keep(replaced)
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         made = None if writes else func(*args, **kwargs)
@@ -349,27 +346,30 @@ _JOINED: dict[Any, Callable[..., Convolution | None]] = {
 }
 
 
-def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+# What an operator is in a plan, a convolution still to be computed or made; None where it is none of ours.
+
+
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor | None:
     if x.dim() != 4 or dim is None or sorted(d % 4 for d in dim) != [2, 3] or dtype not in (None, x.dtype):
-        raise Unplannable(f"a mean over {dim} of {tuple(x.shape)}")
+        return None
     y = _OPS.global_average_pool.native(x)
     return y[:, :, None, None] if keepdim else y
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Convolution:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Convolution | None:
     """A 1x1 convolution of images of one pixel."""
     if x.dim() != 2:
-        raise Unplannable(f"a linear layer over {tuple(x.shape)}")
+        return None
     return Convolution.of(x[:, :, None, None], weight=weight[:, :, None, None], bias=bias)
 
 
-def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Convolution:
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Convolution | None:
     if beta != 1 or alpha != 1:
-        raise Unplannable("a scaled linear layer")
+        return None
     return _linear(x, weight.t(), bias)
 
 
-def _mm(x: Tensor, weight: Tensor) -> Convolution:
+def _mm(x: Tensor, weight: Tensor) -> Convolution | None:
     return _linear(x, weight.t())
 
 
@@ -384,7 +384,7 @@ def _takes_images(func: Any, args: Any, kwargs: Any) -> bool:
 
 _TAKING = {f"aten::{name}" for name in ("slice", "select", "split", "split_with_sizes", "unbind", "index_select")}
 _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.reshape.default)
-_REPLACED: dict[Any, Callable[..., Tensor | Convolution]] = {
+_REPLACED: dict[Any, Callable[..., Tensor | Convolution | None]] = {
     _ATEN.mm.default: _mm,
     _ATEN.mean.dim: _mean,
     _ATEN.linear.default: _linear,
