@@ -96,8 +96,11 @@ def pooled_and_convolved(net: nn.Module, x: torch.Tensor) -> Any:
 UNPLANNED = {
     "before the stem": (lambda net, x: net((x - 0.5) / 0.2), "aten.sub.Tensor is no kernel of ours, and a convolution follows"),
     "a convolution": (pooled_and_convolved, "aten.amax.default is no kernel of ours, and a convolution follows"),
-    "a number": (lambda net, x: net(x) * net(x).amax().item(), "aten._local_scalar_dense.default is no kernel of ours"),
+    "a number": (lambda net, x: net(x) * net(x).amax().item(), "aten._local_scalar_dense.default gives Python what depends"),
     "a whole batch": (lambda net, x: net(x) - net(x).mean(0) + torch.arange(len(x))[:, None], "another result than its blocks"),
+    "values": (lambda net, x: net(x) * torch.tensor(net(x).amax(1).tolist())[:, None], "tolist gives Python what depends"),
+    "as many as are large": (lambda net, x: net(x) * (1 + len((net(x) > 1).nonzero())), "aten.nonzero.default gives Python"),
+    "a median": (lambda net, x: net(x).sort(0)[0][(len(x) - 1) // 2 :], "another result than its blocks"),
     "a constant": (lambda net, x: [net(x), torch.ones(3)], "a result does not come of the image"),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from effnet_fast import ops
-from effnet_fast.inference.recording import Recording, Unplannable
+from effnet_fast.inference.recording import Recording, Unplannable, Unread
 from effnet_fast.ops import native
 from effnet_fast.ops.library import define_native
 
@@ -104,7 +104,7 @@ class NativePlan:
             try:
                 _OPS.plan_begin(self._number, image, like._number if like else 0)
                 recording = Recording(image, pixels, dtype)  # keeps what was recorded until the end
-                with ops.backend("native"):
+                with ops.backend("native"), Unread(recording):
                     leaves, self._tree = tree_flatten(recording.joined(model, image))
                 if not all(map(recording.follows, leaves)):
                     raise Unplannable("a result does not come of the image")
@@ -115,6 +115,7 @@ class NativePlan:
                         raise Unplannable("a result is no batch of maps, channels_last, or of vectors")
                 self._results = [(made.shape[1:], made.dtype, made.dim() == 4) for made in self._rest.given]
                 self.size = Size(*_OPS.plan_end(self._number, self._rest.given))
+                self._rest.given.clear()  # as large as the image
             except BaseException:
                 free()  # else this thread would go on recording
                 raise

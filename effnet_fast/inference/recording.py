@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -249,6 +250,8 @@ class Recording(Joining):
 
     def _leave(self, func: Any, args: Any, kwargs: Any, result: Any = None) -> Any:
         """Have an operator run after the plan, and give what it makes of this image."""
+        if not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}.isdisjoint(func.tags):
+            raise Unplannable(f"{func} gives Python what depends on the image")
         result = func(*args, **kwargs) if result is None else result
         made = tree_flatten(result)[0]
         if func.namespace == "effnet_fast" or not all(isinstance(t, Tensor) for t in made):
@@ -371,6 +374,19 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: f
 
 def _mm(x: Tensor, weight: Tensor) -> Convolution | None:
     return _linear(x, weight.t())
+
+
+class Unread(TorchFunctionMode):
+    """Refuses to give Python the values of what a recording follows: a plan would keep those of one image."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self._recording = recording
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and self._recording.follows(args[0]):
+            raise Unplannable(f"{func.__name__} gives Python what depends on the image")
+        return func(*args, **(kwargs or {}))
 
 
 def _takes_images(func: Any, args: Any, kwargs: Any) -> bool:
