@@ -61,10 +61,9 @@ def optimize_for_inference(
     for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it; the
     last 256 plans are kept. Operators that no kernel of ours is for run after it: the activations of a head, a softmax, a maximum
     over pixels. Where a convolution follows one, or a model does something else with three images than with each, its blocks run
-    one by one: ``print(copy)`` tells. What Python makes of how many more there are is not seen. On CUDA a
-    graph is captured for each
-    shape and layout of a batch, its size included, at the first call with it, and the last 16 are kept: pad odd batches, or give
-    :meth:`InferenceModel.warmup` the sizes.
+    one by one: ``print(copy)`` tells. What Python makes of how many more there are is not seen. On CUDA a graph is captured for
+    each shape and layout of a batch, its size included, at the first call with it, and the last 16 are kept: pad odd batches, or
+    give :meth:`InferenceModel.warmup` the sizes.
 
     What comes later to the model does not change the copy. Weights that are loaded into the copy, or into a module of it, count
     from then on, and those of a :func:`torch.func.functional_call` that lends it others for all of its own; what is written to some
