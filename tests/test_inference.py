@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 
@@ -50,7 +49,7 @@ def small(seed: int = 0) -> nn.Module:
 
 @planned
 @pytest.mark.parametrize("name", [*OURS, *PEERS])
-def test_every_net_is_one_native_call(name):
+def test_every_net_is_native_calls(name):
     """By the 2x rule against the net itself, for odd sizes, in both layouts, for fewer and for more images than threads."""
     torch.manual_seed(0)
     net = PEERS[name]() if name in PEERS else create_model(name)
@@ -59,10 +58,12 @@ def test_every_net_is_one_native_call(name):
     x = torch.randn(5, 3, 47, 66)
     with torch.no_grad():
         plain, exact = leaves(net(x)), leaves(net.double()(x.double()))
-    for images in (x, x.contiguous(memory_format=torch.channels_last), x[:1]):
+    for images in (x, *2 * [x.contiguous(memory_format=torch.channels_last)], x[:1]):
         for made, expected, truth in zip(leaves(optimized(images)), plain, exact, strict=True):
             assert_2x(made, expected[: len(images)], truth[: len(images)], name)
-    assert str(optimized).count("one native call") == 2
+    lines = [line for line in str(optimized).splitlines() if "3x47x66" in line]
+    dense = "v2" in name  # oneDNN's convolutions are between
+    assert len(lines) == 2 and all(("native calls of" if dense else "one native call of") in line for line in lines)
 
 
 @planned
@@ -133,7 +134,8 @@ def test_any_order_of_shapes_and_layouts(calls):
         with torch.no_grad():
             expected.append(net(x))
     torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-4)
-    assert len(optimized._plans) == len({call[1:] for call in calls})
+    shapes = [call[1:] for call in calls]
+    assert len(optimized._plans) == len({shape for shape in shapes if shape == shapes[0] or shapes.count(shape) > 1})
     assert all(isinstance(plan, NativePlan) for _, plan in optimized._made_plans())
 
 
@@ -300,7 +302,7 @@ def test_a_copy_is_frozen():
 def test_the_plan_that_was_not_used_for_longest_goes(monkeypatch):
     monkeypatch.setattr(optimize, "PLANS", 2)
     optimized = effnet_fast.optimize_for_inference(small())
-    for size in (32, 33, 32, 34):
+    for size in (32, 33, 33, 32, 34, 34):
         optimized(torch.randn(1, 3, size, 32))
     assert "2 plans" in str(optimized) and "3x33x32" not in str(optimized)
 
@@ -314,6 +316,23 @@ def test_many_shapes_in_turn_are_planned_once(monkeypatch):
     for size in [*range(32, 64)] * 2:
         optimized(torch.zeros(1, 3, size, 32))
     assert made == [*range(32, 64)]
+
+
+@planned
+def test_a_shape_that_comes_once_is_not_planned():
+    """But the first: to plan takes longer than to run the blocks. At the second call it is, and by a warm-up."""
+    net = small()
+    optimized = effnet_fast.optimize_for_inference(net)
+    sizes = (40, 41, 42, 41, 43)
+    for size in sizes:
+        x = torch.randn(2, 3, size, 40)
+        with torch.no_grad():
+            torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
+    assert [shape[1] for (_, shape, _), _ in optimized._made_plans()] == [40, 41]
+    optimized.warmup((1, 3, 44, 40))
+    assert [shape[1] for (_, shape, _), _ in optimized._made_plans()] == [40, 41, 44]
+    with pytest.raises(ValueError, match="at least one pixel"):
+        optimized(torch.randn(1, 3, 0, 40))
 
 
 @planned
@@ -332,7 +351,8 @@ def test_plans_that_threads_make_at_the_same_time_share_their_weights():
 
     def serve(size: int) -> None:
         barrier.wait()
-        optimized(torch.randn(1, 3, size, 40))
+        for _ in range(2):
+            optimized(torch.randn(1, 3, size, 40))
 
     threads = [threading.Thread(target=serve, args=(size,)) for size in (40, 41, 42)]
     for thread in threads:
@@ -524,27 +544,6 @@ def test_a_plan_that_cannot_be_begun_leaves_the_thread_as_it_was():
     with torch.no_grad():
         torch.testing.assert_close(optimized(x), net(x), rtol=1e-4, atol=1e-4)
     assert "one native call" in str(optimized) and kept.tb is not None, "what was begun is not freed with the error"
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"act_layer": nn.GELU}, {"norm_layer": functools.partial(nn.GroupNorm, 4)}], ids=["GELU", "GroupNorm"]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nets_of_ours_that_no_kernel_is_for_run_as_they_are(arguments, dtype):
-    net = create_model("efficientnet_b0", num_classes=10, **arguments).eval()
-    x = torch.randn(2, 3, 40, 40)
-    with torch.no_grad():
-        torch.testing.assert_close(effnet_fast.optimize_for_inference(net, dtype)(x), copy.deepcopy(net).to(dtype)(x.to(dtype)))
-
-
-def test_what_cannot_be_planned_runs_block_by_block():
-    """And says why."""
-    net = small()
-    net.act1 = nn.Hardswish()
-    optimized, x = effnet_fast.optimize_for_inference(net), torch.randn(2, 3, 40, 40)
-    with torch.no_grad():
-        torch.testing.assert_close(optimized(x), net(x))
-    assert native.REASON is not None or "is no kernel of ours, and a convolution follows" in str(optimized)
 
 
 @pytest.mark.parametrize("name", ["ours", "timm b0", "torchvision b0"])

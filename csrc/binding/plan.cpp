@@ -1,6 +1,6 @@
-// effnet_fast::plan_begin, plan_end, plan_run, plan_held and plan_free: a network's kernels on the CPU, recorded and replayed. The
-// schemas are in effnet_fast/inference. A plan is known by a number that the caller chooses, under which this file keeps it: so the
-// caller can free it whatever becomes of the call that began it.
+// effnet_fast::plan_begin, plan_input, plan_stop, plan_end, plan_run, plan_held and plan_free: a network's kernels on the CPU,
+// recorded and replayed. The schemas are in effnet_fast/inference. A plan is known by a number that the caller chooses, under which
+// this file keeps it: so the caller can free it whatever becomes of the call that began it.
 #include "../inference/plan.h"
 
 #include <unordered_map>
@@ -30,24 +30,29 @@ std::vector<inference::Range> ranges_of(const std::vector<Tensor>& tensors) {
   return ranges;
 }
 
-void begin(int64_t number, const Tensor& image, int64_t like) {
+void begin(int64_t number, int64_t like) {
   check(!inference::recording, kPlan, ": this thread is recording one already");
-  check(image.dim() == 4 && image.size(0) == 1, kPlan, ": image has shape ", shape_text(image), ", expected [1, C, H, W]");
-  auto store = like ? plan_of(like)->store() : std::make_shared<inference::Store>();
-  auto plan = std::make_shared<inference::Plan>(range_of(image), std::move(store));
+  auto plan = std::make_shared<inference::Plan>(like ? plan_of(like)->store() : std::make_shared<inference::Store>());
   const std::lock_guard<std::mutex> lock(mutex);
   plans[number] = std::move(plan);
 }
 
+void input(int64_t number, const Tensor& t) {
+  check(t.dim() > 0 && t.size(0) == 1, kPlan, ": an input has shape ", shape_text(t), ", expected [1, ...]");
+  plan_of(number)->add_input(range_of(t));
+}
+
+void stop(int64_t number) { plan_of(number)->stop(); }
+
 std::vector<int64_t> end(int64_t number, std::vector<Tensor> results) {
   const auto plan = plan_of(number);
-  check(inference::recording == plan.get(), kPlan, ": this thread does not record that one");
+  plan->stop();
   plan->finish(ranges_of(results));
   return {int64_t(plan->steps()), int64_t(plan->arena_bytes()), int64_t(plan->packed_bytes())};
 }
 
-void run(int64_t number, const Tensor& images, std::vector<Tensor> results) {
-  plan_of(number)->run(images.size(0), range_of(images), ranges_of(results));
+void run(int64_t number, int64_t images, std::vector<Tensor> inputs, std::vector<Tensor> results) {
+  plan_of(number)->run(images, ranges_of(inputs), ranges_of(results));
 }
 
 int64_t held(int64_t number) { return int64_t(plan_of(number)->store()->bytes()); }
@@ -57,12 +62,12 @@ void free_plan(int64_t number) {
   plans.erase(number);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CPU, m) { m.impl("plan_input", TORCH_BOX(&input)); }
+STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CompositeExplicitAutograd, m) {
   m.impl("plan_begin", TORCH_BOX(&begin));
+  m.impl("plan_stop", TORCH_BOX(&stop));
   m.impl("plan_end", TORCH_BOX(&end));
   m.impl("plan_run", TORCH_BOX(&run));
-}
-STABLE_TORCH_LIBRARY_IMPL(effnet_fast, CompositeExplicitAutograd, m) {
   m.impl("plan_held", TORCH_BOX(&held));
   m.impl("plan_free", TORCH_BOX(&free_plan));
 }

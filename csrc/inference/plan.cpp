@@ -94,9 +94,11 @@ size_t weight_bytes(const pool::Params&) { return 0; }
 
 }  // namespace
 
-Plan::Plan(Range image, std::shared_ptr<Store> store) : image_(image), store_(std::move(store)) { recording = this; }
+Plan::Plan(std::shared_ptr<Store> store) : store_(std::move(store)) { recording = this; }
 
-Plan::~Plan() {
+Plan::~Plan() { stop(); }
+
+void Plan::stop() {
   if (recording == this) recording = nullptr;
 }
 
@@ -135,13 +137,15 @@ void Plan::add(const squeeze_excite::GateParams& given) {
 void Plan::add(const pool::Params& p) { add_step(p); }
 
 // Memory that was freed and given out again is whoever wrote it last.
-Plan::Use Plan::find(const void* data) const {
+Plan::Use Plan::find(const void* data, size_t bytes) const {
   const char* at = static_cast<const char*>(data);
-  if (!at) return {-2, 0};
+  if (!at) return {};
   for (int i = int(values_.size()) - 1; i >= 0; --i)
-    if (at >= values_[i].data && at < values_[i].data + values_[i].bytes) return {i, size_t(at - values_[i].data)};
-  const char* image = static_cast<const char*>(image_.data);
-  if (at >= image && at < image + image_.bytes) return {-1, size_t(at - image)};
+    if (at >= values_[i].data && at < values_[i].data + values_[i].bytes) return {Of::value, i, size_t(at - values_[i].data)};
+  for (size_t i = 0; i < inputs_.size(); ++i) {
+    const char* input = static_cast<const char*>(inputs_[i].data);
+    if (at >= input && at + bytes <= input + inputs_[i].bytes) return {Of::input, int(i), size_t(at - input)};
+  }
   throw std::runtime_error("inference plan: step " + std::to_string(steps_.size()) + " reads what no step wrote");
 }
 
@@ -151,12 +155,12 @@ template <typename P> void Plan::add_step(P p) {
   std::vector<Value> written;
   each_pointer(p, [&](auto pointer, size_t bytes, bool is_written) {
     if (!is_written) {
-      uses.push_back(find(pointer));
-      if (uses.back().value >= 0) values_[uses.back().value].needed = step;
+      uses.push_back(find(pointer, bytes));
+      if (uses.back().of == Of::value) values_[uses.back().number].needed = step;
     } else if (bytes == 0) {  // sums that are not asked for
-      uses.push_back({-2, 0});
+      uses.push_back({});
     } else {
-      uses.push_back({int(values_.size() + written.size()), 0});
+      uses.push_back({Of::value, int(values_.size() + written.size()), 0});
       written.push_back({reinterpret_cast<const char*>(pointer), bytes, step, step});
     }
   });
@@ -175,10 +179,11 @@ void Plan::join() {
     const auto* depthwise = i + 1 < steps_.size() ? std::get_if<depthwise::ForwardParams>(&steps_[i + 1].params) : nullptr;
     if (expand && depthwise && can_join(*expand, *depthwise)) {
       const Use x = uses_[i].front(), expanded = uses_[i].back();
-      Value& value = values_[expanded.value];
-      if (uses_[i + 1].front().value == expanded.value && value.needed == int(i + 1)) {
+      Value& value = values_[expanded.number];
+      const Use& read = uses_[i + 1].front();
+      if (read.of == Of::value && read.number == expanded.number && value.needed == int(i + 1)) {
         value.bytes = 0;
-        if (x.value >= 0) values_[x.value].needed = std::max(values_[x.value].needed, int(i + 1));
+        if (x.of == Of::value) values_[x.number].needed = std::max(values_[x.number].needed, int(i + 1));
         uses_[i + 1].front() = x;
         steps_[i + 1].params = ExpandDepthwise{*expand, *depthwise};
         continue;
@@ -199,7 +204,6 @@ void Plan::find_together() {
   for (size_t i = steps_.size(); i > 0; --i) {
     Step& step = steps_[i - 1];
     const std::vector<Use>& uses = uses_[i - 1];
-    if (std::any_of(uses.begin(), uses.end(), [](const Use& use) { return use.value == -1; })) break;
     size_t written = 0, weights = 0;
     std::visit(
         [&](auto& params) {
@@ -208,7 +212,7 @@ void Plan::find_together() {
           const Use* use = uses.data();
           each_pointer(params, [&](auto&, size_t bytes, bool is_written) {
             written += is_written ? bytes : 0;
-            if (use->value >= 0 && (use->offset != 0 || values_[use->value].bytes != bytes)) step.joint = false;
+            if (use->of != Of::nothing && (use->offset != 0 || bytes_of(*use) != bytes)) step.joint = false;
             ++use;
           });
         },
@@ -218,10 +222,10 @@ void Plan::find_together() {
   }
   for (size_t i = together_; i < steps_.size(); ++i)
     for (const Use& use : uses_[i])
-      if (use.value >= 0 && values_[use.value].result < 0) values_[use.value].images = kTogether;
+      if (use.of == Of::value && values_[use.number].result < 0) values_[use.number].images = kTogether;
   for (size_t i = 0; i < together_; ++i)  // what waits for the other images' is in use while they are computed
     for (const Use& use : uses_[i])
-      if (use.value >= 0 && values_[use.value].images > 1) values_[use.value].written = 0;
+      if (use.of == Of::value && values_[use.number].images > 1) values_[use.number].written = 0;
 }
 
 // First fit, the largest first: each value at the lowest offset where it meets none that is needed at the same time.
@@ -248,13 +252,12 @@ void Plan::place_values() {
 }
 
 void Plan::finish(const std::vector<Range>& results) {
-  recording = nullptr;
   for (size_t i = 0; i < results.size(); ++i) {
-    const Use use = find(results[i].data);
-    if (use.value < 0 || use.offset != 0 || values_[use.value].bytes != results[i].bytes || values_[use.value].result >= 0)
+    const Use use = find(results[i].data, results[i].bytes);
+    if (use.of != Of::value || use.offset != 0 || bytes_of(use) != results[i].bytes || values_[use.number].result >= 0)
       throw std::runtime_error("inference plan: result " + std::to_string(i) + " is not what a step wrote, whole and once");
-    values_[use.value].result = int(i);
-    values_[use.value].needed = int(steps_.size());
+    values_[use.number].result = int(i);
+    values_[use.number].needed = int(steps_.size());
     result_bytes_.push_back(results[i].bytes);
   }
   join();
@@ -265,14 +268,11 @@ void Plan::finish(const std::vector<Range>& results) {
       const Use& use = uses_[i][k];
       Place& place = steps_[i].places[k];
       place.offset = use.offset;
-      if (use.value == -1) {
-        place.where = Where::image;
-        place.stride = image_.bytes;
-      }
-      if (use.value < 0) continue;
-      const Value& value = values_[use.value];
+      if (use.of == Of::input) place = {Where::input, use.number, use.offset, inputs_[use.number].bytes};
+      if (use.of != Of::value) continue;
+      const Value& value = values_[use.number];
       place.where = value.result >= 0 ? Where::result : Where::arena;
-      place.result = value.result;
+      place.number = value.result;
       if (value.result >= 0 || value.images > 1) place.stride = value.bytes;
       place.offset += value.offset;
     }
@@ -288,9 +288,9 @@ void Plan::run_step(const Step& step, int64_t image, int64_t images, const Memor
           char* at = nullptr;
           switch (place->where) {
             case Where::nowhere: break;
-            case Where::image: at = const_cast<char*>(memories.image); break;
+            case Where::input: at = const_cast<char*>(memories.inputs[place->number]); break;
             case Where::arena: at = memories.arena; break;
-            case Where::result: at = memories.results[place->result]; break;
+            case Where::result: at = memories.results[place->number]; break;
           }
           if (at) at += place->offset + image * place->stride;
           pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
@@ -302,16 +302,18 @@ void Plan::run_step(const Step& step, int64_t image, int64_t images, const Memor
       step.params);
 }
 
-void Plan::run(int64_t images, Range image, const std::vector<Range>& results) const {
-  bool fits = image.bytes == images * image_.bytes && results.size() == result_bytes_.size();
+void Plan::run(int64_t images, const std::vector<Range>& inputs, const std::vector<Range>& results) const {
+  bool fits = inputs.size() == inputs_.size() && results.size() == result_bytes_.size();
+  for (size_t i = 0; fits && i < inputs.size(); ++i) fits = inputs[i].bytes == images * inputs_[i].bytes;
   for (size_t i = 0; fits && i < results.size(); ++i) fits = results[i].bytes == images * result_bytes_[i];
   if (!fits || recording == this) throw std::runtime_error("inference plan: images or results are not like those recorded");
   const auto range = [&](int64_t begin, int64_t end) {
     auto arena = store_->acquire(arena_bytes_);
-    Memories memories{nullptr, arena->data(), std::vector<char*>(results.size())};
+    Memories memories{std::vector<const char*>(inputs.size()), arena->data(), std::vector<char*>(results.size())};
     for (int64_t first = begin, count; first < end; first += count) {
       count = std::min<int64_t>(kTogether, end - first);
-      memories.image = static_cast<const char*>(image.data) + first * image_.bytes;
+      for (size_t k = 0; k < inputs.size(); ++k)
+        memories.inputs[k] = static_cast<const char*>(inputs[k].data) + first * inputs_[k].bytes;
       for (size_t k = 0; k < results.size(); ++k)
         memories.results[k] = static_cast<char*>(const_cast<void*>(results[k].data)) + first * result_bytes_[k];
       for (int64_t i = 0; i < count; ++i)

@@ -1,10 +1,10 @@
 // A network's kernel calls, recorded for one image and replayed without torch: the CPU's counterpart of a CUDA graph.
 //
 // While a Plan records, the bindings hand it the params of each CPU kernel that they start. It copies and packs the weights. The
-// pointers to what flows through the network it turns into places: in the image, in one of the results, or in an arena, where
-// values that are not needed at the same time share memory. A pointwise convolution and the depthwise one after it become one step.
-// To run, it copies the params, puts pointers in and calls the kernels: for image after image, and at the end, where weights are
-// larger than what they make of an image, for several at once.
+// pointers to what flows through the network it turns into places: in the image or what else it is given, in one of the results,
+// or in an arena, where values that are not needed at the same time share memory. A pointwise convolution and the depthwise one
+// after it become one step. To run, it copies the params, puts pointers in and calls the kernels: for image after image, and at the
+// end, where weights are larger than what they make of an image, for several at once.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -29,9 +29,13 @@ struct Range {
 
 class Plan {
  public:
-  // Starts to record in this thread. `image` is what the network is given; `store` that of the network's other plans.
-  Plan(Range image, std::shared_ptr<Store> store);
+  // Starts to record in this thread. `store` is that of the network's other plans.
+  explicit Plan(std::shared_ptr<Store> store);
   ~Plan();
+
+  // The next thing that the kernels are given, of one image: the image, or what is made of it elsewhere. It lives until the end,
+  // and lies where no kernel writes meanwhile.
+  void add_input(Range input) { inputs_.push_back(input); }
 
   void add(const conv::Params& p);
   void add(const depthwise::ForwardParams& p);
@@ -39,13 +43,16 @@ class Plan {
   void add(const pointwise::Params& p);
   void add(const pool::Params& p);
 
-  // Ends the recording. `results` were computed by it.
+  // Ends the recording: what kernels this thread starts from now on is none of it.
+  void stop();
+
+  // After that. `results` were computed by it, and nobody has written to them since.
   // Throws std::runtime_error where a result is not what a kernel wrote, as add does where a kernel reads what none wrote.
   void finish(const std::vector<Range>& results);
 
-  // Of so many images, one after the other, and of their results. Any number of threads may run a plan at the same time.
+  // Of so many images, one after the other: their inputs, and their results. Any number of threads may run a plan at the same time.
   // Throws std::runtime_error where the bytes are not those of that many recorded images and results.
-  void run(int64_t images, Range image, const std::vector<Range>& results) const;
+  void run(int64_t images, const std::vector<Range>& inputs, const std::vector<Range>& results) const;
 
   size_t steps() const { return steps_.size(); }
   size_t arena_bytes() const { return arena_bytes_; }    // of the images that a thread computes
@@ -55,10 +62,10 @@ class Plan {
  private:
   using Params = std::variant<conv::Params, depthwise::ForwardParams, squeeze_excite::GateParams, pointwise::Params, pool::Params,
                               ExpandDepthwise>;
-  enum class Where { nowhere, image, arena, result };
+  enum class Where { nowhere, input, arena, result };
   struct Place {
     Where where = Where::nowhere;
-    int result = 0;
+    int number = 0;                 // of the input or the result
     size_t offset = 0, stride = 0;  // from one image to the next; 0 where the next takes its place
   };
   static constexpr int kMostPointers = 4;
@@ -77,18 +84,21 @@ class Plan {
     size_t offset = 0;
     int images = 1;  // that lie next to one another
   };
+  enum class Of { nothing, input, value };
   struct Use {
-    int value;  // or -1: the image; -2: nothing
-    size_t offset;
+    Of of = Of::nothing;
+    int number = 0;
+    size_t offset = 0;
   };
 
   template <typename P> void add_step(P p);
   template <typename P> void add_packed(P p);
   const void* copy(const void* data, size_t bytes);
-  Use find(const void* data) const;
+  Use find(const void* data, size_t bytes) const;
+  size_t bytes_of(const Use& use) const { return use.of == Of::value ? values_[use.number].bytes : inputs_[use.number].bytes; }
   // Where some images begin, and what becomes of them.
   struct Memories {
-    const char* image;
+    std::vector<const char*> inputs;
     char* arena;
     std::vector<char*> results;
   };
@@ -98,7 +108,7 @@ class Plan {
   void place_values();
   void run_step(const Step& step, int64_t image, int64_t images, const Memories& memories) const;
 
-  Range image_;
+  std::vector<Range> inputs_;
   std::vector<Step> steps_;
   std::vector<Value> values_;
   std::vector<std::vector<Use>> uses_;  // of each step's pointers

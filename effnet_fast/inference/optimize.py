@@ -46,9 +46,9 @@ def optimize_for_inference(
 ) -> InferenceModel:
     """A frozen copy of ``model`` in evaluation mode, with the same call, for serving.
 
-    model          a net of ours (a ResNet runs as plain PyTorch, as do blocks with another norm or activation than kernels have),
-                   an EfficientNet of timm, torchvision or efficientnet_pytorch that :func:`effnet_fast.accelerate` takes, or a
-                   module with one in it
+    model          a net of ours (what its ResNets' kernels would be, and those of another norm or activation than ours have, is
+                   PyTorch's), an EfficientNet of timm, torchvision or efficientnet_pytorch that :func:`effnet_fast.accelerate`
+                   takes, or a module with one in it
     dtype          what it computes in, float32, bfloat16 or float16: by default the model's own
     preprocessing  its mean and std normalise uint8 images: by default the model's own where it carries them (ours, timm's), else
                    ImageNet's
@@ -58,12 +58,13 @@ def optimize_for_inference(
                    not tried, and a kernel is started for each part of a block
 
     On the CPU one native call runs the whole network, with its norms folded and its weights packed: an image a thread, or an image
-    for all threads where there are fewer. It is planned anew for each shape and layout of an image, at the first call with it; the
-    last 256 plans are kept. Operators that no kernel of ours is for run after it: the activations of a head, a softmax, a maximum
-    over pixels. Where a convolution follows one, or a model does something else with three images than with each, its blocks run
-    one by one: ``print(copy)`` tells. What Python makes of how many more there are is not seen. On CUDA a graph is captured for
-    each shape and layout of a batch, its size included, at the first call with it, and the last 16 are kept: pad odd batches, or
-    give :meth:`InferenceModel.warmup` the sizes.
+    for all threads where there are fewer. It is planned for the first image, and anew for each other shape and layout at the second
+    call with it: those that come once only run block by block, which is sooner done than a plan. The last 256 are kept. Operators
+    that no kernel of ours is for run before, after or between native calls: the normalisation in a model, a softmax, a decoder's
+    upsampling. Where a model does something else with three images than with each, or something that depends on what is in
+    them, its blocks run one by one: ``print(copy)`` tells. What Python makes of how many more there are is not seen. On CUDA a
+    graph is captured for each shape and layout of a batch, its size included, at the first call with it, and the last 16 are
+    kept: pad odd batches, or give :meth:`InferenceModel.warmup` the sizes.
 
     What comes later to the model does not change the copy. Weights that are loaded into the copy, or into a module of it, count
     from then on, and those of a :func:`torch.func.functional_call` that lends it others for all of its own; what is written to some
@@ -171,6 +172,7 @@ class InferenceModel(nn.Module):
         self.device = next(self.frozen.parameters()).device
         self.__dict__["_weight"] = next(self.frozen.parameters())  # no parameter of this module's own
         self._plans: OrderedDict[tuple, Future[NativePlan | str]] = OrderedDict()
+        self._seen: OrderedDict[tuple, None] = OrderedDict()  # once, and not planned
         self._lock, self._planning = threading.Lock(), threading.RLock()  # a hook of the model may call the copy
         self._run_joined = functools.partial(run_joined, self.frozen, pixels=self.pixels, dtype=self.dtype)
         few = None
@@ -183,7 +185,7 @@ class InferenceModel(nn.Module):
         return chain.why_not(self.device, self.dtype) if self.cuda_graphs else "it is for CUDA graphs"
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("device", "_weight", "_plans", "_lock", "_planning", "_run_joined", "_graphs", "_in_pieces")
+        made = ("device", "_weight", "_plans", "_seen", "_lock", "_planning", "_run_joined", "_graphs", "_in_pieces")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -242,12 +244,13 @@ class InferenceModel(nn.Module):
             x = x.contiguous()
         key = x.dtype, x.shape[1:], x.stride()[1:]
         plan = self._plan(key, x)
-        if isinstance(plan, str):
+        if plan is None or isinstance(plan, str):
             try:
                 return self._run_blocks(x)
             except Exception:
                 with self._lock:
                     self._plans.pop(key, None)  # no images of the network's
+                    self._seen.pop(key, None)
                 raise
         if is_tracing():  # a plan tells nothing
             with ops.backend("native"):
@@ -267,9 +270,16 @@ class InferenceModel(nn.Module):
             raise ValueError("InferenceModel: x asks for a gradient, which a frozen copy does not give; x.detach() would do")
         return x
 
-    def _plan(self, key: tuple, x: Tensor) -> NativePlan | str:
-        """The plan for such images, made now if need be, or why there is none. Others run theirs meanwhile."""
+    def _plan(self, key: tuple, x: Tensor) -> NativePlan | str | None:
+        """The plan for such images, made now if need be, or why there is none. Others run theirs meanwhile. None: they come for
+        the first time, others have come before, and to plan takes longer than to run the blocks; perhaps they never come again."""
         with self._lock:
+            if self._plans and key not in self._plans and key not in self._seen:
+                self._seen[key] = None
+                while len(self._seen) > PLANS:
+                    self._seen.popitem(last=False)
+                return None
+            self._seen.pop(key, None)
             waited = self._plans.get(key)
             future = self._plans[key] = waited or Future()
             self._plans.move_to_end(key)
@@ -334,7 +344,8 @@ class InferenceModel(nn.Module):
         for shape in wanted:
             try:
                 images = torch.empty(shape, dtype=dtype or self.dtype, device=self.device, memory_format=memory_format)
-                self(images.zero_())
+                for _ in range(2):  # a plan is made at the second call
+                    self(images.zero_())
             except (ValueError, TypeError, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise

@@ -1,32 +1,35 @@
 """What a forward pass does to an image, as calls of our ops.
 
 The fused blocks call those ops themselves. A convolution outside of them, with the padding before it and the norm and activation
-after it, is :class:`Joining`'s to make one op. :class:`Recording` is the strict form of it for the plan of native calls
+after it, is :class:`Joining`'s to make one op. :class:`Recording` is the strict form of it for a plan of native calls
 (csrc/inference/plan.h): there the mean and the linear layer of a classifier are ops too, and a view moves no data. An operator that
-is no kernel of ours, and what follows from it, is left for after the plan; where that is a convolution or an op of ours the network
-is :class:`Unplannable`.
+is no kernel of ours is left for after the kernels before it; a convolution or an op of ours that reads what it makes begins another
+native call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from effnet_fast import ops
+from effnet_fast.inference.convolution import FoldedConvolution, Folding, is_folded
 from effnet_fast.ops.common import activate_, empty_output
 from effnet_fast.ops.conv.reference import normalised
+from effnet_fast.ops.depthwise import is_taken
 
 _OPS = torch.ops.effnet_fast
 _ATEN = torch.ops.aten
-_FLOWING = ("x", "partial", "gate", "residual")  # arguments of our ops that a plan reads anew for every image
+_FLOWING = ("x", "partial", "gate", "residual")  # arguments of our ops that a native call reads anew for every image
 
 
 class Unplannable(Exception):
@@ -56,6 +59,13 @@ class Convolution(NamedTuple):
     def is_image(self) -> bool:
         return self.pixels is not None and self.weight is None and not any(self.padding)
 
+    @property
+    def is_window(self) -> bool:
+        """Whether it is :func:`effnet_fast.ops.conv_bn_act`, of several pixels and channels each."""
+        if self.weight is None or self.groups != 1:
+            return False
+        return self.weight.shape[2:] != (1, 1) or self.stride != 1 or any(self.padding) or self.pixels is not None
+
     def constants(self) -> dict[str, Any]:
         """What it reads beside ``x``: the weights and the norm."""
         return {"weight": self.weight, "bias": self.bias, **({} if self.norm is None else self.norm._asdict())}
@@ -78,20 +88,21 @@ class Convolution(NamedTuple):
         y.untyped_storage().resize_(0)
         return y
 
+    def whole_norm(self) -> ops.Norm:
+        """With the bias in it."""
+        assert self.weight is not None
+        if self.norm is None:
+            zeros = torch.zeros(len(self.weight), device=self.weight.device)
+            return ops.Norm(None, None if self.bias is None else self.bias.float(), zeros, zeros + 1, 0.0)
+        return self.norm if self.bias is None else self.norm._replace(mean=self.norm.mean - self.bias.to(self.norm.mean.dtype))
+
     def run(self) -> Tensor:
         """As an op of ours."""
         if self.weight is None:
             raise Unplannable("what is no convolution follows a uint8 image, or zeros around an image")
-        channels = len(self.weight)
-        norm = self.norm
-        if norm is None:
-            zeros = torch.zeros(channels, device=self.weight.device)
-            norm = ops.Norm(None, None if self.bias is None else self.bias.float(), zeros, zeros + 1, 0.0)
-        elif self.bias is not None:
-            norm = norm._replace(mean=norm.mean - self.bias.to(norm.mean.dtype))
+        norm = self.whole_norm()
         window = {"stride": self.stride, "padding": self.padding, "activation": self.activation}
-        pointwise = self.weight.shape[2:] == (1, 1) and self.stride == 1 and not any(self.padding)
-        if self.groups == 1 and pointwise and self.pixels is None:
+        if self.groups == 1 and not self.is_window:
             return ops.pointwise_conv_bn_act(self.x, self.weight, norm, activation=self.activation)
         if self.groups == 1:
             return ops.conv_bn_act(self.x, self.weight, norm, **window, pixels=self.pixels)  # type: ignore[arg-type]
@@ -202,38 +213,95 @@ def run_joined(
 
 
 class Later(NamedTuple):
-    """An operator of PyTorch's that runs after the plan, on all images: the head of a network, mostly."""
+    """An operator of PyTorch's, which runs on all images between or after the native calls. It makes the tensors ``made``."""
 
-    func: Any
+    name: str
+    func: Callable[..., Any]
     args: Any
     kwargs: Any
     made: list[Tensor]
 
 
+class Segment:
+    """Kernels that make one native call, and what comes after it.
+
+    given  what the kernels read and none of them makes: the image, or what earlier segments have made of it
+    later  the operators that follow, in their order
+    """
+
+    def __init__(self) -> None:
+        self.given: list[Tensor] = []
+        self.later: list[Later] = []
+
+
+class Made(NamedTuple):
+    """Where a tensor's memory was written last: by a kernel of a segment, or an operator after them. The image came before all."""
+
+    segment: int
+    is_later: bool
+
+
 class Recording(Joining):
     """Follows what comes of ``image`` through a forward pass.
 
-    later  the operators that are left for after the plan, in their order
+    folding   what folds convolutions for the network's other recordings too
+    segments  what has been recorded, in its order
     """
 
-    def __init__(self, image: Tensor, pixels: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, image: Tensor, pixels: Tensor, dtype: torch.dtype, folding: Folding | None = None) -> None:
         super().__init__(pixels, dtype)
-        self._kept: list[Tensor] = []  # while they live, no other tensor has their storage
-        self._storages: set[int] = set()
-        self._later_storages: set[int] = set()
-        self.later: list[Later] = []
-        self._keep(image)
+        self.image, self._folding = image, folding or Folding()
+        self._made: dict[int, Made] = {}  # by the storage
+        self._kernels: dict[int, int] = {}  # by the storage too, the segment whose kernels wrote it first
+        self._operators: dict[int, Made] = {}  # by tensors that operators have made, views too; segments keep them all
+        self._storages: list[StorageWeakRef] = []  # whose addresses are taken while these live; their memory is free
+        self.segments: list[Segment] = []
+        self._keep(image, Made(-1, False))
+        self.begin()
 
-    def _keep(self, tensor: Tensor) -> Tensor:
-        self._kept.append(tensor)
-        self._storages.add(tensor.untyped_storage()._cdata)
+    def begin(self) -> None:
+        """Begin a segment."""
+        self.segments.append(Segment())
+
+    def give(self, tensor: Tensor) -> None:
+        """Have the kernels of the segment read something that they do not make."""
+        self.segments[-1].given.append(tensor)
+
+    def _keep(self, tensor: Tensor, made: Made) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._made:
+            self._storages.append(StorageWeakRef(storage))
+        self._made[storage._cdata] = made
         return tensor
+
+    def _keep_now(self, tensor: Tensor) -> Tensor:
+        here = len(self.segments) - 1
+        self._keep(tensor, Made(here, False))
+        self._kernels[tensor.untyped_storage()._cdata] = here
+        return tensor
+
+    def kernels_of(self, tensor: Tensor) -> int:
+        """The segment whose kernels have made it."""
+        return self._kernels[tensor.untyped_storage()._cdata]
+
+    def made_in(self, tensor: Any) -> Made | None:
+        """None: it does not come of the image."""
+        if not isinstance(tensor, Tensor):
+            return None
+        return self._operators.get(id(tensor)) or self._made.get(tensor.untyped_storage()._cdata)
 
     def follows(self, tensor: Any) -> bool:
         """Whether it comes of the image."""
-        if not isinstance(tensor, Tensor):
-            return False
-        return tensor in self._placeholders or tensor.untyped_storage()._cdata in self._storages
+        return isinstance(tensor, Tensor) and (tensor in self._placeholders or self.made_in(tensor) is not None)
+
+    def _is_later(self, tensor: Any) -> bool:
+        made = self.made_in(tensor)
+        return made is not None and made.is_later
+
+    def _is_others(self, tensor: Any) -> bool:
+        """Whether another segment's kernels have made it, or an operator."""
+        made = self.made_in(tensor)
+        return made is not None and made != (len(self.segments) - 1, False)
 
     def _check_constants(self, op: Any, given: dict[str, Any]) -> None:
         """A plan packs or copies them as they are when it is made."""
@@ -241,32 +309,70 @@ class Recording(Joining):
             if self.follows(value):
                 raise Unplannable(f"{op}: {name} is made of the image")
 
-    def _is_later(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self._later_storages
+    def _check_written(self, op: Any, tensors: Iterable[Any]) -> None:
+        if any(self._is_later(tensor) and id(tensor) not in self._operators for tensor in tensors):
+            raise Unplannable(f"{op} reads what was written through another tensor")
 
-    def _check_now(self, op: Any, tensors: Any) -> None:
-        if any(map(self._is_later, tensors)):
-            raise Unplannable(f"{self.later[0].func} is no kernel of ours, and {op} follows")
+    def _read(self, op: Any, tensors: dict[str, Tensor], any_order: bool = False) -> dict[str, Tensor]:
+        """What a kernel is to read instead of ``tensors``: what its segment makes or is given, maps channels_last but for a kernel
+        that takes them in ``any_order``."""
+        self._check_written(op, tensors.values())
+        for name, tensor in tensors.items():
+            if self.made_in(tensor) is None:
+                raise Unplannable(f"{op}: {name} does not come of the image")
+            form = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+            lies = tensor.is_contiguous(memory_format=form) or (any_order and tensor.is_contiguous())
+            if self._is_others(tensor) and not lies:
+                tensors = tensors | {name: self._leave(_ATEN.clone.default, (tensor,), {"memory_format": form})}
+        here = len(self.segments) - 1
+        if any(self.made_in(tensor) == (here, True) for tensor in tensors.values()):
+            self.begin()
+        for tensor in tensors.values():
+            if self._is_others(tensor) and not any(tensor is given for given in self.segments[-1].given):
+                if len(tensor) != len(self.image):
+                    raise Unplannable(f"{op} reads no batch of images")
+                self.give(tensor)
+        return tensors
 
     def _leave(self, func: Any, args: Any, kwargs: Any, result: Any = None) -> Any:
-        """Have an operator run after the plan, and give what it makes of this image."""
+        """Have an operator run after the kernels so far, and give what it makes of this image."""
         if not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}.isdisjoint(func.tags):
             raise Unplannable(f"{func} gives Python what depends on the image")
+        self._check_written(func, tree_flatten((args, kwargs))[0])
         result = func(*args, **kwargs) if result is None else result
         made = tree_flatten(result)[0]
         if func.namespace == "effnet_fast" or not all(isinstance(t, Tensor) for t in made):
             raise Unplannable(f"{func} is no kernel of ours")
         if func in _VIEWS and len(args[0]) == len(result) == 1:
             args = args[0], [-1, *result.shape[1:]]  # of however many images
-        self.later.append(Later(func, args, kwargs, made))
-        for tensor in made:
-            self._later_storages.add(self._keep(tensor).untyped_storage()._cdata)
+        if func == _ATEN.native_group_norm.default:  # the same, which is not told their number
+            x, weight, bias, *_, groups, eps = args
+            func, args, made = _ATEN.group_norm.default, (x, groups, weight, bias, eps), made[:1]
+        self._add(Later(func._schema.name.removeprefix("aten::"), func, args, kwargs, made), func._schema.is_mutable)
         return result
 
+    def _add(self, later: Later, writes: bool = False) -> None:
+        self.segments[-1].later.append(later)
+        for tensor in later.made:
+            made = self._operators[id(tensor)] = Made(len(self.segments) - 1, True)
+            if writes or tensor.untyped_storage()._cdata not in self._made:  # not of a view
+                self._keep(tensor, made)
+
     def computed(self, convolution: Convolution) -> Tensor:
-        self._check_now("a convolution", [convolution.x])
-        self._check_constants("a convolution or a linear layer", convolution.constants())
-        return self._keep(convolution.run())
+        op = "a convolution or a linear layer"
+        self._check_constants(op, convolution.constants())
+        x, weight, stride = convolution.x, convolution.weight, convolution.stride
+        if weight is not None and convolution.is_window and convolution.pixels is None and is_folded(x, weight, stride):
+            norm, padding, activation = convolution.whole_norm(), convolution.padding, convolution.activation
+            return self._fold(self._folding(weight, norm, stride, padding, activation), x)
+        x = self._read(op, {"x": x}, convolution.is_window)["x"]
+        return self._keep_now(convolution._replace(x=x).run())
+
+    def _fold(self, convolution: FoldedConvolution, *read: Tensor) -> Tensor:
+        self._check_written("a convolution", read)
+        y = convolution(*read)
+        self._add(Later("convolution", convolution, read, {}, [y]))
+        return y
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not any(map(self.follows, tree_flatten((args, kwargs))[0])):
@@ -274,23 +380,32 @@ class Recording(Joining):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        read = tree_flatten((args, kwargs))[0]
         if func.namespace == "effnet_fast":
             if not func._overloadname.startswith("native"):
                 raise Unplannable(f"{func} runs on another backend than native")
-            self._check_now(func, read)
             names = (argument.name for argument in func._schema.arguments)
             given = dict(zip(names, args, strict=False)) | kwargs
-            self._check_constants(func, {name: value for name, value in given.items() if name not in _FLOWING})
-            return tree_map(self._keep, func(*args, **kwargs))
+            flowing = {name: given[name] for name in _FLOWING if isinstance(given.get(name), Tensor)}
+            self._check_constants(func, {name: value for name, value in given.items() if name not in flowing})
+            if func._schema.name == "effnet_fast::conv_bn_act" and given["pixels"] is None:
+                x, weight, stride, residual = (given[name] for name in ("x", "weight", "stride", "residual"))
+                if is_folded(x, weight, stride):
+                    norm = ops.Norm(*(given[f"norm_{name}"] for name in ops.Norm._fields))
+                    folded = self._folding(weight, norm, stride, given["padding"], given["activation"])
+                    return self._fold(folded, x, *([] if residual is None else [residual]))
+            return tree_map(self._keep_now, func(**given | self._read(func, flowing, "::conv_bn_act" in func._schema.name)))
+        if func == _ATEN.as_strided_.default and _strides_only_what_is_one(*args):
+            return func(*args, **kwargs)  # as adaptive pooling does
+        read = tree_flatten((args, kwargs))[0]
         if any(map(self._is_later, read)) or _takes_images(func, args, kwargs):
             return self._leave(func, args, kwargs)
-        replaced = _REPLACED[func](*args, **kwargs) if func in _REPLACED else None
-        if replaced is not None:
-            return self.computed(replaced)[:, :, 0, 0] if isinstance(replaced, Convolution) else self._keep(replaced)
+        if func in _REPLACED and not any(map(self._is_others, read)):
+            replaced = _REPLACED[func](*args, **kwargs)
+            if replaced is not None:
+                return self.computed(replaced)[:, :, 0, 0] if isinstance(replaced, Convolution) else self._keep_now(replaced)
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         made = None if writes else func(*args, **kwargs)
-        if isinstance(made, Tensor) and self.follows(made):
+        if isinstance(made, Tensor) and self.follows(made) and self.made_in(made) != Made(-1, False):
             return made  # a view, or the same
         return self._leave(func, args, kwargs, made)
 
@@ -311,7 +426,8 @@ def _convolution(before, weight, bias, stride, padding, dilation, transposed, ou
         return None
     if any(d != 1 for d in dilation) or stride[0] != stride[-1]:
         return None
-    if groups != 1 and not groups == len(weight) == before.x.shape[1]:  # neither dense nor depthwise
+    depthwise = groups == len(weight) == before.x.shape[1] and is_taken(weight, stride[0])
+    if groups != 1 and not depthwise:
         return None
     top, bottom, left, right = before.padding
     zeros = top + padding[0], bottom + padding[0], left + padding[-1], right + padding[-1]
@@ -387,6 +503,13 @@ class Unread(TorchFunctionMode):
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and self._recording.follows(args[0]):
             raise Unplannable(f"{func.__name__} gives Python what depends on the image")
         return func(*args, **(kwargs or {}))
+
+
+def _strides_only_what_is_one(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
+    """Whether ``as_strided_`` leaves every value of it where it is."""
+    if tuple(size) != tuple(tensor.shape) or offset not in (None, tensor.storage_offset()):
+        return False
+    return all(n == 1 or new == old for n, new, old in zip(size, stride, tensor.stride(), strict=True))
 
 
 def _takes_images(func: Any, args: Any, kwargs: Any) -> bool:

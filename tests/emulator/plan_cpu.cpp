@@ -189,12 +189,14 @@ size_t emulated::plan_cpu(const NetShape& s, int images, const char* x, char* pl
   const size_t size = size_of(DType(s.dtype)), image = size * 3 * s.height * s.width, result = size * s.classes;
   const auto store = std::make_shared<inference::Store>();
   const auto run = [&] {
-    inference::Plan plan({x, image}, store);
+    inference::Plan plan(store);
+    plan.add_input({x, image});
     Net recorded(s);
     const char* const made = recorded.run(x);
+    plan.stop();
     plan.finish({{made, result}});
     memset(planned, 0xff, images * result);
-    plan.run(images, {x, images * image}, {{planned, images * result}});
+    plan.run(images, {{x, images * image}}, {{planned, images * result}});
     return plan.steps();
   };
   run();

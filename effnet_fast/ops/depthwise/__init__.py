@@ -83,10 +83,15 @@ backends.register(
 backends.register(NAME, backends.Kernel("reference", _reference, backends.always, lambda x, height, width: 1))
 
 
+def is_taken(weight: Tensor, stride: int) -> bool:
+    """Whether kernels other than the reference take such a convolution."""
+    return tuple(weight.shape[2:]) in KERNELS and stride in STRIDES
+
+
 def _unsupported(weight: Tensor, stride: int) -> dict[str, str] | None:
-    _, _, rows, columns = weight.shape
-    if (rows, columns) in KERNELS and stride in STRIDES:
+    if is_taken(weight, stride):
         return None
+    _, _, rows, columns = weight.shape
     reason = f"kernel {rows}x{columns}, stride {stride}: only the reference takes others than 3x3 and 5x5, stride 1 and 2"
     return {"native": reason, "triton": reason}
 
