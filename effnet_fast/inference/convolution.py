@@ -1,7 +1,7 @@
 """A dense convolution of many channels, its norm folded into the weight: what a plan leaves to oneDNN between its native calls.
 
-It is bound by multiplications. Of those oneDNN does up to twice as many in a second as our kernel from 64 channels on, and where 16
-outputs leave half of what that one sums up at once empty; in bfloat16 always, by products that ours does not use.
+It is bound by multiplications, of which oneDNN does more in a second than our kernel where there are many channels, where 16
+outputs leave half of what that one sums up at once empty, and in bfloat16, by products that ours does not use.
 """
 
 from __future__ import annotations
