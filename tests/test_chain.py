@@ -20,7 +20,7 @@ from effnet_fast.benchmark import calibrate
 from effnet_fast.inference import chain, optimize
 from effnet_fast.inference.chain import Chains
 from effnet_fast.inference.graphs import Few, Graphs
-from effnet_fast.inference.recording import Joining
+from effnet_fast.inference.joining import Joining
 from effnet_fast.models import create_model
 from effnet_fast.ops import native
 

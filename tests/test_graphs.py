@@ -22,7 +22,7 @@ import effnet_fast
 from effnet_fast.benchmark import calibrate, images
 from effnet_fast.inference import graphs
 from effnet_fast.inference.graphs import CudaPool, Graph, Graphs, InPieces, Uncapturable
-from effnet_fast.inference.recording import run_joined
+from effnet_fast.inference.joining import run_joined
 from effnet_fast.models import create_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

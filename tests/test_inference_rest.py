@@ -124,6 +124,17 @@ def written_in_place(net: nn.Module, x: torch.Tensor) -> Any:
     return net.forward_head(net.bn2(net.conv_head(net.blocks(stem.mul_(0.5).clamp_(max=1.0)))))
 
 
+def views(net: nn.Module, x: torch.Tensor) -> Any:
+    """Of what kernels make, which is a result too, and read by kernels; some channels of it are read by an operator."""
+    features = net.forward_features(x)
+    return [features.transpose(2, 3), features, features[:, :40].tanh(), net.forward_head(features)]
+
+
+def cosines(net: nn.Module, x: torch.Tensor) -> Any:
+    """As of ArcFace."""
+    return nn.functional.linear(nn.functional.normalize(net(x)), nn.functional.normalize(net.classifier.weight[:3, :10]))
+
+
 class Decoder(nn.Module):
     """On the features of a network: upsampling and a skip connection before each convolution."""
 
@@ -141,6 +152,22 @@ class Decoder(nn.Module):
         y = self.first(torch.cat([nn.functional.interpolate(most, more.shape[2:]), more], 1))
         y = self.second(torch.cat([nn.functional.interpolate(y, few.shape[2:], mode="bilinear"), few], 1))
         return [self.head(y), most]
+
+
+@pytest.mark.parametrize("name", ["normalised", "padded", "other order"])
+def test_bytes_that_an_operator_reads_before_the_stem(name):
+    make, _ = BETWEEN[name]
+    net = calibrate(make().eval(), (40, 48))
+    optimized = effnet_fast.optimize_for_inference(net)
+    for images in (1, 3):
+        x = torch.randint(0, 256, (images, 40, 48, 3), dtype=torch.uint8)
+        values = (x.permute(0, 3, 1, 2).double() / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        )[:, None, None]
+        with torch.no_grad():
+            exact, plain = copy.deepcopy(net).double()(values), net(values.float())
+        assert_2x(optimized(x), plain, exact, name)
+    assert "normalised, " in str(optimized)
 
 
 def written_through_another(net: nn.Module, x: torch.Tensor) -> Any:
@@ -168,6 +195,9 @@ BETWEEN = {
         "2 native calls of 104 kernels, and mul, relu, add",
     ),
     "a convolution": (lambda: Around(b0(), pooled_and_convolved), "2 native calls of 51 kernels, and amax"),
+    "views": (lambda: Around(b0(), views), "one native call of 52 kernels, then slice, tanh, transpose;"),
+    "cosines": (lambda: Around(b0(), cosines), "linalg_vector_norm, clamp_min, expand, div, mm;"),
+    "padded": (lambda: Around(b0(), lambda net, x: net(nn.functional.pad(x, (3, 4, 5, 6)) + 1)), "constant_pad_nd, add, then one"),
     "attention": (lambda: Around(b0(), attended), "2 native calls of"),
     "in place": (lambda: Around(b0(), written_in_place), "2 native calls of 52 kernels, and mul_, clamp_"),
     "decoder": (Decoder, "2 native calls of"),

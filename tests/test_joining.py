@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import effnet_fast
 from effnet_fast import ops
 from effnet_fast.benchmark import calibrate
-from effnet_fast.inference.recording import run_joined
+from effnet_fast.inference.joining import run_joined
 from effnet_fast.models import create_model
 from effnet_fast.ops import backends
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.inference.recording import Convolution, Joining
+from effnet_fast.inference.joining import Convolution, Joining
 from effnet_fast.ops import backends, native
 from effnet_fast.ops.common import output_size
 from effnet_fast.ops.depthwise import KERNELS, STRIDES

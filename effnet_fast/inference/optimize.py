@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_flatten
 from effnet_fast import ops
 from effnet_fast.inference import chain
 from effnet_fast.inference.graphs import GRAPHS, CudaPool, Few, Graphs, InPieces
+from effnet_fast.inference.joining import Unplannable, run_joined
 from effnet_fast.inference.pixels import image_batch, mean_and_std, scale_and_shift, wrong_images
 from effnet_fast.inference.plan import NativePlan, return_memory
-from effnet_fast.inference.recording import Recording, Unplannable, run_joined
+from effnet_fast.inference.recording import Recording
 from effnet_fast.interop import accelerate
 from effnet_fast.models import ResNet
 from effnet_fast.nn.fused import FusedBlock, is_traced

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from effnet_fast import ops
 from effnet_fast.inference.convolution import Folding
-from effnet_fast.inference.recording import Recording, Unplannable, Unread
+from effnet_fast.inference.joining import Unplannable
+from effnet_fast.inference.recording import Recording, Unread
 from effnet_fast.ops import native
 from effnet_fast.ops.library import define_native
 
@@ -203,6 +204,7 @@ class NativePlan:
                     leaves, self._tree = tree_flatten(recording.joined(model, image))
                 if not all(map(recording.follows, leaves)):
                     raise Unplannable("a result does not come of the image")
+                recording.leave_views(leaves)
                 self._steps, self._leaves = _steps(recording, self._plans, leaves)
                 if not self._plans:
                     raise Unplannable("nothing of it is a kernel of ours")

@@ -1,10 +1,8 @@
-"""What a forward pass does to an image, as calls of our ops.
+"""What a forward pass does to an image, as kernels of ours and the operators between them, for a plan of native calls.
 
-The fused blocks call those ops themselves. A convolution outside of them, with the padding before it and the norm and activation
-after it, is :class:`Joining`'s to make one op. :class:`Recording` is the strict form of it for a plan of native calls
-(csrc/inference/plan.h): there the mean and the linear layer of a classifier are ops too, and a view moves no data. An operator that
-is no kernel of ours is left for after the kernels before it; a convolution or an op of ours that reads what it makes begins another
-native call.
+:class:`Recording` is the strict form of :class:`effnet_fast.inference.joining.Joining`: the mean and the linear layer of a
+classifier are ops too, and a view moves no data. An operator that is no kernel of ours is left for after the kernels before it; a
+convolution or an op of ours that reads what it makes begins another native call (csrc/inference/plan.h).
 """
 
 from __future__ import annotations
@@ -13,203 +11,20 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from effnet_fast import ops
 from effnet_fast.inference.convolution import FoldedConvolution, Folding, is_folded
-from effnet_fast.ops.common import activate_, empty_output
+from effnet_fast.inference.joining import Convolution, Joining, Unplannable
 from effnet_fast.ops.conv.reference import normalised
-from effnet_fast.ops.depthwise import is_taken
 
 _OPS = torch.ops.effnet_fast
 _ATEN = torch.ops.aten
 _FLOWING = ("x", "partial", "gate", "residual")  # arguments of our ops that a native call reads anew for every image
-
-
-class Unplannable(Exception):
-    """Why a network cannot be one native call."""
-
-
-class Convolution(NamedTuple):
-    """One that has not been called yet: what follows may belong to it. Without a weight it is a uint8 image, or the padding before
-    a convolution."""
-
-    x: Tensor
-    dtype: torch.dtype  # of the result, whatever that of an image
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    stride: int = 1
-    groups: int = 1
-    norm: ops.Norm | None = None
-    activation: str = "identity"
-    pixels: Tensor | None = None  # of a uint8 image
-
-    @classmethod
-    def of(cls, x: Tensor, **given: Any) -> Convolution:
-        return cls(x, x.dtype, **given)
-
-    @property
-    def is_image(self) -> bool:
-        return self.pixels is not None and self.weight is None and not any(self.padding)
-
-    @property
-    def is_window(self) -> bool:
-        """Whether it is :func:`effnet_fast.ops.conv_bn_act`, of several pixels and channels each."""
-        if self.weight is None or self.groups != 1:
-            return False
-        return self.weight.shape[2:] != (1, 1) or self.stride != 1 or any(self.padding) or self.pixels is not None
-
-    def constants(self) -> dict[str, Any]:
-        """What it reads beside ``x``: the weights and the norm."""
-        return {"weight": self.weight, "bias": self.bias, **({} if self.norm is None else self.norm._asdict())}
-
-    def read(self) -> list[Tensor]:
-        """The tensors that it reads."""
-        return [t for t in (self.x, *self.constants().values()) if isinstance(t, Tensor)]
-
-    def placeholder(self) -> Tensor:
-        """A tensor like the result, which has no memory."""
-        if self.weight is None:
-            *outer, height, width = self.x.shape
-            top, bottom, left, right = self.padding
-            last = self.x.is_contiguous(memory_format=torch.channels_last)
-            form = torch.channels_last if last else torch.contiguous_format
-            shape = (*outer, height + top + bottom, width + left + right)
-            y = torch.empty(shape, dtype=self.dtype, device=self.x.device, memory_format=form)
-        else:
-            y = empty_output(self.x, self.weight, self.stride, self.padding, self.dtype)
-        y.untyped_storage().resize_(0)
-        return y
-
-    def whole_norm(self) -> ops.Norm:
-        """With the bias in it."""
-        assert self.weight is not None
-        if self.norm is None:
-            zeros = torch.zeros(len(self.weight), device=self.weight.device)
-            return ops.Norm(None, None if self.bias is None else self.bias.float(), zeros, zeros + 1, 0.0)
-        return self.norm if self.bias is None else self.norm._replace(mean=self.norm.mean - self.bias.to(self.norm.mean.dtype))
-
-    def run(self) -> Tensor:
-        """As an op of ours."""
-        if self.weight is None:
-            raise Unplannable("what is no convolution follows a uint8 image, or zeros around an image")
-        norm = self.whole_norm()
-        window = {"stride": self.stride, "padding": self.padding, "activation": self.activation}
-        if self.groups == 1 and not self.is_window:
-            return ops.pointwise_conv_bn_act(self.x, self.weight, norm, activation=self.activation)
-        if self.groups == 1:
-            return ops.conv_bn_act(self.x, self.weight, norm, **window, pixels=self.pixels)  # type: ignore[arg-type]
-        return ops.depthwise_conv_bn_act(self.image(), self.weight, norm, squeeze=False, **window)[0]  # type: ignore[arg-type]
-
-    def image(self) -> Tensor:
-        """``x``, normalised."""
-        return self.x if self.pixels is None else normalised(self.x, self.pixels, self.dtype)
-
-    def run_plain(self) -> Tensor:
-        """By PyTorch's own operators, where it has no norm: there is little to join."""
-        top, bottom, left, right = self.padding
-        even = (top, left) == (bottom, right) and self.weight is not None
-        x = self.image() if even or not any(self.padding) else F.pad(self.image(), (left, right, top, bottom))
-        if self.weight is None:
-            return x
-        y = F.conv2d(x, self.weight, self.bias, self.stride, (top, left) if even else 0, groups=self.groups)
-        return activate_(y, self.activation).contiguous(memory_format=torch.channels_last)
-
-
-class Joining(TorchDispatchMode):
-    """Runs each convolution that a norm follows as one op, with the padding and the activation around it. All else runs as it is.
-
-    pixels, dtype   for a uint8 image: what normalises it (:func:`effnet_fast.ops.conv_bn_act`), and in what the network computes
-
-    What a convolution, norm or activation gives meanwhile is a placeholder. Whatever the op has made of it takes its place where
-    another operator reads it; results of the pass are to be mapped by :meth:`made_of`.
-    """
-
-    def __init__(self, pixels: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self._pixels, self._dtype = pixels, dtype
-        self._placeholders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what stands for them, made or to be made
-
-    def made_of(self, value: Any) -> Any:
-        """``value``, or the tensor that takes its place."""
-        made = self._placeholders.get(value) if isinstance(value, Tensor) else None
-        if isinstance(made, Convolution):
-            made = self._placeholders[value] = self.computed(made)
-        return value if made is None else made
-
-    def computed(self, convolution: Convolution) -> Tensor:
-        return convolution.run_plain() if convolution.norm is None else convolution.run()
-
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What :meth:`__torch_dispatch__` does with an operator that joins nothing, of tensors that are no placeholders."""
-        return func(*args, **kwargs)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for argument in tree_flatten((args, kwargs))[0]:
-                self._make_readers_of(argument)
-        before = self._placeholders.get(args[0]) if args and isinstance(args[0], Tensor) else None
-        before = before if isinstance(before, Convolution) else None
-        if func in _JOINED:
-            rest = tree_map(self.made_of, args[1:])
-            after = _JOINED[func](before, *rest, **kwargs) if before else None
-            after = after or _JOINED[func](Convolution.of(self.made_of(args[0])), *rest, **kwargs)
-            if after is not None:
-                result = args[0] if func._schema.is_mutable else after.placeholder()
-                self._placeholders[result] = after
-                if after.activation != "identity":
-                    self.made_of(result)  # now: nothing more can belong to it
-                statistics = [result.new_empty(0) for _ in func._schema.returns[1:]]  # of a norm: none in evaluation
-                return (result, *statistics) if statistics else result
-        if func._schema.name == "effnet_fast::conv_bn_act" and before is not None and before.is_image:
-            args = before.x, *args[1:-1], before.pixels  # the stem of a net of ours takes the image as it is
-        return self.run(func, *tree_map(self.made_of, (args, kwargs)))
-
-    def _make_readers_of(self, written: Any) -> None:
-        """Compute what waits to read the memory of a tensor that may be written now."""
-        if isinstance(written, Tensor):
-            written = self._placeholders.get(written, written)
-        if isinstance(written, Tensor):  # what is still to be computed nobody waits for
-            memory = written.untyped_storage()._cdata
-            for placeholder, made in list(self._placeholders.items()):
-                if isinstance(made, Convolution) and any(t.untyped_storage()._cdata == memory for t in made.read()):
-                    self.made_of(placeholder)
-
-    def _fill_placeholders(self) -> None:
-        """Give those that somebody has kept what they stand for."""
-        for placeholder, made in list(self._placeholders.items()):
-            if isinstance(made, Convolution):
-                made = made.run_plain() if made.norm is None else made.run()
-            placeholder.set_(made)
-
-    def joined(self, model: Callable[[Tensor], Any], image: Tensor) -> Any:
-        """``model(image)``; a uint8 image is normalised where the first convolution reads it."""
-        if image.dtype == torch.uint8:
-            assert self._dtype is not None
-            convolution = Convolution(image, self._dtype, pixels=self._pixels)
-            image = convolution.placeholder()
-            self._placeholders[image] = convolution
-        with self:
-            results = model(image)
-        results = tree_map(self.made_of, results)
-        del image
-        self._fill_placeholders()
-        return results
-
-
-def run_joined(
-    model: Callable[[Tensor], Any], image: Tensor, pixels: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Any:
-    """``model(image)``, with what can be joined joined."""
-    return Joining(pixels, dtype).joined(model, image)
 
 
 class Later(NamedTuple):
@@ -254,6 +69,7 @@ class Recording(Joining):
         self._made: dict[int, Made] = {}  # by the storage
         self._kernels: dict[int, int] = {}  # by the storage too, the segment whose kernels wrote it first
         self._operators: dict[int, Made] = {}  # by tensors that operators have made, views too; segments keep them all
+        self._views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of what kernels make, by what makes them
         self._storages: list[StorageWeakRef] = []  # whose addresses are taken while these live; their memory is free
         self.segments: list[Segment] = []
         self._keep(image, Made(-1, False))
@@ -338,6 +154,7 @@ class Recording(Joining):
         """Have an operator run after the kernels so far, and give what it makes of this image."""
         if not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}.isdisjoint(func.tags):
             raise Unplannable(f"{func} gives Python what depends on the image")
+        self.leave_views(tree_flatten((args, kwargs))[0])
         self._check_written(func, tree_flatten((args, kwargs))[0])
         result = func(*args, **kwargs) if result is None else result
         made = tree_flatten(result)[0]
@@ -345,11 +162,21 @@ class Recording(Joining):
             raise Unplannable(f"{func} is no kernel of ours")
         if func in _VIEWS and len(args[0]) == len(result) == 1:
             args = args[0], [-1, *result.shape[1:]]  # of however many images
+        if func == _ATEN.expand.default and args[0].shape[:1] == result.shape[:1] and args[0].dim() == result.dim():
+            args = args[0], [-1, *result.shape[1:]], *args[2:]
         if func == _ATEN.native_group_norm.default:  # the same, which is not told their number
             x, weight, bias, *_, groups, eps = args
             func, args, made = _ATEN.group_norm.default, (x, groups, weight, bias, eps), made[:1]
         self._add(Later(func._schema.name.removeprefix("aten::"), func, args, kwargs, made), func._schema.is_mutable)
         return result
+
+    def leave_views(self, tensors: Iterable[Any]) -> None:
+        """Have operators make those of ``tensors`` that are views of what kernels make, but for one that is all of it, in order."""
+        for tensor in tensors:
+            view = self._views.get(tensor) if isinstance(tensor, Tensor) and id(tensor) not in self._operators else None
+            if view is not None and not (len(tensor) == len(self.image) and _is_whole(tensor)):
+                func, args, kwargs = view
+                self._leave(func, args, kwargs, tensor)
 
     def _add(self, later: Later, writes: bool = False) -> None:
         self.segments[-1].later.append(later)
@@ -362,11 +189,23 @@ class Recording(Joining):
         op = "a convolution or a linear layer"
         self._check_constants(op, convolution.constants())
         x, weight, stride = convolution.x, convolution.weight, convolution.stride
-        if weight is not None and convolution.is_window and convolution.pixels is None and is_folded(x, weight, stride):
+        if weight is None:
+            return self._leave_image(convolution)
+        if convolution.is_window and convolution.pixels is None and is_folded(x, weight, stride):
             norm, padding, activation = convolution.whole_norm(), convolution.padding, convolution.activation
             return self._fold(self._folding(weight, norm, stride, padding, activation), x)
         x = self._read(op, {"x": x}, convolution.is_window)["x"]
         return self._keep_now(convolution._replace(x=x).run())
+
+    def _leave_image(self, convolution: Convolution) -> Tensor:
+        """A uint8 image, or the padding around one, that is not a convolution's after all."""
+        x, pixels, dtype = convolution.x, convolution.pixels, convolution.dtype
+        if pixels is not None:
+            y = normalised(x, pixels, dtype)
+            self._add(Later("normalised", normalised, (x, pixels, dtype), {}, [y]))
+            x = y
+        top, bottom, left, right = convolution.padding
+        return self._leave(_ATEN.constant_pad_nd.default, (x, [left, right, top, bottom]), {}) if any(convolution.padding) else x
 
     def _fold(self, convolution: FoldedConvolution, *read: Tensor) -> Tensor:
         self._check_written("a convolution", read)
@@ -406,63 +245,16 @@ class Recording(Joining):
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         made = None if writes else func(*args, **kwargs)
         if isinstance(made, Tensor) and self.follows(made) and self.made_in(made) != Made(-1, False):
-            return made  # a view, or the same
+            if made is not args[0]:
+                self._views[made] = func, args, kwargs
+            return made
         return self._leave(func, args, kwargs, made)
 
 
-# What follows is given what was there before: the result of a convolution that waits, or with no weight an image. It is None where
-# the operator does not belong to it.
-
-
-def _pad(before: Convolution, pad: list[int], value: float = 0) -> Convolution | None:
-    if before.weight is not None or any(before.padding) or before.x.dim() != 4 or len(pad) != 4 or value != 0 or min(pad) < 0:
-        return None
-    left, right, top, bottom = pad
-    return before._replace(padding=(top, bottom, left, right))
-
-
-def _convolution(before, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Convolution | None:
-    if before.weight is not None or weight.dim() != 4 or transposed:
-        return None
-    if any(d != 1 for d in dilation) or stride[0] != stride[-1]:
-        return None
-    depthwise = groups == len(weight) == before.x.shape[1] and is_taken(weight, stride[0])
-    if groups != 1 and not depthwise:
-        return None
-    top, bottom, left, right = before.padding
-    zeros = top + padding[0], bottom + padding[0], left + padding[-1], right + padding[-1]
-    return before._replace(padding=zeros, weight=weight, bias=bias, stride=stride[0], groups=groups)
-
-
-def _norm(before, weight, bias, mean, var, *rest) -> Convolution | None:
-    """Of evaluation; ``rest`` is (training,) momentum, eps."""
-    if before.weight is None or before.norm is not None or before.activation != "identity":
-        return None
-    if len(rest) == 3 and rest[0]:
-        return None
-    return before._replace(norm=ops.Norm(weight, bias, mean, var, rest[-1]))
-
-
-def _activation(name: str) -> Callable[..., Convolution | None]:
-    def joined(before: Convolution, *bounds: float) -> Convolution | None:
-        if before.weight is None or before.activation != "identity" or bounds != ((0, 6) if name == "relu6" else ()):
-            return None
-        return before._replace(activation=name)
-
-    return joined
-
-
-_JOINED: dict[Any, Callable[..., Convolution | None]] = {
-    _ATEN.constant_pad_nd.default: _pad,
-    _ATEN.convolution.default: _convolution,
-    _ATEN.native_batch_norm.default: _norm,
-    _ATEN.cudnn_batch_norm.default: _norm,
-    _ATEN._native_batch_norm_legit_no_training.default: _norm,
-    **{getattr(_ATEN, name).default: _activation(name) for name in ("silu", "relu")},
-    **{getattr(_ATEN, f"{name}_").default: _activation(name) for name in ("silu", "relu")},
-    _ATEN.hardtanh.default: _activation("relu6"),
-    _ATEN.hardtanh_.default: _activation("relu6"),
-}
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it is all of its memory, a map's channels last."""
+    form = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+    return tensor.is_contiguous(memory_format=form) and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 # What an operator is in a plan, a convolution still to be computed or made; None where it is none of ours.
