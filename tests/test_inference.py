@@ -61,9 +61,7 @@ def test_every_net_is_native_calls(name):
     for images in (x, *2 * [x.contiguous(memory_format=torch.channels_last)], x[:1]):
         for made, expected, truth in zip(leaves(optimized(images)), plain, exact, strict=True):
             assert_2x(made, expected[: len(images)], truth[: len(images)], name)
-    lines = [line for line in str(optimized).splitlines() if "3x47x66" in line]
-    dense = "v2" in name  # oneDNN's convolutions are between
-    assert len(lines) == 2 and all(("native calls of" if dense else "one native call of") in line for line in lines)
+    assert str(optimized).count("one native call") == 2 or ("v2" in name and str(optimized).count("native calls of") == 2)
 
 
 @planned

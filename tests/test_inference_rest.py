@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -176,6 +177,25 @@ def written_through_another(net: nn.Module, x: torch.Tensor) -> Any:
     return net.forward_head(net.bn2(net.conv_head(net.blocks(stem))))
 
 
+def saturated(net: nn.Module, x: torch.Tensor) -> Any:
+    """What an operator made is read by kernels, and written through another tensor, and read again."""
+    y = nn.functional.gelu(net.bn1(net.conv_stem(x)))
+    before = net.blocks[0](y)
+    y.detach().clamp_(max=0.5)
+    return before + net.blocks[0](y)
+
+
+class Tokens(nn.Module):
+    """A linear layer of each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = b0(), nn.Linear(1280, 7)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.net.forward_features(x).flatten(2).transpose(1, 2)).mean(1)
+
+
 BETWEEN = {
     "normalised": (lambda: Around(b0(), lambda net, x: net((x - 0.5) / 0.2)), "sub, div, then one native call of 52 kernels;"),
     "one channel": (lambda: Around(b0(), lambda net, x: net(x[:, :1].repeat(1, 3, 1, 1))), "slice, repeat, then one native call"),
@@ -200,8 +220,11 @@ BETWEEN = {
     "padded": (lambda: Around(b0(), lambda net, x: net(nn.functional.pad(x, (3, 4, 5, 6)) + 1)), "constant_pad_nd, add, then one"),
     "attention": (lambda: Around(b0(), attended), "2 native calls of"),
     "in place": (lambda: Around(b0(), written_in_place), "2 native calls of 52 kernels, and mul_, clamp_"),
-    "decoder": (Decoder, "2 native calls of"),
-    "decoder without norms": (lambda: Decoder(False), "2 native calls of"),
+    "decoder": (Decoder, "upsample_nearest2d, cat"),
+    "decoder without norms": (lambda: Decoder(False), "upsample_nearest2d, cat"),
+    "tokens": (lambda: Tokens(), "one native call of 51 kernels, then mean;"),
+    "some of the images": (lambda: Around(b0(), lambda net, x: net(x[:7] * 2)), "slice, mul, then one native call"),
+    "saturated": (lambda: Around(b0(), saturated), "gelu, detach, clamp_"),
     "dilated": (lambda: b0(output_stride=8), "convolution, native_batch_norm"),
     "blur pooling": (lambda: b0(aa_layer="blur"), "reflection_pad2d"),
     "GELU": (lambda: create_model("efficientnet_b0", num_classes=10, act_layer=nn.GELU), "gelu"),
@@ -219,7 +242,8 @@ def test_what_runs_between_native_calls(name, dtype):
     make, told = BETWEEN[name]
     net = calibrate(make().eval(), (40, 48))
     optimized = effnet_fast.optimize_for_inference(net, dtype)
-    x = torch.randn(5, 3, 40, 48)
+    x = torch.randn(5, 3, 40, 48) * torch.tensor([1, 0.5, 1.2, 0.8, 1.1])[:, None, None, None]
+    x += torch.tensor([0, 0.3, -0.2, 0.1, -0.3])[:, None, None, None]
     with torch.no_grad():
         exact = leaves(copy.deepcopy(net).double()(x.double()))
         plain = leaves(copy.deepcopy(net).to(dtype)(x.to(dtype)))
@@ -240,6 +264,10 @@ UNPLANNED = {
     "values": (lambda net, x: net(x) * torch.tensor(net(x).amax(1).tolist())[:, None], "tolist gives Python what depends"),
     "as many as are large": (lambda net, x: net(x) * (1 + len((net(x) > 1).nonzero())), "aten.nonzero.default gives Python"),
     "a median": (lambda net, x: net(x).sort(0)[0][(len(x) - 1) // 2 :], "another result than its blocks"),
+    "noise": (lambda net, x: net(x + 1e-9 * torch.rand(3, 1, 1)), "aten.rand.default would give the same each time"),
+    "instance norm": (lambda net, x: net(nn.functional.instance_norm(x)), "takes statistics of a batch"),
+    "values, packed": (lambda net, x: net(x) * (torch.tensor([x.amax() > 12.0]) + 1.0), "tensor gives Python what depends"),
+    "written to a constant": (lambda net, x: net(torch.zeros(x.shape, dtype=x.dtype).add_(x)), "writes what comes of the image"),
     "a constant": (lambda net, x: [net(x), torch.ones(3)], "a result does not come of the image"),
     "through another": (written_through_another, "reads what was written through another tensor"),
 }
@@ -258,6 +286,42 @@ def test_blocks_run_where_the_rest_cannot_wait(name):
                 assert_2x(made, plain, truth.double(), name)
     (line,) = [line for line in str(optimized).splitlines() if "3x40x48" in line]
     assert "block by block" in line and told in line
+
+
+def test_a_plan_that_does_not_suit_a_batch_gives_way(monkeypatch):
+    net = calibrate(b0().eval(), (40, 48))
+    optimized = effnet_fast.optimize_for_inference(net)
+    run = NativePlan.__call__
+
+    def of_few(plan: NativePlan, images: torch.Tensor) -> Any:
+        if len(images) > 5:
+            raise ValueError("five at most")
+        return run(plan, images)
+
+    monkeypatch.setattr(NativePlan, "__call__", of_few)
+    for images, way in ((5, "one native call"), (6, "block by block: with 6 images ValueError: five"), (3, "block by block")):
+        x = torch.randn(images, 3, 40, 48)
+        with torch.no_grad():
+            torch.testing.assert_close(optimized(x), net(x), rtol=1e-3, atol=1e-3)
+        assert way in str(optimized)
+
+
+def test_a_hook_that_calls_the_copy_while_it_is_planned():
+    """It is told no plan, which it would wait for; the network runs block by block."""
+    optimized, x, answers = effnet_fast.optimize_for_inference(b0().eval()), torch.randn(1, 3, 40, 48), []
+    inside = threading.Lock()
+
+    def call(*_: Any) -> None:
+        if inside.acquire(blocking=False):
+            try:
+                answers.append(optimized(x))
+            finally:
+                inside.release()
+
+    optimized.frozen.conv_stem.register_forward_hook(call)
+    for _ in range(2):
+        torch.testing.assert_close(optimized(x), answers[-1], rtol=1e-4, atol=1e-4)
+    assert "block by block" in str(optimized)
 
 
 def test_a_recording_keeps_no_activations():

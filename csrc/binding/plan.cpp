@@ -48,7 +48,7 @@ std::vector<int64_t> end(int64_t number, std::vector<Tensor> results) {
   const auto plan = plan_of(number);
   plan->stop();
   plan->finish(ranges_of(results));
-  return {int64_t(plan->steps()), int64_t(plan->arena_bytes()), int64_t(plan->packed_bytes())};
+  return {int64_t(plan->steps()), int64_t(plan->arena_bytes())};
 }
 
 void run(int64_t number, int64_t images, std::vector<Tensor> inputs, std::vector<Tensor> results) {

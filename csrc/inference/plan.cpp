@@ -83,9 +83,6 @@ void set_images(pointwise::Params& p, int64_t images) { p.rows = images * p.pixe
 void set_images(pool::Params& p, int64_t images) { p.batch = images; }
 void set_images(ExpandDepthwise& p, int64_t images) { p.depthwise.batch = images; }
 
-// The kernel's own packed_bytes, which a member of Plan would hide.
-template <typename P> size_t bytes_to_pack(const P& p) { return packed_bytes(p); }
-
 // Of the weights that a convolution reads for an image; 0 of what is none.
 template <typename P> size_t weight_bytes(const P& p) { return packed_bytes(p); }
 size_t weight_bytes(const ExpandDepthwise& p) { return packed_bytes(p.expand); }
@@ -104,14 +101,11 @@ void Plan::stop() {
 
 const void* Plan::copy(const void* data, size_t bytes) {
   if (!data) return nullptr;
-  packed_bytes_ += bytes;
   return store_->keep(bytes, [&](void* to) { memcpy(to, data, bytes); });
 }
 
 template <typename P> void Plan::add_packed(P p) {
-  const size_t bytes = bytes_to_pack(p);
-  packed_bytes_ += bytes;
-  p.packed = store_->keep(bytes, [&](void* to) { pack_cpu(p, to); });
+  p.packed = store_->keep(packed_bytes(p), [&](void* to) { pack_cpu(p, to); });
   p.weight = p.norm_weight = p.norm_bias = p.norm_mean = p.norm_var = nullptr;  // the packed form holds them
   add_step(p);
 }

@@ -55,8 +55,7 @@ class Plan {
   void run(int64_t images, const std::vector<Range>& inputs, const std::vector<Range>& results) const;
 
   size_t steps() const { return steps_.size(); }
-  size_t arena_bytes() const { return arena_bytes_; }    // of the images that a thread computes
-  size_t packed_bytes() const { return packed_bytes_; }  // of all weights
+  size_t arena_bytes() const { return arena_bytes_; }  // of the images that a thread computes
   const std::shared_ptr<Store>& store() const { return store_; }
 
  private:
@@ -114,7 +113,7 @@ class Plan {
   std::vector<std::vector<Use>> uses_;  // of each step's pointers
   std::vector<size_t> result_bytes_;
   size_t together_ = 0;  // the steps from here on go on with several images
-  size_t arena_bytes_ = 0, packed_bytes_ = 0;
+  size_t arena_bytes_ = 0;
   const std::shared_ptr<Store> store_;
 };
 

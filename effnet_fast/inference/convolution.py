@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from effnet_fast.ops import Norm
 from effnet_fast.ops.common import activate_
 from effnet_fast.ops.conv import is_stem
 
-MANY, FEW = 64, 16  # input channels from which on, output channels up to which
+MANY, FEW = 128, 16  # input channels from which on, output channels up to which
 
 
 def is_folded(x: Tensor, weight: Tensor, stride: int) -> bool:
@@ -56,7 +57,11 @@ class FoldedConvolution:
         weight, bias, stride = self._weight, self._bias, self._stride
         assert weight is not None
         onednn = torch.ops.mkldnn
-        if not (torch.backends.mkldnn.is_available() and hasattr(onednn, "_convolution_pointwise")):
+        if not (
+            torch.backends.mkldnn.is_available()
+            and hasattr(onednn, "_convolution_pointwise")
+            and hasattr(onednn, "_reorder_convolution_weight")
+        ):
             return lambda x: F.conv2d(x, weight, bias, stride, padding)
         packed = onednn._reorder_convolution_weight(weight, padding, stride, [1, 1], 1, shape)
         self._weight = None  # for the packed one
@@ -67,7 +72,7 @@ class Folding:
     """Makes FoldedConvolutions, equal ones once: a network's plans for images of several shapes have the same."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple, FoldedConvolution] = {}
+        self._made: WeakValueDictionary[tuple, FoldedConvolution] = WeakValueDictionary()
 
     def __call__(self, weight: Tensor, norm: Norm, stride: int, padding: Sequence[int], activation: str) -> FoldedConvolution:
         scale = (norm.var.double() + norm.eps).rsqrt()
@@ -82,9 +87,10 @@ class Folding:
         for tensor in (folded.permute(0, 2, 3, 1), shift):
             digest.update(tensor.view(torch.uint8).numpy().data)
         key = digest.digest(), folded.shape, folded.dtype, stride, tuple(padding), activation
-        if key not in self._made:
-            self._made[key] = FoldedConvolution(folded, shift, stride, padding, activation)
-        return self._made[key]
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = FoldedConvolution(folded, shift, stride, padding, activation)
+        return made
 
     def nbytes(self) -> int:
         return sum(convolution.nbytes for convolution in self._made.values())

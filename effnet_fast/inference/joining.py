@@ -25,7 +25,7 @@ _ATEN = torch.ops.aten
 
 
 class Unplannable(Exception):
-    """Why a network cannot be one native call."""
+    """Why a network's blocks run one by one, and not in native calls."""
 
 
 class Convolution(NamedTuple):

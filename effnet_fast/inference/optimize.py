@@ -69,8 +69,9 @@ def optimize_for_inference(
 
     What comes later to the model does not change the copy. Weights that are loaded into the copy, or into a module of it, count
     from then on, and those of a :func:`torch.func.functional_call` that lends it others for all of its own; what is written to some
-    in place, or lent for some, does not where there is a plan. A hook on a module of it is called where the copy is planned or
-    captured, and not again. Traced by torch.jit, exported, and transformed by torch.func it is its blocks, as the model is.
+    in place, or lent for some, does so where there is a plan only if an operator of PyTorch's reads them. A hook on a module of it
+    is called where the copy is planned or captured, and not again. Traced by torch.jit, exported, and transformed by torch.func it
+    is its blocks, as the model is.
 
     Raises TypeError or ValueError, naming the argument, for what cannot be copied so.
     """
@@ -174,7 +175,8 @@ class InferenceModel(nn.Module):
         self.__dict__["_weight"] = next(self.frozen.parameters())  # no parameter of this module's own
         self._plans: OrderedDict[tuple, Future[NativePlan | str]] = OrderedDict()
         self._seen: OrderedDict[tuple, None] = OrderedDict()  # once, and not planned
-        self._lock, self._planning = threading.Lock(), threading.RLock()  # a hook of the model may call the copy
+        self._lock, self._planning = threading.Lock(), threading.Lock()
+        self._planner: int | None = None  # the thread that makes a plan
         self._run_joined = functools.partial(run_joined, self.frozen, pixels=self.pixels, dtype=self.dtype)
         few = None
         if self.one_launch and self._no_chain() is None:
@@ -186,7 +188,7 @@ class InferenceModel(nn.Module):
         return chain.why_not(self.device, self.dtype) if self.cuda_graphs else "it is for CUDA graphs"
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("device", "_weight", "_plans", "_seen", "_lock", "_planning", "_run_joined", "_graphs", "_in_pieces")
+        made = ("device", "_weight", "_plans", "_seen", "_lock", "_planning", "_planner", "_run_joined", "_graphs", "_in_pieces")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -249,14 +251,23 @@ class InferenceModel(nn.Module):
             try:
                 return self._run_blocks(x)
             except Exception:
-                with self._lock:
-                    self._plans.pop(key, None)  # no images of the network's
+                with self._lock:  # no images of the network's
+                    if plan is not None:
+                        self._plans.pop(key, None)
                     self._seen.pop(key, None)
                 raise
-        if is_tracing():  # a plan tells nothing
-            with ops.backend("native"):
-                return Recording(x, self.pixels, self.dtype).joined(self.frozen, x)
-        return plan(x)
+        try:
+            if is_tracing():  # a plan tells nothing
+                with ops.backend("native"):
+                    return Recording(x, self.pixels, self.dtype).joined(self.frozen, x)
+            return plan(x)
+        except Exception as error:  # with so many images it does something else
+            reason: Future[NativePlan | str] = Future()
+            reason.set_result(f"with {len(x)} images {type(error).__name__}: {error}".splitlines()[0])
+            result = self._run_blocks(x)
+            with self._lock:
+                self._plans[key] = reason
+            return result
 
     def _run_blocks(self, x: Tensor) -> Any:
         return self.frozen(normalised(x, self.pixels, self.dtype) if x.dtype == torch.uint8 else x.to(self.dtype))
@@ -272,8 +283,13 @@ class InferenceModel(nn.Module):
         return x
 
     def _plan(self, key: tuple, x: Tensor) -> NativePlan | str | None:
-        """The plan for such images, made now if need be, or why there is none. Others run theirs meanwhile. None: they come for
-        the first time, others have come before, and to plan takes longer than to run the blocks; perhaps they never come again."""
+        """The plan for such images, made now if need be, or why there is none. Others run theirs meanwhile.
+
+        None: they come for the first time, others have come before, and to plan takes longer than to run the blocks; perhaps they
+        never come again. Or a hook of the model calls the copy while it is planned.
+        """
+        if self._planner == threading.get_ident():
+            return None
         with self._lock:
             if self._plans and key not in self._plans and key not in self._seen:
                 self._seen[key] = None
@@ -289,7 +305,11 @@ class InferenceModel(nn.Module):
         if waited is None:
             try:
                 with self._planning:  # one at a time: each finds the weights that another has packed
-                    future.set_result(self._make_plan(x))
+                    self._planner = threading.get_ident()
+                    try:
+                        future.set_result(self._make_plan(x))
+                    finally:
+                        self._planner = None
             except BaseException as error:
                 with self._lock:
                     self._plans.pop(key, None)
@@ -300,11 +320,11 @@ class InferenceModel(nn.Module):
         """Of an image, and right for others: what a model makes of that image, or does with a batch, would not be."""
         like = next((plan for _, plan in self._made_plans() if isinstance(plan, NativePlan)), None)
         image = x[:1].clone(memory_format=torch.preserve_format)
-        others = self._graphs.key(x)._replace(shape=torch.Size((COMPARED, *x.shape[1:]))).noise(x.device)
+        others = _unlike(self._graphs.key(x)._replace(shape=torch.Size((COMPARED, *x.shape[1:]))).noise(x.device))
         try:
             with tracing():  # whoever traces a call is told what runs in it, and not twice
                 plan = NativePlan(self.frozen, image, self.pixels, self.dtype, like)
-                agree = _agree(plan(others), self._run_blocks(others))
+                agree = _agree(plan(others.clone()), self._run_blocks(others.clone()))
         except Unplannable as reason:
             return str(reason)
         except Exception as error:  # of the model, which may not take one image, or so many: the caller's are for the blocks
@@ -388,11 +408,25 @@ class _OnLoad:
         return _OnLoad, ()
 
 
+def _unlike(images: Tensor) -> Tensor:
+    """Three images, each brighter and of more contrast than the one before, so that it shows where one reaches another."""
+    contrast, light = torch.tensor([0.4, 0.7, 1.0]), torch.tensor([-0.5, 0.0, 0.5])
+    if images.dtype == torch.uint8:
+        contrast, light = 0.5 * contrast, 100 + 50 * light
+    unlike = images * contrast[:, None, None, None] + light[:, None, None, None]
+    return torch.empty_like(images).copy_(unlike)
+
+
 def _agree(made: Any, expected: Any) -> bool:
     """Whether two results of a network are the same but for rounding. What is not finite is not looked at, but where only the first
-    has it. Whole numbers, as of classes, are the same."""
+    has it, or all is. Whole numbers, as of classes, are the same."""
     for a, b in zip(tree_flatten(made)[0], tree_flatten(expected)[0], strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype or (b.isfinite() & ~a.isfinite()).any():
+        if (
+            a.shape != b.shape
+            or a.dtype != b.dtype
+            or (b.isfinite() & ~a.isfinite()).any()
+            or (b.numel() and not b.isfinite().any())
+        ):
             return False
         if b.numel() == 0 or not b.is_floating_point():
             if not torch.equal(a, b):

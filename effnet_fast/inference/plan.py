@@ -1,6 +1,6 @@
-"""A network on the CPU as one native call: its kernels recorded for one image (csrc/inference/plan.h), replayed for any batch.
+"""A network on the CPU as native calls: kernels recorded for one image (csrc/inference/plan.h), replayed for any batch.
 
-What no kernel of ours is for runs as PyTorch's operators before, after and between native calls.
+It is one where all of the network is kernels of ours. What none is for runs as PyTorch's operators before, after and between.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ def return_memory() -> None:
 
 class Size(NamedTuple):
     """Of a plan: native calls, kernels that they call, bytes of what flows between them at once (for one image, at the end for
-    four), bytes of the packed weights."""
+    four)."""
 
     calls: int
     steps: int
     arena_bytes: int
-    packed_bytes: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class _Step:
         self.read, self.made = read, made
         self.done: list[int] = []
 
-    def run(self, values: dict[int, Tensor], images: int) -> list[Tensor]:
+    def run(self, values: dict[int, Tensor]) -> list[Tensor]:
         raise NotImplementedError
 
 
@@ -77,7 +76,7 @@ class _Operator(_Step):
         super().__init__({v.number for v in tree_flatten((args, kwargs))[0] if isinstance(v, _Value)}, made)
         self.name, self._func, self._args, self._kwargs = name, func, args, kwargs
 
-    def run(self, values: dict[int, Tensor], images: int) -> list[Tensor]:
+    def run(self, values: dict[int, Tensor]) -> list[Tensor]:
         args, kwargs = tree_map(lambda v: values[v.number] if isinstance(v, _Value) else v, (self._args, self._kwargs))
         return tree_flatten(self._func(*args, **kwargs))[0]
 
@@ -100,10 +99,11 @@ class _Call(_Step):
             if not (made.shape[:1] == (1,) and made.is_contiguous(memory_format=form)):
                 raise Unplannable("what kernels make is read as no batch of maps, channels_last, or of vectors")
             self._results.append((made.shape[1:], made.dtype, form))
-        self.steps, self.arena_bytes, self.packed_bytes = _OPS.plan_end(plan, list(results.values()))
+        self.steps, self.arena_bytes = _OPS.plan_end(plan, list(results.values()))
 
-    def run(self, values: dict[int, Tensor], images: int) -> list[Tensor]:
+    def run(self, values: dict[int, Tensor]) -> list[Tensor]:
         given = [_laid_out(values[number], stride) for number, stride in self._given]
+        images = len(given[0])
         made = [torch.empty((images, *shape), dtype=dtype, memory_format=form) for shape, dtype, form in self._results]
         _OPS.plan_run(self._plan, images, given, made)
         return made
@@ -143,8 +143,10 @@ def _steps(recording: Recording, plans: list[int], leaves: Sequence[Tensor]) -> 
 
     def number_of(tensor: Tensor) -> int:
         if id(tensor) not in numbers:  # no operator has made it: kernels do
-            numbers[id(tensor)] = len(numbers)
-            results[recording.kernels_of(tensor)][numbers[id(tensor)]] = tensor
+            made = results[recording.kernels_of(tensor)]
+            alike = (number for number, other in made.items() if tensor.is_set_to(other))
+            numbers[id(tensor)] = number = next(alike, len(numbers))
+            made[number] = tensor
         return numbers[id(tensor)]
 
     after = []
@@ -216,7 +218,6 @@ class NativePlan:
             len(calls),
             sum(call.steps for call in calls),
             max((call.arena_bytes for call in calls), default=0),
-            sum(call.packed_bytes for call in calls) + self._folding.nbytes(),
         )
 
     def held(self) -> int:
@@ -224,7 +225,7 @@ class NativePlan:
         return _OPS.plan_held(self._plans[0]) + self._folding.nbytes()
 
     def __str__(self) -> str:
-        calls, kernels, arena, packed = self.size
+        calls, kernels, arena = self.size
         if calls == 1:
             where = next(i for i, step in enumerate(self._steps) if isinstance(step, _Call))
             before, after = _names(self._steps[:where]), _names(self._steps[where:])
@@ -232,13 +233,13 @@ class NativePlan:
             told = (f"{before}, then " if before else "") + told + (f", then {after}" if after else "")
         else:
             told = f"{calls} native calls of {kernels} kernels, and {_names(self._steps)}"
-        return f"{told}; {arena / 1e6:.1f} MB at work a thread, {packed / 1e6:.1f} MB of weights"
+        return f"{told}; {arena / 1e6:.1f} MB at work a thread"
 
     def __call__(self, images: Tensor) -> Any:
         """What the model gives for ``images``, which lie as the recorded one did."""
         values = {0: images}
         for step in self._steps:
-            values.update(zip(step.made, step.run(values, len(images)), strict=True))
+            values.update(zip(step.made, step.run(values), strict=True))
             for number in step.done:
                 del values[number]
         return tree_unflatten([values[number] for number in self._leaves], self._tree)

@@ -98,13 +98,17 @@ class Recording(Joining):
 
     def kernels_of(self, tensor: Tensor) -> int:
         """The segment whose kernels have made it."""
-        return self._kernels[tensor.untyped_storage()._cdata]
+        segment = self._kernels.get(tensor.untyped_storage()._cdata)
+        if segment is None:
+            raise Unplannable("something that does not come of the image is read with what does")
+        return segment
 
     def made_in(self, tensor: Any) -> Made | None:
         """None: it does not come of the image."""
         if not isinstance(tensor, Tensor):
             return None
-        return self._operators.get(id(tensor)) or self._made.get(tensor.untyped_storage()._cdata)
+        made = self._operators.get(id(tensor)), self._made.get(tensor.untyped_storage()._cdata)
+        return max((of for of in made if of is not None), default=None)  # of an operator's, also what wrote to it after
 
     def follows(self, tensor: Any) -> bool:
         """Whether it comes of the image."""
@@ -160,7 +164,11 @@ class Recording(Joining):
         made = tree_flatten(result)[0]
         if func.namespace == "effnet_fast" or not all(isinstance(t, Tensor) for t in made):
             raise Unplannable(f"{func} is no kernel of ours")
-        if func in _VIEWS and len(args[0]) == len(result) == 1:
+        if func._schema.is_mutable and any(self.made_in(tensor) is None for tensor in made):
+            raise Unplannable(f"{func} writes what comes of the image to what does not")
+        if func._schema.name in _BATCH_NORMS and any(given is True for given in args):
+            raise Unplannable(f"{func} takes statistics of a batch")
+        if func in _VIEWS and len(self.image) == 1 and result.dim() > 0:
             args = args[0], [-1, *result.shape[1:]]  # of however many images
         if func == _ATEN.expand.default and args[0].shape[:1] == result.shape[:1] and args[0].dim() == result.dim():
             args = args[0], [-1, *result.shape[1:]], *args[2:]
@@ -215,6 +223,8 @@ class Recording(Joining):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not any(map(self.follows, tree_flatten((args, kwargs))[0])):
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                raise Unplannable(f"{func} would give the same each time")
             return func(*args, **(kwargs or {}))  # of weights alone: a constant
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -292,7 +302,14 @@ class Unread(TorchFunctionMode):
         self._recording = recording
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and self._recording.follows(args[0]):
+        read = (
+            args[:1]
+            if func in _READING
+            else ()
+            if func not in _COLLECTING or isinstance(args[0], Tensor)
+            else tree_flatten(args)[0]
+        )
+        if any(map(self._recording.follows, read)):
             raise Unplannable(f"{func.__name__} gives Python what depends on the image")
         return func(*args, **(kwargs or {}))
 
@@ -313,6 +330,9 @@ def _takes_images(func: Any, args: Any, kwargs: Any) -> bool:
     return given["dim"] in (0, -args[0].dim())
 
 
+_READING = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
+_COLLECTING = (torch.tensor, torch.as_tensor, torch.asarray)  # the values of tensors in a sequence
+_BATCH_NORMS = ("aten::native_batch_norm", "aten::_native_batch_norm_legit")
 _TAKING = {f"aten::{name}" for name in ("slice", "select", "split", "split_with_sizes", "unbind", "index_select")}
 _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.reshape.default)
 _REPLACED: dict[Any, Callable[..., Tensor | Convolution | None]] = {
