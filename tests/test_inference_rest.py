@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 from test_inference import leaves, planned
 from tolerance import assert_2x
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import effnet_fast
@@ -322,6 +324,25 @@ def test_a_hook_that_calls_the_copy_while_it_is_planned():
     for _ in range(2):
         torch.testing.assert_close(optimized(x), answers[-1], rtol=1e-4, atol=1e-4)
     assert "block by block" in str(optimized)
+
+
+def test_a_trace_does_not_see_a_plan_that_is_collected_meanwhile():
+    optimized, x = effnet_fast.optimize_for_inference(b0().eval()), torch.randn(1, 3, 40, 48)
+    optimized(x)
+    numbers = optimized._made_plans()[0][1]._plans
+    copies = [optimized]
+    copies.append(copies)  # a cycle: only the garbage collector frees it
+    del optimized
+
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        copies.clear()
+        gc.collect()
+        return x + 1
+
+    graph = make_fx(traced)(x).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
+    with pytest.raises(RuntimeError, match="there is none of number"):
+        torch.ops.effnet_fast.plan_held(numbers[0])
 
 
 def test_a_recording_keeps_no_activations():

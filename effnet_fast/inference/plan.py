@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from effnet_fast import ops
@@ -180,8 +181,10 @@ def _names(steps: Sequence[_Step]) -> str:
 
 
 def _free(plans: list[int]) -> None:
-    for plan in plans:
-        _OPS.plan_free(plan)
+    """Called by the garbage collector too, whatever this thread does then: a trace must not see it."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        for plan in plans:
+            _OPS.plan_free(plan)
 
 
 class NativePlan:
